@@ -1,0 +1,101 @@
+"""Parameters as one flat vector: theta (P,), its pieces, and inner products in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# Conversion to float64 happens block by block so that the copies stay in the processor's second-level cache.
+_BLOCK = 1 << 16
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """``a'b`` of two flat vectors (P,), with every product and sum in float64."""
+    if a.dtype == torch.float64:
+        return float(torch.dot(a, b))
+    if a.device.type != "cpu" or a.numel() <= _BLOCK:
+        return float(torch.dot(a.double(), b.double()))
+    return sum(
+        float(torch.dot(x.double(), y.double())) for x, y in zip(a.split(_BLOCK), b.split(_BLOCK), strict=True)
+    )
+
+
+def norm(a: Tensor) -> float:
+    """Euclidean length of a flat vector (P,), summed in float64."""
+    return float(dot(a, a) ** 0.5)
+
+
+class ParameterVector:
+    """The parameters of a model seen as one vector theta (P,); they keep their own storage.
+
+    The flat dtype is the widest of the parameters' and never narrower than float32, so that conjugate gradients run
+    in at least single precision whatever the model's precision.
+
+    Raises:
+        ValueError: no parameter, parameters on several devices, or a sparse one.
+        TypeError: a complex or integer parameter.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.params: list[Tensor] = list(params)
+        if not self.params:
+            raise ValueError("params is empty: no parameter requires a gradient")
+        dtype = torch.float32
+        for i, p in enumerate(self.params):
+            if not p.dtype.is_floating_point:
+                raise TypeError(
+                    f"params[{i}] has dtype {p.dtype}; only real floating-point parameters can be optimized (store "
+                    "a complex parameter as torch.view_as_real and rebuild it in the forward pass)"
+                )
+            if p.layout != torch.strided:
+                raise ValueError(f"params[{i}] has layout {p.layout}; only dense (strided) parameters are supported")
+            if p.device != self.params[0].device:
+                raise ValueError(
+                    f"params[0] is on {self.params[0].device} and params[{i}] on {p.device}; all must be on one device"
+                )
+            dtype = torch.promote_types(dtype, p.dtype)
+        self.dtype = dtype
+        self.device = self.params[0].device
+        self.sizes = [p.numel() for p in self.params]
+        self.size = sum(self.sizes)
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Concatenate one tensor per parameter (None counts as zeros) into a new flat vector (P,)."""
+        out = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        return self.flatten_into(out, tensors)
+
+    def flatten_into(self, out: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Write one tensor per parameter (None counts as zeros) into ``out`` (P,)."""
+        for piece, t in zip(out.split(self.sizes), tensors, strict=True):
+            if t is None:
+                piece.zero_()
+            else:
+                piece.copy_(t.detach().reshape(-1))
+        return out
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The pieces of ``flat`` (P,) in the shapes of the parameters, without copying."""
+        return [piece.view(p.shape) for piece, p in zip(flat.split(self.sizes), self.params, strict=True)]
+
+    def cast_views(self, flat: Tensor) -> list[Tensor]:
+        """Like :meth:`views`, each piece in its parameter's dtype."""
+        return [v if v.dtype == p.dtype else v.to(p.dtype) for v, p in zip(self.views(flat), self.params, strict=True)]
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of the parameters, to be given back to :meth:`restore`."""
+        return [p.detach().clone() for p in self.params]
+
+    def restore(self, saved: Sequence[Tensor]) -> None:
+        """Set the parameters to the very bits of ``saved``, unseen by autograd's version counters."""
+        for p, s in zip(self.params, saved, strict=True):
+            p.data.copy_(s)
+
+    def move(self, saved: Sequence[Tensor], direction: Tensor, length: float) -> None:
+        """Set theta = saved + length * direction, unseen by autograd's version counters.
+
+        A graph recorded at ``saved`` is not to be used until :meth:`restore`; afterwards it is valid again.
+        """
+        for p, s, d in zip(self.params, saved, self.cast_views(direction), strict=True):
+            torch.add(s, d, alpha=length, out=p.data)
