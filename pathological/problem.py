@@ -1,0 +1,225 @@
+"""What all problems share: when minibatches are drawn, kept and forgotten, and how outputs are judged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from pathological.stream import Stream
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pathological.batch import Batch
+
+
+class Problem(ABC):
+    """A synthetic problem as a data object: minibatches by index, a loss, a measure of error.
+
+    Training minibatches have the indices ``0 .. train_batches - 1``, test minibatches ``-1, -2, ..``.
+    ``problem(i)`` draws a minibatch on first use and keeps it; :meth:`forget` drops the training draws, so
+    that the next use draws new ones, while test draws stay. A minibatch is a function of ``(seed, i)`` and of
+    the number of calls of ``forget`` alone (see :mod:`pathological.stream`).
+
+    Args:
+        T: the problem's length, as its definition uses it; the sequences have :attr:`steps` steps.
+        form: "paper", the definition in Martens & Sutskever (ICML 2011) and Sutskever's thesis (2013); or
+            "release", that of the program which Sutskever released in 2011.
+        batch_size: sequences in a minibatch, B.
+        train_batches: the number of training minibatches.
+        test_batches: the number of test minibatches.
+        seed: a non-negative integer.
+        device: where the minibatches lie. They are drawn on the CPU: a seed gives the same on every device.
+        dtype: floating-point type of inputs and real targets.
+
+    Attributes:
+        name: the name of the problem.
+        V, O: the numbers of inputs and outputs at each step.
+        train_batches, test_batches: the indices, as ranges.
+        train_mem, test_mem: the minibatches drawn so far, by index.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    name: ClassVar[str]
+    shortest: ClassVar[dict[str, int]]
+    """The smallest T that each form can have."""
+
+    V: int
+    O: int
+
+    def __init__(
+        self,
+        T: int,
+        *,
+        form: str = "paper",
+        batch_size: int = 1000,
+        train_batches: int = 10,
+        test_batches: int = 10,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if form not in self.shortest:
+            forms = " or ".join(repr(known) for known in self.shortest)
+            raise ValueError(f"form is {form!r}; choose {forms}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype is {dtype}; choose a floating-point type such as torch.float32")
+        self.form = form
+        self.T = _integer("T", T, self.shortest[form], f"{self.name} in the {form} form needs")
+        self.batch_size = _integer("batch_size", batch_size, 1)
+        self.train_batches = range(_integer("train_batches", train_batches, 1))
+        self.test_batches = range(-1, -1 - _integer("test_batches", test_batches, 1), -1)
+        self.seed = _integer("seed", seed, 0)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.train_mem: dict[int, Batch] = {}
+        self.test_mem: dict[int, Batch] = {}
+        self._epoch = 0
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """The steps to which every sequence is padded: the length of the longest possible one."""
+
+    @abstractmethod
+    def _draw(self, stream: Stream) -> Batch:
+        """A new minibatch from the numbers of a stream."""
+
+    @abstractmethod
+    def _criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of scored outputs ``(N, O)``."""
+
+    @abstractmethod
+    def _right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Which of the scored outputs ``(N, O)`` are right, ``(N,)`` bool; never where an output is NaN."""
+
+    @abstractmethod
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """What outputs ``(..., O)`` stand for after the output nonlinearity, same shape."""
+
+    # -- minibatches ------------------------------------------------------------------------------------
+
+    def __call__(self, i: int) -> Batch:
+        """Minibatch ``i``: training for ``i >= 0``, test for ``i < 0``.
+
+        Raises:
+            IndexError: there is no such minibatch.
+        """
+        if i in self.train_batches:
+            role, epoch, memory = "train", self._epoch, self.train_mem
+        elif i in self.test_batches:
+            role, epoch, memory = "test", 0, self.test_mem
+        else:
+            raise IndexError(
+                f"there is no minibatch {i}: training has 0 to {self.train_batches[-1]}, test -1 to "
+                f"{self.test_batches[-1]}; more come with train_batches= or test_batches="
+            )
+        if i not in memory:
+            memory[i] = self._draw(Stream(self.seed, role, epoch, i))
+        return memory[i]
+
+    def forget(self) -> None:
+        """Drop all training minibatches: the next use of each draws a new one. Test minibatches stay."""
+        self.train_mem.clear()
+        self._epoch += 1
+
+    def size(self, batch: Batch) -> int:
+        """The number of scored steps of a minibatch, which its loss is the mean over."""
+        return batch.scored.numel()
+
+    # -- judging outputs --------------------------------------------------------------------------------
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The mean loss over the scored steps.
+
+        Args:
+            outputs: ``(T, B, O)``, before the output nonlinearity.
+            batch: the minibatch that they answer.
+
+        Returns:
+            A scalar: the sum over scored steps (natural logarithms) divided by :meth:`size`.
+
+        Raises:
+            ValueError: the shape of ``outputs`` is not ``(T, B, O)``.
+        """
+        return self._criterion(self._scored(outputs, batch), batch.select(batch.targets))
+
+    def wrong(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Which sequences are answered wrongly at one or more of their scored steps, ``(B,)`` bool."""
+        errors = ~self._right(self._scored(outputs, batch), batch.select(batch.targets))
+        count = torch.zeros(batch.mask.shape[1], dtype=torch.int64, device=outputs.device)
+        return count.index_add_(0, batch.scored % batch.mask.shape[1], errors.long()) > 0
+
+    def zero_one_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The number of sequences that are answered wrongly (see :meth:`wrong`), a scalar int64 tensor."""
+        return self.wrong(outputs, batch).sum()
+
+    def _scored(self, outputs: Tensor, batch: Batch) -> Tensor:
+        expected = (*batch.mask.shape, self.O)
+        if tuple(outputs.shape) != expected:
+            raise ValueError(
+                f"outputs have shape {tuple(outputs.shape)}, but {self.name} needs (T, B, O) = {expected}: "
+                "the model's outputs at every step, before the output nonlinearity"
+            )
+        return batch.select(outputs)
+
+    # -- state and pictures -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, int | str]:
+        """All that the next draws depend on, as plain numbers and strings."""
+        return {**self._identity(), "seed": self.seed, "epoch": self._epoch}
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Go on as the problem whose :meth:`state_dict` this is; its minibatches are drawn again when used.
+
+        Raises:
+            ValueError: the state is that of another problem, form or size.
+        """
+        for key, own in self._identity().items():
+            if state.get(key) != own:
+                raise ValueError(
+                    f"the state has {key} = {state.get(key)!r}, but this problem has {own!r}; build the "
+                    "problem with the arguments of the run that wrote the state"
+                )
+        self.seed = _integer("seed", state.get("seed"), 0)
+        self._epoch = _integer("epoch", state.get("epoch"), 0)
+        self.train_mem.clear()
+        self.test_mem.clear()
+
+    def plot(self, b: int = 0, batch: Batch | None = None) -> Figure:
+        """A picture of sequence ``b`` of a minibatch (default: training minibatch 0); needs matplotlib."""
+        from pathological.picture import draw_sequence
+
+        return draw_sequence(self, self(0) if batch is None else batch, b)
+
+    def _identity(self) -> dict[str, int | str]:
+        return {"name": self.name, "form": self.form, "T": self.T, "batch_size": self.batch_size}
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.name}(T={self.T}, form={self.form!r}, batch_size={self.batch_size}, "
+            f"train_batches={len(self.train_batches)}, test_batches={len(self.test_batches)}, "
+            f"seed={self.seed}, device={str(self.device)!r}, dtype={self.dtype})"
+        )
+
+
+def percent(T: int, k: int) -> int:
+    """``k`` per cent of ``T``, rounded down; in integers, so that 100 per cent of 29 are 29."""
+    return k * T // 100
+
+
+def _integer(name: str, value: object, least: int, why: str = "choose") -> int:
+    """``value`` as an int not below ``least``, or a ValueError that names the argument."""
+    try:
+        number = int(value)  # type: ignore[call-overload]
+        whole = not isinstance(value, bool | str) and number == value
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole or number < least:
+        raise ValueError(f"{name} is {value!r}; {why} an integer of at least {least}")
+    return int(number)
