@@ -1,0 +1,8 @@
+"""Recurrences over a whole sequence as single differentiable operators."""
+
+from __future__ import annotations
+
+from hfopt.recurrences.nonlinearities import NONLINEARITIES
+from hfopt.recurrences.simple import simple_rnn
+
+__all__ = ["NONLINEARITIES", "simple_rnn"]

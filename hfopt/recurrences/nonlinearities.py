@@ -1,0 +1,75 @@
+"""Hidden nonlinearities f, with all that a recurrence needs said as functions of h = f(a), never of a."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Nonlinearity:
+    """A hidden nonlinearity h = f(a) and its derivatives, all given h.
+
+    apply_      a <- f(a), in place
+    scale       (g, h, out) -> out = f'(a) g, one pass over memory; `out` may be `g`; g may have leading dimensions before h's
+    slope       f'(a)
+    slope_rate  d f'(a) / dh, so that d f'(a_t) = slope_rate(h_t) dh_t; None where it is zero (almost) everywhere
+    distance    D'' (structural damping): the exact curvature, in a, of the distance between two hidden states
+    """
+
+    name: str
+    apply_: Callable[[Tensor], object]
+    scale: Callable[[Tensor, Tensor, Tensor], object]
+    slope: Callable[[Tensor], Tensor]
+    slope_rate: Callable[[Tensor], Tensor] | None
+    distance: Callable[[Tensor], Tensor]
+
+
+def _tanh_scale(g: Tensor, h: Tensor, out: Tensor) -> None:
+    _aten.tanh_backward.grad_input(g, h, grad_input=out)
+
+
+def _sigmoid_scale(g: Tensor, h: Tensor, out: Tensor) -> None:
+    _aten.sigmoid_backward.grad_input(g, h, grad_input=out)
+
+
+def _relu_scale(g: Tensor, h: Tensor, out: Tensor) -> None:
+    _aten.threshold_backward.grad_input(g, h, 0, grad_input=out)
+
+
+def _identity_scale(g: Tensor, h: Tensor, out: Tensor) -> None:
+    if out is not g:
+        out.copy_(g)
+
+
+def _step(h: Tensor) -> Tensor:
+    return (h > 0).to(h.dtype)
+
+
+NONLINEARITIES: dict[str, Nonlinearity] = {
+    f.name: f
+    for f in (
+        # D'' of the cross-entropy between the probabilities (1 + h) / 2 = sigma(2a).
+        Nonlinearity(
+            "tanh", Tensor.tanh_, _tanh_scale, lambda h: 1 - h * h, lambda h: -2 * h, lambda h: 1 - h * h
+        ),
+        # D'' of the cross-entropy between the probabilities h = sigma(a).
+        Nonlinearity(
+            "sigmoid",
+            Tensor.sigmoid_,
+            _sigmoid_scale,
+            lambda h: h * (1 - h),
+            lambda h: 1 - 2 * h,
+            lambda h: h * (1 - h),
+        ),
+        # No matching distance: D'' of half the squared distance of h, Gauss-Newton form f'(a)^2.
+        Nonlinearity("relu", Tensor.relu_, _relu_scale, _step, None, _step),
+        # D'' of half the squared distance of h = a.
+        Nonlinearity("identity", lambda a: a, _identity_scale, torch.ones_like, None, torch.ones_like),
+    )
+}

@@ -1,0 +1,158 @@
+"""The simple recurrence's forward, tangent and adjoint as torch operators, each one node for every transform and compiler.
+
+`hfopt::rnn_forward`, `hfopt::rnn_tangent`, `hfopt::rnn_adjoint` work on plain tensors and know no derivative; how each is
+the derivative of another stands in `hfopt.recurrences.simple`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfopt.recurrences import loops
+from hfopt.recurrences.nonlinearities import NONLINEARITIES
+
+
+@torch.library.custom_op("hfopt::rnn_forward", mutates_args=())
+def rnn_forward(P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
+    """H (T, B, h) of h_t = f(p_t + h_{t-1} W); P (T, B, h), W (h, h), h0 (B, h)."""
+    return loops.forward(P, W, h0, NONLINEARITIES[nonlinearity])
+
+
+@torch.library.custom_op("hfopt::rnn_tangent", mutates_args=())
+def rnn_tangent(
+    dP: Tensor | None,
+    dW: Tensor | None,
+    dh0: Tensor | None,
+    H: Tensor,
+    h0: Tensor,
+    W: Tensor,
+    nonlinearity: str,
+    preactivations: bool,
+) -> tuple[Tensor, Tensor]:
+    """(R_h, R_a), both (T, B, h), or (T, K, B, h) for K tangents; R_a is empty unless `preactivations`.
+
+    R_a,t = dp_t + h_{t-1} dW + R_h,{t-1} W, R_h,t = f'(a_t) R_a,t, R_h,{-1} = dh0; a None is zero.
+    """
+    R, Ra = loops.tangent(dP, dW, dh0, H, h0, W, NONLINEARITIES[nonlinearity], preactivations)
+    return R, H.new_empty(0) if Ra is None else Ra
+
+
+@torch.library.custom_op("hfopt::rnn_adjoint", mutates_args=())
+def rnn_adjoint(
+    U: Tensor | None, Ua: Tensor | None, H: Tensor, h0: Tensor, W: Tensor, nonlinearity: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dP, dW, dh0) of cotangents U of H and Ua of the pre-activations, (T, B, h) or (T, K, B, h).
+
+    dp_t = f'(a_t) (u_t + dp_{t+1} W') + ua_t, dW = sum_t h_{t-1}' dp_t, dh0 = dp_0 W'; a None is zero, not both.
+    """
+    return loops.adjoint(U, Ua, H, h0, W, NONLINEARITIES[nonlinearity])
+
+
+@rnn_forward.register_fake
+def _(P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
+    return torch.empty_like(P, memory_format=torch.contiguous_format)
+
+
+@rnn_tangent.register_fake
+def _(
+    dP: Tensor | None,
+    dW: Tensor | None,
+    dh0: Tensor | None,
+    H: Tensor,
+    h0: Tensor,
+    W: Tensor,
+    nonlinearity: str,
+    preactivations: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = H.shape if dP is None else dP.shape
+    return H.new_empty(shape), H.new_empty(shape if preactivations else (0,))
+
+
+@rnn_adjoint.register_fake
+def _(
+    U: Tensor | None, Ua: Tensor | None, H: Tensor, h0: Tensor, W: Tensor, nonlinearity: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = Ua if U is None else U
+    assert given is not None
+    vectors = given.shape[1:-2]
+    return H.new_empty(given.shape), W.new_empty(*vectors, *W.shape), H.new_empty(given.shape[1:])
+
+
+# Many vectors at once. Where only the vectors are batched they ride along in one pass over time, (T, K, B, h); where the
+# point itself is (an ensemble of networks), one pass for each.
+
+
+def _one_by_one(
+    operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> Any:
+    """Call `operator` for each element of the batched arguments and stack what it returns along dimension 0."""
+    columns = [
+        [a] * info.batch_size if d is None else a.unbind(d) for a, d in zip(args, in_dims, strict=True)
+    ]
+    results = [operator(*row) for row in zip(*columns, strict=True)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _to_front(tensor: Tensor | None, dim: int | None, size: int, at: int) -> Tensor | None:
+    """`tensor` with its batch dimension (added if it has none) at position `at`."""
+    if tensor is None:
+        return None
+    if dim is None:
+        return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
+    return tensor.movedim(dim, at)
+
+
+@rnn_forward.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    P, W, h0, nonlinearity = args
+    if in_dims[1] is not None:
+        return _one_by_one(rnn_forward, info, in_dims, args)
+    size = info.batch_size
+    P, h0 = _to_front(P, in_dims[0], size, 1), _to_front(h0, in_dims[2], size, 0)
+    H = rnn_forward(P.flatten(1, 2), W, h0.flatten(0, 1), nonlinearity)
+    return H.unflatten(1, (size, -1)), 1
+
+
+@rnn_tangent.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    dP, dW, dh0, H, h0, W, nonlinearity, preactivations = args
+    if _at_many_points(in_dims[3:]) or _carries_vectors(dP, in_dims[0]):
+        return _one_by_one(rnn_tangent, info, in_dims, args)
+    size = info.batch_size
+    inputs = _to_front(dP, in_dims[0], size, 1)
+    if dW is not None:
+        lagged = torch.cat((h0.unsqueeze(0), H[:-1])).unsqueeze(1)
+        moved = lagged @ _to_front(dW, in_dims[1], size, 0)
+        inputs = moved if inputs is None else moved + inputs
+    if inputs is None:
+        inputs = H.new_zeros(()).expand(H.shape[0], size, *H.shape[1:])
+    start = _to_front(dh0, in_dims[2], size, 0)
+    R, Ra = rnn_tangent(inputs, None, start, H, h0, W, nonlinearity, preactivations)
+    return (R, Ra if preactivations else H.new_empty(size, 0)), (1, 1 if preactivations else 0)
+
+
+@rnn_adjoint.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    U, Ua, H, h0, W, nonlinearity = args
+    given, dim = (Ua, in_dims[1]) if U is None else (U, in_dims[0])
+    if _at_many_points(in_dims[2:]) or _carries_vectors(given, dim):
+        return _one_by_one(rnn_adjoint, info, in_dims, args)
+    U, Ua = (_to_front(c, d, info.batch_size, 1) for c, d in ((U, in_dims[0]), (Ua, in_dims[1])))
+    return rnn_adjoint(U, Ua, H, h0, W, nonlinearity), (1, 0, 0)
+
+
+def _at_many_points(dims: tuple[int | None, ...]) -> bool:
+    """Whether any of (H, h0, W, ...) is batched."""
+    return any(d is not None for d in dims)
+
+
+def _carries_vectors(given: Tensor | None, dim: int | None) -> bool:
+    """Whether a tangent or cotangent is (T, K, B, h) already, under the dimension that is being mapped over."""
+    return given is not None and given.dim() - (dim is not None) != 3
