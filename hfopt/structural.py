@@ -36,7 +36,9 @@ def wanted() -> bool:
     return _collected.get() is not None
 
 
-def mark(preactivations: Tensor, curvature: Tensor, *, batch_dim: int = 1, mask: Tensor | None = None) -> None:
+def mark(
+    preactivations: Tensor, curvature: Tensor, *, batch_dim: int = 1, mask: Tensor | None = None
+) -> None:
     """Register hidden units for structural damping; does nothing unless :func:`wanted`.
 
     The distance is the mean over sequences of the sum over valid steps and units, so with ``B`` sequences the
@@ -53,7 +55,7 @@ def mark(preactivations: Tensor, curvature: Tensor, *, batch_dim: int = 1, mask:
         ValueError: if ``curvature`` has another shape than ``preactivations``.
     """
     collected = _collected.get()
-    if collected is None or not preactivations.requires_grad:
+    if collected is None:
         return
     if curvature.shape != preactivations.shape:
         raise ValueError(

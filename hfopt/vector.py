@@ -18,7 +18,8 @@ def dot(a: Tensor, b: Tensor) -> float:
     if a.device.type != "cpu" or a.numel() <= _BLOCK:
         return float(torch.dot(a.double(), b.double()))
     return sum(
-        float(torch.dot(x.double(), y.double())) for x, y in zip(a.split(_BLOCK), b.split(_BLOCK), strict=True)
+        float(torch.dot(x.double(), y.double()))
+        for x, y in zip(a.split(_BLOCK), b.split(_BLOCK), strict=True)
     )
 
 
@@ -50,7 +51,9 @@ class ParameterVector:
                     "a complex parameter as torch.view_as_real and rebuild it in the forward pass)"
                 )
             if p.layout != torch.strided:
-                raise ValueError(f"params[{i}] has layout {p.layout}; only dense (strided) parameters are supported")
+                raise ValueError(
+                    f"params[{i}] has layout {p.layout}; only dense (strided) parameters are supported"
+                )
             if p.device != self.params[0].device:
                 raise ValueError(
                     f"params[0] is on {self.params[0].device} and params[{i}] on {p.device}; all must be on one device"
@@ -81,7 +84,10 @@ class ParameterVector:
 
     def cast_views(self, flat: Tensor) -> list[Tensor]:
         """Like :meth:`views`, each piece in its parameter's dtype."""
-        return [v if v.dtype == p.dtype else v.to(p.dtype) for v, p in zip(self.views(flat), self.params, strict=True)]
+        return [
+            v if v.dtype == p.dtype else v.to(p.dtype)
+            for v, p in zip(self.views(flat), self.params, strict=True)
+        ]
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the parameters, to be given back to :meth:`restore`."""

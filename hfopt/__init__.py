@@ -1,0 +1,27 @@
+"""Hessian-free optimization for PyTorch: Gauss-Newton products, conjugate gradients, damping."""
+
+from hfopt.cg import CG
+from hfopt.curvature import Damped, Fisher, GaussNewton, Hessian
+from hfopt.damping import FixedDamping, LevenbergMarquardt
+from hfopt.errors import ClosureError, HfoptError, NotDifferentiable
+from hfopt.linesearch import LineSearch
+from hfopt.optimizer import HessianFree
+from hfopt.preconditioner import EmpiricalFisherDiagonal
+from hfopt.stats import StepStats
+
+__all__ = [
+    "CG",
+    "ClosureError",
+    "Damped",
+    "EmpiricalFisherDiagonal",
+    "Fisher",
+    "FixedDamping",
+    "GaussNewton",
+    "Hessian",
+    "HessianFree",
+    "HfoptError",
+    "LevenbergMarquardt",
+    "LineSearch",
+    "NotDifferentiable",
+    "StepStats",
+]

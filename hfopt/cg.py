@@ -1,0 +1,266 @@
+"""Preconditioned conjugate gradients for ``A x = b``, made for truncated Newton steps.
+
+Minimises the quadratic model ``phi(x) = x'Ax/2 - b'x`` and stops on little relative progress (Martens, "Deep learning
+via Hessian-free optimization", ICML 2010, section 4.4), keeping iterates on the way for backtracking (section 4.6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hfopt.vector import dot, norm
+
+
+class LinearMap(Protocol):
+    """Anything with a product: ``multiply(v, out)`` writes ``A v`` to ``out`` and returns it."""
+
+    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """``A v``."""
+
+
+@dataclass(frozen=True)
+class CGCheck:
+    """One line of the table of checks.
+
+    Attributes:
+        iteration: number of CG iterations done.
+        model: ``phi`` there, damping included.
+        residual: ``|b - A x|``, as the recurrence has it.
+        norm: ``|x|``.
+        evaluation: change of the loss on the evaluation data at this iterate, where backtracking has looked; else None.
+    """
+
+    iteration: int
+    model: float
+    residual: float
+    norm: float
+    evaluation: float | None = None
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """A stored iterate ``x (P,)`` after ``iteration`` iterations, with its ``phi``."""
+
+    iteration: int
+    x: Tensor
+    phi: float
+
+
+@dataclass
+class Solution:
+    """What a solve found.
+
+    Attributes:
+        x: the last iterate, (P,).
+        iterates: those kept for backtracking, the last one always among them.
+        reason: ``"progress"``, ``"residual"``, ``"iterations"``, ``"negative curvature"``, ``"not finite"`` or ``"stopped"``.
+        iterations: number of CG iterations.
+        products: number of products with A.
+        checks: one row every ``check_every`` iterations and for the last.
+    """
+
+    x: Tensor
+    iterates: list[Iterate]
+    reason: str
+    iterations: int
+    products: int
+    checks: list[CGCheck] = field(default_factory=list)
+
+
+@dataclass
+class CG:
+    """Settings of the solver.
+
+    Args:
+        max_iterations: at most this many iterations a solve (Martens 2010: 250).
+        min_iterations: the progress rule is not applied before this many.
+        tolerance: eps of the progress rule: stop when ``phi_i < 0`` and ``(phi_i - phi_{i-k}) / phi_i < k eps`` with
+            ``k = max(10, ceil(0.1 i))`` (Martens 2010: 5e-4); 0 switches the rule off.
+        residual: stop when ``|b - A x| <= residual |b|``.
+        decay: a step starts CG at this multiple of the last CG solution (Martens' code: 0.95); 0 starts at zero.
+        growth: iterates are kept at ``ceil(5 growth^j)`` and at the end (Martens 2010, section 4.6: 1.3).
+        check_every: iterations between rows of the table of checks.
+        repair_every: recompute ``r = b - A x`` from scratch every so many iterations, at one product each; 0: never.
+    """
+
+    max_iterations: int = 250
+    min_iterations: int = 1
+    tolerance: float = 5e-4
+    residual: float = 1e-10
+    decay: float = 0.95
+    growth: float = 1.3
+    check_every: int = 10
+    repair_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_iterations < 1 or self.min_iterations < 1 or self.min_iterations > self.max_iterations:
+            raise ValueError(
+                f"iterations must satisfy 1 <= min_iterations <= max_iterations, but are {self.min_iterations} and "
+                f"{self.max_iterations}"
+            )
+        if not (self.tolerance >= 0 and self.residual >= 0 and 0 <= self.decay <= 1 and self.growth > 1):
+            raise ValueError(
+                f"tolerance and residual must be >= 0, decay in [0, 1], growth > 1, but are {self.tolerance}, "
+                f"{self.residual}, {self.decay}, {self.growth}"
+            )
+        if self.check_every < 1 or self.repair_every < 0:
+            raise ValueError(
+                f"check_every must be positive and repair_every not negative, but are {self.check_every}, "
+                f"{self.repair_every}"
+            )
+
+    def stored_iterations(self) -> set[int]:
+        """``ceil(5 growth^j)`` up to the largest number of iterations."""
+        kept, value = set(), 5.0
+        while math.ceil(value) <= self.max_iterations:
+            kept.add(math.ceil(value))
+            value *= self.growth
+        return kept
+
+    def progress_is_little(self, history: list[float]) -> bool:
+        """Martens' rule on ``phi_0, ..., phi_i``."""
+        i = len(history) - 1
+        k = max(10, math.ceil(0.1 * i))
+        if self.tolerance == 0 or i <= k or i < self.min_iterations:
+            return False
+        now, then = history[i], history[i - k]
+        return now < 0 and (now - then) / now < k * self.tolerance
+
+    def solve(
+        self,
+        op: LinearMap,
+        b: Tensor,
+        x0: Tensor | None = None,
+        preconditioner: Callable[[Tensor], Tensor] | None = None,
+        stop: Callable[[int, Tensor, float], bool] | None = None,
+    ) -> Solution:
+        """Minimise ``phi`` from ``x0``.
+
+        On a direction of negative or zero curvature the iteration ends; if it is the first direction, and nothing better
+        is known, the answer is that direction with the step its curvature's absolute value would give.
+
+        Args:
+            op: A (P, P), symmetric.
+            b: right-hand side (P,).
+            x0: start (P,); None: zero.
+            preconditioner: ``z = M^-1 r`` for a fixed symmetric positive definite M; None: identity.
+            stop: called at every check with (iteration, x, phi); True ends the solve ("stopped").
+
+        Raises:
+            ValueError: ``b`` or ``x0`` of another shape, or a right-hand side that is not finite.
+        """
+        if b.dim() != 1 or (x0 is not None and x0.shape != b.shape):
+            raise ValueError(
+                f"b must be flat and x0 of its shape, but they have shapes {b.shape} and {x0 and x0.shape}"
+            )
+        size_b = norm(b)
+        if not math.isfinite(size_b):
+            raise ValueError("the right-hand side b is not finite")
+        run = _Run(self, op, b, x0, preconditioner)
+        return run.iterate(size_b, stop)
+
+
+class _Run:
+    """The vectors of one solve; updated in place, allocated once."""
+
+    def __init__(
+        self,
+        options: CG,
+        op: LinearMap,
+        b: Tensor,
+        x0: Tensor | None,
+        preconditioner: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.o, self.op, self.b, self.precondition = options, op, b, preconditioner
+        self.products = 0
+        self.scratch = torch.empty_like(b)
+        zero_start = x0 is None or not bool(x0.any())
+        self.x = torch.zeros_like(b) if x0 is None else x0.clone()
+        self.r = b.clone()
+        if not zero_start:
+            self.residual_from_scratch()
+        self.kept: list[Iterate] = []
+        self.checks: list[CGCheck] = []
+        self.history = [self.phi()]
+
+    def multiply(self, v: Tensor) -> Tensor:
+        self.products += 1
+        return self.op.multiply(v, self.scratch)
+
+    def residual_from_scratch(self) -> None:
+        torch.sub(self.b, self.multiply(self.x), out=self.r)
+
+    def phi(self) -> float:
+        """``-(b + r)'x / 2``: the model's value without another product."""
+        return -0.5 * (dot(self.b, self.x) + dot(self.r, self.x))
+
+    def check(self, i: int) -> None:
+        self.checks.append(CGCheck(i, self.history[-1], norm(self.r), norm(self.x)))
+
+    def keep(self, i: int) -> None:
+        if not self.kept or self.kept[-1].iteration != i:
+            self.kept.append(Iterate(i, self.x.clone(), self.history[-1]))
+
+    def done(self, reason: str, i: int) -> Solution:
+        self.keep(i)
+        if not self.checks or self.checks[-1].iteration != i:
+            self.check(i)
+        return Solution(self.x, self.kept, reason, i, self.products, self.checks)
+
+    def iterate(self, size_b: float, stop: Callable[[int, Tensor, float], bool] | None) -> Solution:
+        o, stored = self.o, self.o.stored_iterations()
+        if self.history[0] != 0.0:
+            self.keep(0)
+        z = self.r if self.precondition is None else self.precondition(self.r)
+        d = z.clone()
+        rz = dot(self.r, z)
+        for i in range(o.max_iterations + 1):
+            residual = rz**0.5 if self.precondition is None and rz >= 0 else norm(self.r)
+            if not math.isfinite(rz) or not math.isfinite(residual):
+                return self.back_off("not finite", i)
+            if residual <= o.residual * size_b or rz == 0:
+                return self.done("residual", i)
+            if i == o.max_iterations:
+                return self.done("iterations", i)
+            ad = self.multiply(d)
+            curvature = dot(d, ad)
+            if not math.isfinite(curvature):
+                return self.back_off("not finite", i)
+            if curvature <= 0:
+                if i == 0 and curvature < 0:
+                    self.x.add_(d, alpha=rz / -curvature)
+                    self.history.append(-abs(rz))
+                    return self.done("negative curvature", 1)
+                return self.done("negative curvature", i)
+            alpha = rz / curvature
+            self.x.add_(d, alpha=alpha)
+            self.r.add_(ad, alpha=-alpha)
+            if o.repair_every and (i + 1) % o.repair_every == 0:
+                self.residual_from_scratch()
+            self.history.append(self.phi())
+            if i + 1 in stored:
+                self.keep(i + 1)
+            if (i + 1) % o.check_every == 0:
+                self.check(i + 1)
+                if stop is not None and stop(i + 1, self.x, self.history[-1]):
+                    return self.done("stopped", i + 1)
+            if o.progress_is_little(self.history):
+                return self.done("progress", i + 1)
+            z = self.r if self.precondition is None else self.precondition(self.r)
+            rz, old = dot(self.r, z), rz
+            d.mul_(rz / old).add_(z)
+        raise AssertionError("unreachable")
+
+    def back_off(self, reason: str, i: int) -> Solution:
+        """End at the last iterate that was stored while all was finite."""
+        if math.isfinite(self.history[-1]) and bool(torch.isfinite(self.x).all()):
+            return self.done(reason, i)
+        last = self.kept[-1] if self.kept else Iterate(0, torch.zeros_like(self.b), 0.0)
+        self.kept = self.kept or [last]
+        return Solution(last.x, self.kept, reason, i, self.products, self.checks)

@@ -1,0 +1,443 @@
+"""Curvature matrices as operators: ``op @ v`` about a fixed point, built once and multiplied many times.
+
+    Gauss-Newton   G = J' H_L J + d2R/dtheta2        (Schraudolph, Neural Computation 2002)
+    Hessian        H = d2L/dtheta2                   (Pearlmutter, Neural Computation 1994)
+    Fisher         F = E[J' g g' J]                  with g = dL/dz for targets drawn from the model, or the data's own
+
+All are symmetric (P, P); G and F are positive semi-definite for convex losses and regularisers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from hfopt import graph
+from hfopt.closure import Closure, Trace, outputs_again, trace
+from hfopt.errors import ClosureError
+from hfopt.frozen import Frozen
+from hfopt.linearisation import (
+    DOUBLE_BACKWARD_MEMORY,
+    POLICIES,
+    DoubleBackward,
+    Linearisation,
+    Linearize,
+    Recompute,
+    available_bytes,
+    not_differentiable,
+)
+from hfopt.output_space import Matching, OutputSpace, output_space
+from hfopt.vector import ParameterVector
+
+V = TypeVar("V", Tensor, "list[Tensor]")
+Maybe = list["Tensor | None"]
+
+
+class Operator(ABC):
+    """A symmetric linear map on parameter space.
+
+    ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the parameters,
+    and answers in kind. ``products`` counts the vectors multiplied so far.
+    """
+
+    def __init__(self, vector: ParameterVector) -> None:
+        self.vector = vector
+        self.products = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, P)."""
+        return self.vector.size, self.vector.size
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters' device."""
+        return self.vector.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of flat vectors."""
+        return self.vector.dtype
+
+    @abstractmethod
+    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """The product with one flat vector (P,), written to ``out`` if that is given."""
+
+    @overload
+    def __matmul__(self, v: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, v: Sequence[Tensor]) -> list[Tensor]: ...
+    def __matmul__(self, v: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """``op v``.
+
+        Raises:
+            ValueError: another shape, dtype or device than the parameters'.
+        """
+        if isinstance(v, Tensor):
+            self._check(v)
+            if v.dim() == 1:
+                return self.multiply(v)
+            return (
+                torch.stack([self.multiply(column) for column in v.unbind(1)], 1) if v.shape[1] else v.clone()
+            )
+        tensors = list(v)
+        shapes = [tuple(p.shape) for p in self.vector.params]
+        if [tuple(t.shape) for t in tensors] != shapes:
+            raise ValueError(
+                f"v has tensors of shapes {[tuple(t.shape) for t in tensors]}, but the parameters {shapes}"
+            )
+        return self.vector.cast_views(self.multiply(self.vector.flatten(tensors)))
+
+    def _check(self, v: Tensor) -> None:
+        if v.dim() not in (1, 2) or v.shape[0] != self.vector.size:
+            raise ValueError(
+                f"v has shape {tuple(v.shape)}, but must be (P,) or (P, k) with P = {self.vector.size}"
+            )
+        if v.dtype != self.dtype or v.device != self.device:
+            raise ValueError(
+                f"v is {v.dtype} on {v.device}, but the parameters are {self.dtype} on {self.device}"
+            )
+
+    def to_dense(self) -> Tensor:
+        """The matrix (P, P), by P products; for tests and tiny models."""
+        return self @ torch.eye(self.vector.size, dtype=self.dtype, device=self.device)
+
+    def damped(self, damping: float, structural: float = 0.0, decay: float | Tensor = 0.0) -> Damped:
+        """``op + damping (I + structural S) + decay``; see :class:`Damped`."""
+        return Damped(self, damping, structural, decay)
+
+
+class Damped(Operator):
+    """``A = B + lambda I + lambda mu S + diag(c)``, S the structural-damping matrix of B; one pass for all.
+
+    Args:
+        base: the operator B.
+        damping: lambda >= 0.
+        structural: mu >= 0; needs a base that was built with ``structural=True``.
+        decay: c >= 0, the curvature of an L2 penalty ``c/2 |theta|^2``: a number, or a flat vector (P,).
+    """
+
+    def __init__(
+        self, base: Operator, damping: float, structural: float = 0.0, decay: float | Tensor = 0.0
+    ) -> None:
+        super().__init__(base.vector)
+        if structural and not isinstance(base, GaussNewton):
+            raise ValueError(
+                f"structural damping needs a Gauss-Newton or Fisher operator, not {type(base).__name__}"
+            )
+        if not damping >= 0 or not structural >= 0:
+            raise ValueError(
+                f"damping and structural must not be negative, but are {damping} and {structural}"
+            )
+        self.base, self.damping, self.structural, self.decay = base, damping, structural, decay
+
+    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """``B v + lambda v + lambda mu S v + c v``."""
+        self.products += 1
+        if self.structural and isinstance(self.base, GaussNewton):
+            out = self.base.multiply(v, out, structural=self.damping * self.structural)
+        else:
+            out = self.base.multiply(v, out)
+        if isinstance(self.decay, Tensor):
+            return out.add_(v, alpha=self.damping).addcmul_(v, self.decay)
+        return out.add_(v, alpha=self.damping + self.decay)
+
+
+class _Local(Operator):
+    """What operators built from a closure share: parameters, the loss and its gradient at the point."""
+
+    loss: Tensor  # 0-dim, detached
+    gradient: Tensor  # flat (P,)
+    result: Any  # what an optimizer's step returns for this run of the closure
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        if isinstance(params, Tensor):
+            raise TypeError("params must be an iterable of tensors, not one tensor; write [tensor]")
+        super().__init__(ParameterVector(p for p in params if p.requires_grad))
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters theta that require a gradient."""
+        return self.vector.params
+
+
+class GaussNewton(_Local):
+    """``G = J' H_L J + d2R/dtheta2`` of the loss that a closure computes, about the parameters' present values.
+
+    The point is fixed: changing a parameter in place afterwards makes a product raise, since the graph is kept.
+
+    Args:
+        closure: computes the loss, as in :meth:`hfopt.HessianFree.step`; it is run once here.
+        params: the parameters theta; those that do not require a gradient are left out.
+        structural: collect hidden states, so that ``op.damped(lambda, mu)`` can damp them.
+        linearisation: ``"auto"``, ``"double-backward"``, ``"linearize"`` or ``"recompute"``
+            (see :mod:`hfopt.linearisation`).
+        memory_budget: bytes that the kept graph may take under ``"auto"``; default: 80% of what is free.
+        loss: a function of what the closure returns, in place of a criterion of torch.nn.functional.
+        outputs: the module whose results are the network's outputs.
+
+    Attributes:
+        gradient: of the loss, flat (P,).
+        loss: its value.
+        linearisation: the policy that was taken (``.linearisation.name``).
+
+    Raises:
+        ClosureError: the loss could not be taken apart into outputs and criteria.
+        NotDifferentiable: no policy works for the model.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        *,
+        structural: bool = False,
+        linearisation: str = "auto",
+        memory_budget: int | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        outputs: nn.Module | None = None,
+        frozen: Frozen | None = None,
+    ) -> None:
+        super().__init__(params)
+        if linearisation not in POLICIES:
+            raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
+        self._closure, self._loss, self._module = closure, loss, outputs
+        self._frozen = Frozen(self.device) if frozen is None else frozen
+        with self._frozen.run(), differentiable_attention():
+            seen = trace(closure, loss=loss, outputs=outputs, hidden=structural)
+        self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
+        self.space: OutputSpace = output_space(seen, self.params)
+        self._hidden = [h.weight for h in seen.hidden if h.preactivations.requires_grad]
+        if structural and not self._hidden:
+            raise ClosureError(
+                "structural damping is asked for, but no hidden state was marked in the closure: use hfopt's recurrences or "
+                "call hfopt.structural.mark in the model, or set structural to 0"
+            )
+        heads = [
+            *self.space.outputs,
+            *(h.preactivations for h in seen.hidden if h.preactivations.requires_grad),
+        ]
+        self._sites = self._where(seen)
+        self._count = len(self.space.outputs)
+        self.linearisation, gradient = self._linearise(linearisation, heads, memory_budget)
+        self.gradient = self.vector.flatten(gradient)
+        self._add_into(self.gradient, self.space.direct)
+        if self.linearisation.name == "recompute":
+            self.space.outputs = [z.detach() for z in self.space.outputs]
+
+    def _where(self, seen: Trace) -> tuple[str, list[tuple[int, int]]]:
+        kind = "module" if self._module else "loss" if self._loss else "criteria" if seen.calls else "result"
+        return kind, [seen.sites[id(z)] for z in self.space.outputs]
+
+    def _again(self) -> list[Tensor]:
+        kind, sites = self._sites
+        with self._frozen.again(), torch.enable_grad(), differentiable_attention():
+            return outputs_again(self._closure, kind, sites, module=self._module, hidden=bool(self._hidden))
+
+    def _linearise(self, policy: str, heads: list[Tensor], budget: int | None) -> tuple[Linearisation, Maybe]:
+        """The linearisation and the gradient ``J' dL/dz``."""
+        at = [*self.space.cotangents, *(torch.zeros_like(w) for w in self._hidden)]
+        if policy == "auto":
+            return self._automatic(heads, at, budget)
+        if policy == "double-backward":
+            double = DoubleBackward(heads, self.params, at)
+            return double, double.gradient
+        lin: Linearisation
+        if policy == "linearize":
+            lin = Linearize(heads, self.params, self._again)
+            return lin, lin.vjp(at)
+        gradient = torch.autograd.grad(
+            heads, self.params, at, allow_unused=True, retain_graph=not isinstance(self.space, Matching)
+        )
+        return Recompute(self.params, self._again), list(gradient)
+
+    def _automatic(
+        self, heads: list[Tensor], at: list[Tensor], budget: int | None
+    ) -> tuple[Linearisation, Maybe]:
+        if budget is None:
+            budget = int(0.8 * available_bytes(self.device))
+        need = int((DOUBLE_BACKWARD_MEMORY - 1) * graph.saved_bytes(heads, self.params))
+        if need > budget:
+            warnings.warn(
+                f"the graph for cached products would take {need / 2**20:.0f} MiB more, over the budget of "
+                f"{budget / 2**20:.0f} MiB: every product runs the model again (about twice as slow). Use a smaller "
+                "curvature batch, or raise memory_budget",
+                stacklevel=4,
+            )
+            return self._linearise("recompute", heads, budget)
+        attempts: dict[str, Exception] = {}
+        for policy in ("double-backward", "linearize"):
+            try:
+                lin, gradient = self._linearise(policy, heads, budget)
+                if policy == "double-backward":
+                    # An operation without a second derivative shows only when the graph is used.
+                    lin.jvp([torch.zeros_like(p) for p in self.params])
+            except (RuntimeError, NotImplementedError) as error:
+                attempts[policy] = error
+                continue
+            if attempts:
+                warnings.warn(
+                    f"products use {policy!r}, since double backward failed: {attempts}", stacklevel=4
+                )
+            return lin, gradient
+        raise not_differentiable(attempts)
+
+    def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
+        """``G v + structural * S v`` in one tangent and one adjoint pass."""
+        self.products += 1
+        vs = self.vector.cast_views(v)
+        u = self.linearisation.jvp(vs)
+        w, direct = self._output_product(u[: self._count], vs)
+        return self._pull(w, direct, u, structural, out)
+
+    def structural_product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """``S v = J_a' D'' J_a v``, hidden states' part alone."""
+        self.products += 1
+        u = self.linearisation.jvp(self.vector.cast_views(v))
+        return self._pull([None] * self._count, [None] * len(self.params), u, 1.0, out)
+
+    def structural_quadratic(self, v: Tensor) -> float:
+        """``v' S v = sum D'' (J_a v)^2``, by a tangent pass alone."""
+        u = self.linearisation.jvp(self.vector.cast_views(v))[self._count :]
+        return sum(
+            float((w * t * t).sum(dtype=torch.float64))
+            for t, w in zip(u, self._hidden, strict=True)
+            if t is not None
+        )
+
+    def _output_product(self, u: Maybe, v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
+        return self.space.product(u, v)
+
+    def _pull(self, w: Maybe, direct: Maybe, u: Maybe, structural: float, out: Tensor | None) -> Tensor:
+        if structural:
+            hidden: Maybe = [
+                None if t is None else t * weight * structural
+                for t, weight in zip(u[self._count :], self._hidden, strict=True)
+            ]
+        else:
+            hidden = [None] * len(self._hidden)
+        pulled = self.linearisation.vjp([*w, *hidden])
+        out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
+        self.vector.flatten_into(out, pulled)
+        self._add_into(out, direct)
+        return out
+
+    def _add_into(self, flat: Tensor, parts: Maybe) -> None:
+        for piece, part in zip(flat.split(self.vector.sizes), parts, strict=True):
+            if part is not None:
+                piece.add_(part.detach().reshape(-1))
+
+    def pull(self, cotangents: Sequence[Tensor]) -> Tensor:
+        """``J' w`` for one tensor per output, flat (P,)."""
+        return self.vector.flatten(self.linearisation.vjp([*cotangents, *([None] * len(self._hidden))]))
+
+
+class Fisher(GaussNewton):
+    """``F = sum_n s_n s_n'`` over cases and draws, ``s_n = J_n' g_n``: the loss's Fisher matrix by sampled or true targets.
+
+    With ``kind="sampled"`` the output gradients ``g`` are drawn from the model's own predictive distribution
+    (``E[g g'] = H_L``), so that ``E[F] = G``; drawn once, when the operator is built. With ``kind="empirical"`` they are the
+    gradients at the data's targets: for a mean over N cases ``F = (1/N) sum_n grad_n grad_n'``.
+
+    Args:
+        kind: ``"sampled"`` or ``"empirical"``.
+        samples: draws per case.
+        batch_dim: the outputs' dimension along which cases stand; gradients are summed over all others.
+        generator: for the draws; default: torch's global one.
+
+    The rest as for :class:`GaussNewton`. Source: Martens, JMLR 2020, sections 5 and 11.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        *,
+        kind: str = "sampled",
+        samples: int = 1,
+        batch_dim: int = 0,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        if kind not in ("sampled", "empirical"):
+            raise ValueError(f"kind is {kind!r}, but must be 'sampled' or 'empirical'")
+        if samples < 1:
+            raise ValueError(f"samples is {samples}, but must be at least 1")
+        super().__init__(closure, params, **options)
+        self.batch_dim = batch_dim
+        if kind == "sampled":
+            if not isinstance(self.space, Matching) or any(b.closed is None for b in self.space.blocks):
+                raise ClosureError(
+                    "a sampled Fisher matrix needs a criterion with a known distribution; use one of torch.nn.functional, "
+                    "kind='empirical', or the Gauss-Newton matrix"
+                )
+            self._draws = [
+                (z, samples**-0.5 * g) for _ in range(samples) for z, g in self._drawn(self.space, generator)
+            ]
+        else:
+            cotangents = [
+                t * z.shape[batch_dim] ** 0.5 if z.dim() else t
+                for z, t in zip(self.space.outputs, self.space.cotangents, strict=True)
+            ]
+            self._draws = list(enumerate(cotangents))
+
+    def _drawn(self, space: Matching, generator: torch.Generator | None) -> list[tuple[int, Tensor]]:
+        return [(b.where[0], b.closed.sample(generator)) for b in space.blocks if b.closed is not None]
+
+    def _output_product(self, u: Maybe, v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
+        _, direct = self.space.product([None] * len(u), v)
+        w: Maybe = [None] * len(u)
+        for i, g in self._draws:
+            if (t := u[i]) is not None:
+                others = [d for d in range(t.dim()) if d != self.batch_dim % t.dim()]
+                along = (g * t).sum(others, keepdim=True) if others else g * t
+                part, old = g * along, w[i]
+                w[i] = part if old is None else old + part
+        return w, direct
+
+
+class Hessian(_Local):
+    """``H = d2L/dtheta2`` by a cached double backward pass; symmetric, and indefinite away from minima.
+
+    Args:
+        closure: computes the loss by any differentiable operations.
+        params: the parameters theta.
+        loss: a function of what the closure returns, if that is not the loss.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        *,
+        loss: Callable[..., Tensor] | None = None,
+        frozen: Frozen | None = None,
+    ) -> None:
+        super().__init__(params)
+        with (frozen or Frozen(self.device)).run(), differentiable_attention():
+            seen = trace(closure, loss=loss, cut=False)
+        self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
+        grads = torch.autograd.grad(seen.total, self.params, create_graph=True, allow_unused=True)
+        self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        self.gradient = self.vector.flatten(grads)
+
+    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """``H v = d<grad L, v>/dtheta``."""
+        self.products += 1
+        vs = self.vector.cast_views(v)
+        parts: Sequence[Tensor | None] = [None] * len(self.params)
+        if self._live:
+            heads, tangents = [g for _, g in self._live], [vs[i] for i, _ in self._live]
+            parts = torch.autograd.grad(heads, self.params, tangents, retain_graph=True, allow_unused=True)
+        out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
+        return self.vector.flatten_into(out, parts)
+
+
+def differentiable_attention() -> Any:
+    """Only the plain form of scaled dot-product attention can be differentiated twice."""
+    return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)

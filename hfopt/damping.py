@@ -1,0 +1,144 @@
+"""Damping: how far the quadratic model is trusted.
+
+``A = G + lambda I`` (+ structural terms). A rule holds ``lambda`` and changes it by the reduction ratio
+
+    rho = [f(theta + p) - f(theta)] / q(p),     q(p) = g'p + p'Gp/2  without the damping terms.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+class Damping(ABC):
+    """A rule for lambda. ``value`` is None until the first step has set it."""
+
+    value: float | None = None
+
+    @abstractmethod
+    def start(self, value: float) -> None:
+        """Take over the lambda that the first step was calibrated to."""
+
+    @abstractmethod
+    def update(self, rho: float, accepted: bool) -> None:
+        """Change lambda after a step with ratio ``rho`` (NaN and infinities are allowed)."""
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the first step is to choose lambda."""
+        return self.value is None
+
+    def state_dict(self) -> dict[str, float | None]:
+        """All that the next update depends on."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.value = state["value"]
+
+
+@dataclass
+class FixedDamping(Damping):
+    """The same lambda at every step."""
+
+    constant: float
+
+    def __post_init__(self) -> None:
+        _check(constant=self.constant)
+        self.value = self.constant
+
+    def start(self, value: float) -> None:
+        """Nothing to do."""
+
+    def update(self, rho: float, accepted: bool) -> None:
+        """Nothing to do."""
+
+
+@dataclass
+class LevenbergMarquardt(Damping):
+    """``lambda *= 3/2`` if ``rho < 1/4`` or NaN, ``lambda *= 2/3`` if ``rho > 3/4`` (Martens 2010, section 4.1).
+
+    Args:
+        initial: lambda of the first step; None: the first step finds it, starting from the curvature along the
+            gradient, so that it need not be chosen and scales with the loss.
+        increase, decrease: the two factors.
+        low, high: the two thresholds of rho.
+        rejected: the factor after a step that was not taken. More than ``increase``, so that a wrong start or one bad
+            batch costs few steps.
+        minimum, maximum: bounds of lambda; None: 1e-10 and 1e10 times the first step's.
+    """
+
+    initial: float | None = None
+    increase: float = 1.5
+    decrease: float = 2 / 3
+    low: float = 0.25
+    high: float = 0.75
+    rejected: float = 4.0
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(initial=self.initial, minimum=self.minimum, maximum=self.maximum)
+        if self.initial == 0:
+            raise ValueError("initial is 0, which no factor changes; use FixedDamping(0) for no damping")
+        if not (0 < self.decrease <= 1 <= self.increase and self.rejected >= 1 and self.low <= self.high):
+            raise ValueError(
+                "need 0 < decrease <= 1 <= increase, rejected >= 1 and low <= high, but they are "
+                f"{self.decrease}, {self.increase}, {self.rejected}, {self.low}, {self.high}"
+            )
+        self.value = self.initial
+        self._reference = self.initial
+
+    def start(self, value: float) -> None:
+        """Begin at ``value``, which also sets the bounds that were left open."""
+        self._reference = value
+        self.value = self._clamped(value)
+
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest lambda."""
+        reference = 1.0 if self._reference is None else self._reference
+        low = 1e-10 * reference if self.minimum is None else self.minimum
+        high = 1e10 * reference if self.maximum is None else self.maximum
+        return low, max(low, high)
+
+    def _clamped(self, value: float) -> float:
+        low, high = self.bounds()
+        return min(max(value, low), high)
+
+    def update(self, rho: float, accepted: bool) -> None:
+        """See the class; a rejected step counts as bad whatever its rho."""
+        if self.value is None:
+            return
+        factor = 1.0
+        if not accepted:
+            factor = self.rejected
+        elif not rho >= self.low:  # true for NaN as well
+            factor = self.increase
+        elif rho > self.high and math.isfinite(rho):
+            factor = self.decrease
+        self.value = self._clamped(self.value * factor)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """lambda, and the reference of its bounds."""
+        return {"value": self.value, "reference": self._reference}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.value, self._reference = state["value"], state["reference"]
+
+
+def _check(**numbers: float | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and not (number >= 0 and math.isfinite(number)):
+            raise ValueError(f"{name} is {number}, but must be a finite number that is not negative")
+
+
+def as_damping(damping: float | Damping | None) -> Damping:
+    """A rule from what a user gives: None (calibrated), a number (lambda of the first step), or a rule."""
+    if isinstance(damping, Damping):
+        return damping
+    if damping == 0:
+        return FixedDamping(0.0)
+    return LevenbergMarquardt(damping)

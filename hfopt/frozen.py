@@ -1,0 +1,107 @@
+"""One function per step: every run of a closure inside a step sees the same random draws and the same buffers.
+
+Dropout draws, noise, and the running statistics of normalisation layers would make each evaluation another function.
+:class:`Frozen` remembers the random state before the first run and the buffers of every module as it was first called,
+and puts both back around each further run, so that a step draws once and updates running statistics once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class _Buffer:
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    version: int
+    before: Tensor
+
+    def changed(self) -> bool:
+        return self.module._buffers.get(self.name) is not self.tensor or self.tensor._version != self.version
+
+    def value(self) -> tuple[Tensor | None, Tensor]:
+        current = self.module._buffers.get(self.name)
+        return current, (self.tensor if current is None else current).detach().clone()
+
+    def set(self, tensor: Tensor | None, value: Tensor) -> None:
+        self.module._buffers[self.name] = tensor
+        if tensor is not None:
+            tensor.data.copy_(value)
+
+
+class Frozen:
+    """The random state and the module buffers that belong to one step."""
+
+    def __init__(self, device: torch.device) -> None:
+        """``device``: where the parameters are; a CUDA device's generator is frozen with the CPU's."""
+        self._device = device
+        self._random = self._random_state()
+        self._buffers: dict[tuple[int, str], _Buffer] = {}
+        self._modules: dict[int, nn.Module] = {}
+        self._started = False
+
+    def run(self) -> AbstractContextManager[None]:
+        """The context of the next run of a closure: :meth:`first` for the first one, :meth:`again` for all others."""
+        return self.again() if self._started else self.first()
+
+    def _random_state(self) -> tuple[Tensor, Tensor | None]:
+        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+        return torch.get_rng_state(), cuda
+
+    def _set_random_state(self, state: tuple[Tensor, Tensor | None]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], self._device)
+
+    def _see(self, module: nn.Module, _args: Any) -> None:
+        if id(module) in self._modules:
+            return
+        self._modules[id(module)] = module
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                self._buffers[id(module), name] = _Buffer(
+                    module, name, buffer, buffer._version, buffer.detach().clone()
+                )
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        handle = nn.modules.module.register_module_forward_pre_hook(self._see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The run whose draws and buffer updates stay."""
+        self._started = True
+        with self._watching():
+            yield
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """A further run: starts from the state before the first one, and leaves no trace."""
+        random = self._random_state()
+        known = [b for b in self._buffers.values() if b.changed()]
+        now = [b.value() for b in known]
+        self._set_random_state(self._random)
+        for b in known:
+            b.set(b.tensor, b.before)
+        try:
+            with self._watching():
+                yield
+        finally:
+            self._set_random_state(random)
+            fresh = [b for b in self._buffers.values() if b.changed() and not any(b is k for k in known)]
+            for b in fresh:
+                b.set(b.tensor, b.before)
+            for b, (tensor, value) in zip(known, now, strict=True):
+                b.set(tensor, value)

@@ -1,0 +1,53 @@
+"""Walks over an autograd graph: which parameters a loss reaches directly, and what a graph holds in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+
+def nodes(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> Iterator[Node]:
+    """Every node from which ``roots`` were computed, without passing beyond the nodes of ``stop`` (not yielded)."""
+    seen: set[Node] = set(stop)
+    stack = [t.grad_fn for t in roots if t.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(n for n, _ in node.next_functions if n is not None)
+
+
+def is_leaf_node(node: Node) -> bool:
+    """Whether ``node`` stands for a leaf tensor (a parameter) and not for an operation."""
+    return hasattr(node, "variable")
+
+
+def reached_leaves(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> set[int]:
+    """Identities of the leaf tensors that ``roots`` depend on other than through ``stop``."""
+    return {id(n.variable) for n in nodes(roots, stop) if hasattr(n, "variable")}
+
+
+def saved_bytes(roots: Iterable[Tensor], ignore: Iterable[Tensor]) -> int:
+    """Bytes of the distinct tensors that the graph of ``roots`` keeps for its backward pass, without those of ``ignore``."""
+    storages = {t.untyped_storage().data_ptr() for t in ignore}
+    total = 0
+    for node in nodes(roots):
+        for t in _saved_tensors(node):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in storages:
+                storages.add(storage.data_ptr())
+                total += storage.nbytes()
+    return total
+
+
+def _saved_tensors(node: Node) -> Iterator[Tensor]:
+    values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+    values += [getattr(node, "saved_tensors", ())]
+    for value in values:
+        for t in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(t, Tensor):
+                yield t

@@ -1,0 +1,189 @@
+"""The Hessian-free optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hfopt.cg import CG
+from hfopt.closure import Closure
+from hfopt.damping import Damping, as_damping
+from hfopt.linearisation import POLICIES
+from hfopt.linesearch import LineSearch
+from hfopt.preconditioner import Preconditioner, as_preconditioner
+from hfopt.stats import StepStats
+from hfopt.step import Step
+from hfopt.vector import ParameterVector
+
+CURVATURES = ("gauss-newton", "hessian", "fisher", "empirical-fisher")
+BACKTRACKING = ("walk", "smallest", "none")
+
+
+class HessianFree(Optimizer):
+    """Minimises a loss by truncated Newton steps: ``(G + lambda I) p = -g`` solved by conjugate gradients.
+
+    Takes the place of ``torch.optim.LBFGS`` with the closure unchanged. One step computes the gradient and, about the
+    same point, products ``G v`` with the curvature matrix; solves for p; goes back over CG's iterates and along p as the
+    loss asks; adapts lambda to how well the quadratic model predicted the change; and leaves the parameters exactly as
+    they were if nothing improved the loss. Large batches suit it: all evaluations inside a step must see the same data.
+
+    Args:
+        params: parameters or parameter groups; groups may have their own ``lr`` and ``weight_decay``.
+        lr: the longest step, as a multiple of CG's solution.
+        weight_decay: c of a penalty ``c/2 |theta|^2``, part of loss, gradient and curvature.
+        curvature: ``"gauss-newton"``, ``"hessian"``, ``"fisher"`` (targets sampled from the model) or ``"empirical-fisher"``.
+        damping: None (lambda found at the first step), a number (lambda of the first step), or a rule such as
+            :class:`hfopt.LevenbergMarquardt` or :class:`hfopt.FixedDamping`.
+        cg: settings of the solver, :class:`hfopt.CG`.
+        preconditioner: None, ``"empirical-fisher"`` or a :class:`hfopt.preconditioner.Preconditioner`.
+        line_search: :class:`hfopt.LineSearch`; None: the full step or none.
+        backtracking: over CG's stored iterates, by the evaluation loss: ``"walk"`` from the last one back while the loss
+            falls, ``"smallest"`` of all, ``"none"``.
+        structural: mu of structural damping (Martens & Sutskever 2011); needs models that mark their hidden states.
+        linearisation: see :mod:`hfopt.linearisation`.
+        memory_budget: bytes for the kept graph; default: 80% of what is free.
+        batch_dim: the outputs' dimension along which cases stand, for the Fisher matrices and preconditioner.
+        loss: a function of what the closure returns, if the loss is not a criterion of torch.nn.functional.
+        outputs: the module whose result is the network's output, everything after it being the loss.
+
+    Attributes:
+        stats: one :class:`hfopt.StepStats` per step of this object, the newest last.
+
+    Sources: Martens, ICML 2010; Martens & Sutskever, ICML 2011 and "Training deep and recurrent networks with
+    Hessian-free optimization", 2012.
+    """
+
+    stats: list[StepStats]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        *,
+        weight_decay: float = 0.0,
+        curvature: str = "gauss-newton",
+        damping: float | Damping | None = None,
+        cg: CG | None = None,
+        preconditioner: str | Preconditioner | None = None,
+        line_search: LineSearch | None = LineSearch(),  # noqa: B008 - a frozen set of numbers
+        backtracking: str = "walk",
+        structural: float = 0.0,
+        linearisation: str = "auto",
+        memory_budget: int | None = None,
+        batch_dim: int = 0,
+        loss: Callable[..., Tensor] | None = None,
+        outputs: nn.Module | None = None,
+    ) -> None:
+        _one_of("curvature", curvature, CURVATURES)
+        _one_of("backtracking", backtracking, BACKTRACKING)
+        _one_of("linearisation", linearisation, POLICIES)
+        if structural < 0:
+            raise ValueError(f"structural is {structural}, but must not be negative")
+        if structural and curvature == "hessian":
+            raise ValueError(
+                "structural damping needs curvature 'gauss-newton' or a Fisher matrix, not 'hessian'"
+            )
+        if loss is not None and outputs is not None:
+            raise ValueError("give loss= or outputs=, not both")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.curvature, self.backtracking = curvature, backtracking
+        self.structural, self.linearisation, self.memory_budget = structural, linearisation, memory_budget
+        self.batch_dim, self.loss, self.outputs = batch_dim, loss, outputs
+        self.damping = as_damping(damping)
+        self.cg = CG() if cg is None else cg
+        self.preconditioner = as_preconditioner(preconditioner)
+        self.line_search = LineSearch(max_tries=1) if line_search is None else line_search
+        self.stats = []
+        self.steps = 0
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with its own ``lr`` and ``weight_decay`` if given; its CG start is zero."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "weight_decay"):
+            if not float(group[name]) >= 0:
+                raise ValueError(f"{name} is {group[name]}, but must not be negative")
+        ParameterVector(p for g in self.param_groups for p in g["params"])
+
+    def step(  # type: ignore[override]
+        self, closure: Closure, *, curvature: Closure | None = None, evaluation: Closure | None = None
+    ) -> Any:
+        """One Hessian-free step.
+
+        Args:
+            closure: clears gradients, computes outputs, calls a criterion of torch.nn.functional (or its module), calls
+                ``backward()`` and returns the loss, as for LBFGS. ``backward()`` may be called several times, one batch each
+                (the loss is their sum), or not at all. It may also return ``(outputs, loss)``. It is run several times a
+                step and must then see the same data; random draws and running statistics are put back by the optimizer.
+            curvature: a closure on the data of the curvature products; default: ``closure``.
+            evaluation: a closure on the data that iterates, step lengths and rho are judged by; default: ``closure``.
+
+        Returns:
+            The loss that ``closure`` returned, before the step.
+
+        Raises:
+            ClosureError: the closure could not be understood; the message says what was found and how to go on.
+            NotDifferentiable: the model could not be linearised.
+        """
+        if closure is None:
+            raise ValueError("step() needs a closure that computes the loss, as torch.optim.LBFGS does")
+        step = Step(self, closure, curvature, evaluation)
+        result = step.run()
+        self.steps += 1
+        self.stats.append(dataclasses.replace(step.stats, step=self.steps))
+        return result
+
+    def trainable(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """(group, parameter) for every parameter that requires a gradient, in order."""
+        return [(g, p) for g in self.param_groups for p in g["params"] if p.requires_grad]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on: the parameters' CG start, lambda and the number of steps."""
+        state = super().state_dict()
+        state["hessian_free"] = {"steps": self.steps, "damping": self.damping.state_dict()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`, of an optimizer over parameters of the same shapes.
+
+        Raises:
+            ValueError: a state of another optimizer, or of other parameters.
+        """
+        if "hessian_free" not in state_dict:
+            raise ValueError(
+                "state_dict is not that of a HessianFree optimizer: the entry 'hessian_free' is missing"
+            )
+        own = state_dict["hessian_free"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "hessian_free"})
+        for _, p in self.trainable():
+            start = self.state[p].get("cg_start")
+            if start is not None and start.shape != p.shape:
+                raise ValueError(
+                    f"state_dict has a CG start of shape {tuple(start.shape)} for a parameter of shape {tuple(p.shape)}"
+                )
+        self.steps = int(own["steps"])
+        self.damping.load_state_dict(own["damping"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: everything but what torch attaches and makes anew."""
+        kept = (
+            "curvature",
+            "backtracking",
+            "structural",
+            "linearisation",
+            "memory_budget",
+            "batch_dim",
+            "loss",
+        )
+        more = ("outputs", "damping", "cg", "preconditioner", "line_search", "stats", "steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*kept, *more)}}
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,326 @@
+"""One step: gradient, curvature, solve, backtracking, line search, damping."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hfopt.cg import Iterate, Solution
+from hfopt.closure import Closure, differentiate, evaluate
+from hfopt.curvature import Fisher, GaussNewton, Hessian, Operator, differentiable_attention
+from hfopt.frozen import Frozen
+from hfopt.linesearch import LineSearchResult
+from hfopt.stats import StepStats
+from hfopt.vector import ParameterVector, dot, norm
+
+if TYPE_CHECKING:
+    from hfopt.optimizer import HessianFree
+
+# First step: lambda is tried over this many powers of ten, downwards from the curvature along the gradient.
+_CALIBRATION_TRIES = 8
+
+
+class Candidate:
+    """A step p that backtracking settled on, and how it was judged."""
+
+    def __init__(
+        self, solution: Solution, chosen: Iterate, p: Tensor, value: float, quadratic: float, rho: float
+    ) -> None:
+        self.solution, self.chosen, self.p = solution, chosen, p
+        self.value, self.quadratic, self.rho = value, quadratic, rho
+
+
+class Step:
+    """The state of one step; every quantity is computed once."""
+
+    stats: StepStats
+
+    def __init__(
+        self, optimizer: HessianFree, closure: Closure, curvature: Closure | None, evaluation: Closure | None
+    ) -> None:
+        self.o = optimizer
+        groups_params = optimizer.trainable()
+        self.vector = ParameterVector(p for _, p in groups_params)
+        self.closure, self.curvature = closure, curvature
+        self.evaluation = closure if evaluation is None else evaluation
+        self.own_evaluation = evaluation is not None
+        self.frozen = Frozen(self.vector.device)
+        self.decay = self._per_parameter([float(g["weight_decay"]) for g, _ in groups_params])
+        self.rate = self._per_parameter([float(g["lr"]) for g, _ in groups_params])
+        self.gradients = self.evaluations = self.products = 0
+        self.differentiates = False
+        self.evaluated: dict[int, float] = {}
+
+    def _per_parameter(self, values: list[float]) -> float | Tensor:
+        """A number if all parameters share it, else a flat vector (P,)."""
+        if len(set(values)) == 1:
+            return values[0]
+        sizes = torch.tensor(self.vector.sizes)
+        flat = torch.repeat_interleave(torch.tensor(values, dtype=self.vector.dtype), sizes)
+        return flat.to(self.vector.device)
+
+    # -- the parts of a step ---------------------------------------------------------------------------------------
+
+    def run(self) -> Any:
+        """Take the step and fill in ``stats``; returns what the closure returned."""
+        start = time.perf_counter()
+        loss, gradient, result = self.differentiate()
+        theta = self.vector.flatten(self.vector.params)
+        self.saved = self.vector.views(theta) if self._same_dtype() else self.vector.snapshot()
+        self.g = gradient + theta * self.decay if self._decays() else gradient
+        self.theta = theta
+        self.f0_plain = self.loss_alone() if self.own_evaluation else loss
+        self.f0 = self.f0_plain + self.penalty(theta)
+        self.loss = loss
+        if not (math.isfinite(self.f0) and math.isfinite(loss) and math.isfinite(norm(self.g))):
+            self._skip()
+        else:
+            self._solve_and_move()
+        for p, g in zip(self.vector.params, self.vector.cast_views(gradient), strict=True):
+            p.grad = g
+        self.stats = replace(self.stats, seconds=time.perf_counter() - start)
+        return result
+
+    def differentiate(self) -> tuple[float, Tensor, Any]:
+        """Loss and gradient; the operator comes with them unless it has a closure of its own."""
+        if self.curvature is None:
+            self.op = self.operator(self.closure)
+            loss, gradient, result = float(self.op.loss), self.op.gradient, self.op.result
+        else:
+            with self.frozen.run(), differentiable_attention():
+                value, result = differentiate(self.closure, self.vector.params, loss=self.o.loss)
+            loss, gradient = float(value), self.vector.flatten([p.grad for p in self.vector.params])
+            self.op = self.operator(self.curvature)
+        self.gradients += 1
+        self.differentiates = self.op.differentiates
+        return loss, gradient, result
+
+    def operator(self, closure: Closure) -> GaussNewton | Hessian:
+        """The curvature operator that the optimizer asks for."""
+        o = self.o
+        if o.curvature == "hessian":
+            return Hessian(closure, self.vector.params, loss=o.loss, frozen=self.frozen)
+        options: dict[str, Any] = {
+            "structural": o.structural > 0,
+            "linearisation": o.linearisation,
+            "memory_budget": o.memory_budget,
+            "loss": o.loss,
+            "outputs": o.outputs,
+            "frozen": self.frozen,
+        }
+        if o.curvature == "gauss-newton":
+            return GaussNewton(closure, self.vector.params, **options)
+        # Seeded by the step, so that a resumed run draws the same targets and the user's generator is left alone.
+        generator = torch.Generator(device=self.vector.device).manual_seed(o.steps)
+        kind = "sampled" if o.curvature == "fisher" else "empirical"
+        return Fisher(
+            closure, self.vector.params, kind=kind, batch_dim=o.batch_dim, generator=generator, **options
+        )
+
+    def _decays(self) -> bool:
+        return isinstance(self.decay, Tensor) or self.decay != 0.0
+
+    def _same_dtype(self) -> bool:
+        return all(p.dtype == self.vector.dtype for p in self.vector.params)
+
+    def penalty(self, theta: Tensor) -> float:
+        """``sum c/2 theta^2``."""
+        if not self._decays():
+            return 0.0
+        return 0.5 * dot(theta, theta * self.decay)
+
+    def loss_alone(self) -> float:
+        """The evaluation closure's loss at the present parameters."""
+        self.evaluations += 1
+        with self.frozen.run(), differentiable_attention():
+            value = evaluate(self.evaluation, loss=self.o.loss, differentiates=self.differentiates)
+        return float(value)
+
+    def f(self, direction: Tensor, length: float = 1.0) -> float:
+        """Loss and penalty at ``theta + length * direction``; the parameters come back to the bit."""
+        try:
+            self.vector.move(self.saved, direction, length)
+            value = self.loss_alone()
+        finally:
+            self.vector.restore(self.saved)
+        if self._decays():
+            value += self.penalty(self.theta + length * direction)
+        return value
+
+    # -- solve, backtrack, judge -----------------------------------------------------------------------------------
+
+    def cg_start(self) -> Tensor | None:
+        """The decayed last solution of CG, or None."""
+        starts = [self.o.state[p].get("cg_start") for p in self.vector.params]
+        if self.o.cg.decay == 0 or all(s is None for s in starts):
+            return None
+        return self.vector.flatten(starts).mul_(self.o.cg.decay)
+
+    def candidate(self, damping: float, x0: Tensor | None) -> Candidate:
+        """Solve with ``lambda = damping``, backtrack, and judge the step by rho."""
+        o = self.o
+        system = self.op.damped(damping, o.structural, self.decay)
+        if o.preconditioner is not None:
+            o.preconditioner.damp(damping, self.decay)
+        solution = o.cg.solve(system, -self.g, x0, o.preconditioner)
+        self.products += solution.products
+        chosen, p, value = self.backtrack(solution)
+        quadratic = self.quadratic(p, chosen, damping)
+        change = value - self.f0
+        rho = change / quadratic if quadratic < 0 and math.isfinite(change) else math.nan
+        return Candidate(solution, chosen, p, value, quadratic, rho)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The longest step along an iterate: ``lr x``."""
+        if isinstance(self.rate, Tensor):
+            return x * self.rate
+        return x if self.rate == 1.0 else x * self.rate
+
+    def backtrack(self, solution: Solution) -> tuple[Iterate, Tensor, float]:
+        """The iterate that the evaluation loss prefers, its step and loss."""
+        iterates = solution.iterates
+        best, p = iterates[-1], self.scaled(iterates[-1].x)
+        value = self.f(p)
+        self.evaluated = {best.iteration: value}
+        if self.o.backtracking == "none":
+            return best, p, value
+        for iterate in reversed(iterates[:-1]):
+            trial = self.scaled(iterate.x)
+            other = self.f(trial)
+            self.evaluated[iterate.iteration] = other
+            if other < value or not math.isfinite(value):
+                best, p, value = iterate, trial, other
+            elif self.o.backtracking == "walk" and value < self.f0:
+                break
+        return best, p, value
+
+    def quadratic(self, p: Tensor, chosen: Iterate, damping: float) -> float:
+        """``q(p) = g'p + p'(G + c)p/2``, without lambda and mu."""
+        if isinstance(self.rate, Tensor):
+            self.products += 1
+            curved = self.op.damped(0.0, 0.0, self.decay).multiply(p)
+            return dot(self.g, p) + 0.5 * dot(p, curved)
+        linear = dot(self.g, chosen.x)
+        curvature = 2.0 * (chosen.phi - linear)  # x'Ax
+        curvature -= damping * dot(chosen.x, chosen.x)
+        if self.o.structural and isinstance(self.op, GaussNewton):
+            curvature -= damping * self.o.structural * self.op.structural_quadratic(chosen.x)
+        return self.rate * linear + 0.5 * self.rate**2 * curvature
+
+    def calibrated(self) -> tuple[float, Candidate]:
+        """The first step's lambda, by trial: the largest decrease among those that the model foretells well.
+
+        Starts at the curvature along the gradient, ``g'Gg / g'g``, where lambda has the scale of the loss, and goes in powers
+        of ten: down as long as rho is above the rule's upper threshold and the loss falls further, up if it is below the
+        lower one.
+        """
+        self.products += 1
+        curved = self.op.damped(0.0, 0.0, self.decay).multiply(self.g)
+        gg = dot(self.g, self.g)
+        damping = abs(dot(self.g, curved)) / gg if gg > 0 else 0.0
+        if not (math.isfinite(damping) and damping > 0):
+            damping = math.sqrt(gg) if gg > 0 else 1.0
+        best = (damping, self.candidate(damping, None))
+        trusted = best[1].rho >= 0.25
+        for _ in range(_CALIBRATION_TRIES):
+            if trusted and not best[1].rho > 0.75:
+                break
+            damping = damping / 10 if trusted else damping * 10
+            trial = self.candidate(damping, None)
+            if trusted and not (trial.rho > 0.5 and trial.value < best[1].value):
+                break
+            best = (damping, trial)
+            if not trusted and trial.rho >= 0.25:
+                break
+        return best
+
+    # -- the move --------------------------------------------------------------------------------------------------
+
+    def _solve_and_move(self) -> None:
+        rule = self.o.damping
+        if self.o.preconditioner is not None:
+            self.o.preconditioner.refresh(self.op, self.o.steps)
+        if rule.calibrates:
+            damping, candidate = self.calibrated()
+            rule.start(damping)
+        else:
+            damping = rule.value or 0.0
+            candidate = self.candidate(damping, self.cg_start())
+        found = self.o.line_search.search(
+            lambda s: self.f(candidate.p, s), self.f0, dot(self.g, candidate.p), candidate.value
+        )
+        accepted = found.length > 0
+        if accepted:
+            self.vector.move(self.saved, candidate.p, found.length)
+            for p in self.vector.params:
+                torch.autograd.graph.increment_version(p)
+        rule.update(candidate.rho, accepted)
+        self._keep_start(candidate.solution.x if accepted else None)
+        self._record(damping, rule.value or 0.0, candidate, found)
+
+    def _keep_start(self, x: Tensor | None) -> None:
+        for i, p in enumerate(self.vector.params):
+            if x is None:
+                self.o.state[p].pop("cg_start", None)
+            else:
+                self.o.state[p]["cg_start"] = self.vector.views(x)[i].clone()
+
+    def _record(self, damping: float, new_damping: float, c: Candidate, found: LineSearchResult) -> None:
+        accepted = found.length > 0
+        moved = self.theta + found.length * c.p if self._decays() and accepted else self.theta
+        new_loss = found.value - self.penalty(moved) if accepted else self.f0_plain
+        rows = tuple(
+            replace(row, evaluation=self.evaluated[row.iteration] - self.f0)
+            if row.iteration in self.evaluated
+            else row
+            for row in c.solution.checks
+        )
+        self.stats = StepStats(
+            step=0,
+            loss=self.loss,
+            new_loss=new_loss,
+            evaluation_loss=self.f0_plain,
+            rho=c.rho,
+            damping=damping,
+            new_damping=new_damping,
+            structural=self.o.structural,
+            cg_iterations=c.solution.iterations,
+            cg_reason=c.solution.reason,
+            backtracked=c.chosen.iteration,
+            step_length=found.length * (self.rate if isinstance(self.rate, float) else 1.0),
+            line_search_tries=found.tries,
+            gradient_norm=norm(self.g),
+            solution_norm=norm(c.solution.x),
+            update_norm=found.length * norm(c.p),
+            quadratic=c.quadratic,
+            gradients=self.gradients,
+            products=self.products,
+            evaluations=self.evaluations,
+            accepted=accepted,
+            seconds=0.0,
+            linearisation=self._policy(),
+            checks=rows,
+        )
+
+    def _policy(self) -> str:
+        return self.op.linearisation.name if isinstance(self.op, GaussNewton) else type(self.op).__name__
+
+    def _skip(self) -> None:
+        """The loss or gradient is not finite: nothing can be computed from it."""
+        warnings.warn(
+            "the loss or its gradient is not finite before the step, so the step is skipped and the parameters stay: look "
+            "for NaN or infinity in this batch, or for parameters that have overflowed",
+            stacklevel=4,
+        )
+        nan = math.nan
+        value = self.o.damping.value or 0.0
+        self.stats = StepStats(
+            0, self.loss, self.f0_plain, self.f0_plain, nan, value, value, self.o.structural, 0, "no solve", 0, 0.0, 0,
+            norm(self.g), 0.0, 0.0, nan, self.gradients, self.products, self.evaluations, False, 0.0, self._policy(),
+        )  # fmt: skip
