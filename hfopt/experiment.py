@@ -1,0 +1,116 @@
+"""What an experiment asks of a data object, and the losses over several of its batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Batch(Protocol):
+    """Sequences of one batch: `inputs (T, B, V)`, and whatever the problem's losses look at."""
+
+    @property
+    def inputs(self) -> Tensor: ...
+
+
+class Problem(Protocol):
+    """A data object: batches by index, drawn anew after `forget()`, their loss and their error measure."""
+
+    @property
+    def train_batches(self) -> Sequence[int]: ...
+    @property
+    def test_batches(self) -> Sequence[int]: ...
+    def __call__(self, index: int, /) -> Any: ...
+    def size(self, batch: Any, /) -> int: ...
+    def forget(self) -> None: ...
+    def loss(self, outputs: Tensor, batch: Any, /) -> Tensor: ...
+    def zero_one_loss(self, outputs: Tensor, batch: Any, /) -> Tensor: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+def chosen_batches(
+    name: str, given: Sequence[int] | None, there: Sequence[int], default: list[int]
+) -> list[int]:
+    """The batches of a role: those given, or the default; ValueError if the problem does not have them."""
+    chosen = default if given is None else list(given)
+    foreign = [i for i in chosen if i not in there]
+    if foreign or not chosen:
+        raise ValueError(
+            f"{name}={chosen}: choose at least one of the problem's train_batches, {list(there)}"
+        )
+    return chosen
+
+
+def closure(
+    model: nn.Module, problem: Problem, indices: Sequence[int], optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], Tensor]:
+    """A closure of the mean loss over the scored outputs of some batches: batch i weighs `size(i) / sum of
+    sizes`.
+
+    With an optimizer it clears the gradients first and makes one backward pass per batch, so that only one
+    batch's graph is held at a time; without, the loss is returned with its graph.
+    """
+    batches = [problem(i) for i in indices]
+    weights = _weights([problem.size(batch) for batch in batches])
+
+    def loss_of_batches() -> Tensor:
+        if optimizer is not None:
+            optimizer.zero_grad()
+        total: Tensor | None = None
+        for batch, weight in zip(batches, weights, strict=True):
+            loss = problem.loss(model(batch.inputs), batch)
+            if weight != 1:
+                loss = loss * weight
+            if optimizer is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss = loss.detach()
+            total = loss if total is None else total + loss
+        assert total is not None
+        return total
+
+    return loss_of_batches
+
+
+def evaluate(model: nn.Module, problem: Problem, indices: Sequence[int]) -> tuple[float, float]:
+    """Mean loss over the scored outputs of some batches, and the share of their cases that are wrong.
+
+    The model is in evaluation mode meanwhile.
+    """
+    losses, sizes, wrong, cases = [], [], 0, 0
+    with torch.no_grad(), _evaluating(model):
+        for i in indices:
+            batch = problem(i)
+            outputs = model(batch.inputs)
+            losses.append(float(problem.loss(outputs, batch)))
+            sizes.append(problem.size(batch))
+            wrong += int(problem.zero_one_loss(outputs, batch))
+            cases += batch.inputs.shape[1]
+    return sum(weight * loss for weight, loss in zip(_weights(sizes), losses, strict=True)), wrong / cases
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all tensors together, summed in float64."""
+    return math.hypot(*(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) for t in tensors))
+
+
+def _weights(sizes: Sequence[int]) -> list[float]:
+    total = sum(sizes)
+    return [size / total for size in sizes]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the whole model; afterwards every module has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,176 @@
+"""What a run says while it goes on: a line per step on the terminal, blocks in the two text logs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfopt.runfile import DETAILED, RESULTS, RUN, Row
+
+_HEADING_EVERY = 20
+_PLAIN = f"{'step':>6} {'train loss':>12} {'test loss':>12} {'wrong %':>8}"
+_CURVED = f" {'lambda':>9} {'rho':>7} {'CG':>9} {'length':>7}"
+_TIMES = f" {'seconds':>8} {'total':>8}"
+
+
+class Progress:
+    """Aligned lines, one a step; `second_order` adds lambda, rho, CG iterations and step length."""
+
+    def __init__(self, *, second_order: bool) -> None:
+        self._second_order = second_order
+        self._lines = 0
+
+    def heading(self) -> str:
+        """The titles of the columns."""
+        return _PLAIN + (_CURVED if self._second_order else "") + _TIMES
+
+    def line(self, row: Row) -> str:
+        """The line of one step, preceded by the heading when it is due."""
+        heading = self.heading() + "\n" if self._lines % _HEADING_EVERY == 0 else ""
+        self._lines += 1
+        line = f"{row['step']:6d} {_loss(row['train_loss'])} {_loss(row['test_loss'])}"
+        line += f" {_percent(row['error_rate'])}"
+        if self._second_order:
+            line += self._second(row) if row["updated"] else " " * len(_CURVED)
+        line += f" {row['seconds']:8.2f} {row['total_seconds']:8.1f}"
+        if row["updated"] and not row["accepted"]:
+            line += "  rejected"
+        return heading + line
+
+    @staticmethod
+    def _second(row: Row) -> str:
+        if "damping" not in row:
+            return " " * len(_CURVED)
+        iterations = f"{row['backtracked']}/{row['cg_iterations']}"
+        return f" {row['damping']:9.2e} {_ratio(row['rho'])} {iterations:>9} {row['step_length']:7.3g}"
+
+
+def introduction(
+    model: torch.nn.Module, problem: Any, optimizer: Any, configuration: Mapping[str, Any], where: str
+) -> str:
+    """Two lines that say what begins: problem, model, optimizer, batches, threshold and place of the logs."""
+    count = sum(p.numel() for p in model.parameters())
+    device = next(model.parameters()).device
+    what = getattr(problem, "name", type(problem).__name__)
+    length = f" T={problem.T}" if hasattr(problem, "T") else ""
+    batches, threshold = configuration["batches"], configuration["driver"]["threshold"]
+    roles = f"{batches['per_step']} gradient"
+    if len(batches["roles"]) > 1:
+        roles += f", {len(batches['curvature'])} curvature, {len(batches['evaluation'])} evaluation"
+    success = f"below {100 * threshold:g}% wrong" if isinstance(threshold, float) else f"by {threshold}"
+    return (
+        f"{what}{length}: {type(model).__name__} with {count:,} parameters on {device}, "
+        f"{type(optimizer).__name__}\n"
+        f"batches: {roles}, {len(problem.test_batches)} test; success {success}; logs in {where}"
+    )
+
+
+def ending(outcome: str, step: int, seconds: float, saved_step: int | None) -> str:
+    """One sentence on how a run ended."""
+    took = f"{step} steps, {duration(seconds)}"
+    return {
+        "success": f"success after {took}",
+        "max_steps": f"no success within the limit: {took}",
+        "interrupted": f"interrupted and saved after {took}",
+        "diverged": f"the training loss is nan: given up after {took}; the last checkpoint is that of "
+        f"step {saved_step}",
+    }[outcome]
+
+
+def hints(path: Path, more: Mapping[str, str]) -> list[str]:
+    """Where the logs are and what to type next, as aligned lines; `more` adds to them or replaces them."""
+    where = short(path)
+    known = {
+        "logs": f"{where}: {RESULTS}, {DETAILED}, {RUN}",
+        "to look": f"hfopt show {where}    hfopt plot {where}",
+        "to go on": "hf.load(); hf.optimize(max_steps=...)",
+    }
+    return [f"  {what:<12} {command}" for what, command in {**known, **more}.items()]
+
+
+def short(path: Path) -> str:
+    """`path` as one would type it: relative where it lies below the current folder."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def block(row: Row, *, checks: Iterable[Row] | None = None) -> str:
+    """One step for the text logs; `checks` adds the table of CG checks."""
+    lines = [f"step {row['step']}"]
+
+    def say(name: str, value: str) -> None:
+        lines.append(f"    {name:<20} {value}")
+
+    say("train loss", f"{row['train_loss']:.6e}")
+    if math.isfinite(row["test_loss"]) or math.isfinite(row["error_rate"]):
+        say(
+            "test loss", f"{row['test_loss']:.6e}  (test - train {row['test_loss'] - row['train_loss']:+.3e})"
+        )
+        say("error rate", f"{100 * row['error_rate']:.3f}%")
+    if not row["updated"]:
+        say("seconds", f"{row['seconds']:.3f}  (total {row['total_seconds']:.1f})")
+        return "\n".join([*lines, ""]) + "\n"
+    say("gradient norm", f"{row['gradient_norm']:.6e}")
+    if "damping" in row:
+        say(
+            "lambda",
+            f"{row['damping']:.6e}, next {row['new_damping']:.6e}; structural mu {row['structural']:.4g}",
+        )
+        if checks is not None:
+            lines += check_table(checks)
+        say(
+            "CG", f"{row['cg_iterations']} iterations, iterate {row['backtracked']} taken; {row['cg_reason']}"
+        )
+        say("evaluation loss", f"{row['evaluation_loss']:.6e} -> {row['new_evaluation_loss']:.6e}")
+        say("model decrease", f"{row['quadratic']:.6e}  (undamped quadratic at the step)")
+        say("rho", f"{row['rho']:.4f}")
+        say("line search", f"step length {row['step_length']:.6g} after {row['line_search_tries']} tries")
+        say("norms", f"last iterate {row['solution_norm']:.6e}, step {row['update_norm']:.6e}")
+        say("work", f"{row['products']} products, {row['evaluations']} evaluations")
+    say("parameter norm", f"{row['parameter_norm']:.6e}")
+    if not row["accepted"]:
+        say("step", "rejected, the parameters are unchanged")
+    say(
+        "seconds",
+        f"{row['seconds']:.3f}, optimizer {row['optimizer_seconds']:.3f}  (total {row['total_seconds']:.1f})",
+    )
+    return "\n".join([*lines, ""]) + "\n"
+
+
+def check_table(checks: Iterable[Row]) -> list[str]:
+    """The CG checks of one step as aligned lines."""
+    lines = [
+        f"    {'iteration':>9} {'damped model':>15} {'|residual|':>13} {'|iterate|':>13} {'loss there':>14}"
+    ]
+    for check in checks:
+        loss = f"{check['evaluation']:14.6e}" if math.isfinite(check["evaluation"]) else " " * 14
+        numbers = f"{check['model']:15.6e} {check['residual']:13.6e} {check['norm']:13.6e}"
+        lines.append(f"    {check['iteration']:9d} {numbers} {loss}")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `48 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _loss(value: float) -> str:
+    return " " * 12 if math.isnan(value) else f"{value:12.5e}"
+
+
+def _percent(value: float) -> str:
+    return " " * 8 if math.isnan(value) else f"{100 * value:8.2f}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:7.3f}" if abs(value) < 1000 else f"{value:7.0e}"

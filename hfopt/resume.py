@@ -1,0 +1,141 @@
+"""What a run has in common with its continuation: settings are compared, generators restored."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+_SCALARS = (bool, int, float, str)
+
+
+def describe(value: Any) -> Any:
+    """`value` as nested dicts and lists of plain scalars; objects by their class and fields."""
+    if value is None or isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else f"tensor of shape {tuple(value.shape)}"
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        return [describe(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class": class_name(value), **fields}
+    if isinstance(value, type) or callable(value):
+        return getattr(value, "__qualname__", class_name(value))
+    return {"class": class_name(value), **_scalars(value)}
+
+
+def describe_problem(problem: Any) -> dict[str, Any]:
+    """Class, indices of the test batches, and public scalar attributes of a problem, its device left out."""
+    return {"class": class_name(problem), **_scalars(problem), "test_batches": list(problem.test_batches)}
+
+
+def describe_model(model: torch.nn.Module) -> dict[str, Any]:
+    """Class, printed form, and the type and shape of everything in the model's state, by name."""
+    shapes = {
+        name: f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
+    printed = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
+    return {"class": class_name(model), "printed": printed, "parameters": shapes}
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Class and settings of an optimizer; of each parameter group the settings and the number of tensors."""
+    groups = [
+        {
+            **{key: describe(value) for key, value in group.items() if key != "params"},
+            "tensors": len(group["params"]),
+        }
+        for group in optimizer.param_groups
+    ]
+    return {"class": class_name(optimizer), "groups": groups}
+
+
+def differences(saved: Any, present: Any, name: str = "") -> list[str]:
+    """One phrase per setting that is not the same in `saved` and `present`, two nested descriptions."""
+    if isinstance(saved, Mapping) and isinstance(present, Mapping):
+        return [
+            phrase
+            for key in dict.fromkeys([*saved, *present])
+            for phrase in differences(
+                saved.get(key, _NOTHING), present.get(key, _NOTHING), f"{name}.{key}".lstrip(".")
+            )
+        ]
+    if isinstance(saved, list) and isinstance(present, list) and len(saved) == len(present):
+        pairs = enumerate(zip(saved, present, strict=True))
+        return [phrase for i, (old, new) in pairs for phrase in differences(old, new, f"{name}[{i}]")]
+    if saved == present or (saved != saved and present != present):
+        return []
+    return [f"{name} was {saved!r} and is {present!r}"]
+
+
+class _Nothing:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+_NOTHING = _Nothing()
+
+
+def class_name(value: Any) -> str:
+    """The name of an object's class, without its module: a run file may be `__main__` or not."""
+    return type(value).__qualname__
+
+
+def _scalars(value: Any) -> dict[str, Any]:
+    fields = getattr(value, "__dict__", {})
+    plain = (*_SCALARS, torch.dtype)
+    return {
+        name: describe(item)
+        for name, item in fields.items()
+        if not name.startswith("_") and (item is None or isinstance(item, plain))
+    }
+
+
+def generators() -> dict[str, Any]:
+    """The states of torch's generators: the CPU's, and those of all CUDA devices once CUDA is in use."""
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if in_use else []}
+
+
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Restore what `generators` returned; states of CUDA devices that are not here are left out."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+
+
+def versions(device: torch.device) -> dict[str, Any]:
+    """What the computation runs on."""
+    try:
+        own = importlib.metadata.version("hfopt")
+    except importlib.metadata.PackageNotFoundError:
+        own = "not installed, used from a checkout"
+    return {
+        "hfopt": own,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "h5py": h5py.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+    }
