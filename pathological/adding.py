@@ -87,7 +87,7 @@ class RealPair(MarkedPair):
     """
 
     tolerance: float = 0.04
-    """0.04 in Sutskever's thesis and the release; Pascanu et al. (ICML 2013) print squared error > 0.04: 0.2."""
+    """0.04 in Sutskever's thesis and the release; Pascanu et al. (ICML 2013) print a squared error: 0.2."""
 
     def _criterion(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return 0.5 * F.mse_loss(outputs, targets)

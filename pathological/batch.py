@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,19 +17,20 @@ class Batch:
         targets: ``(T, B, O)`` real numbers or ``(T, B)`` class indices; meaningful where ``mask`` is True.
         mask: ``(T, B)`` bool; True at the steps that are scored.
         lengths: ``(B,)`` int64; the steps of each sequence, so that ``t >= lengths[b]`` is padding.
+        scored: ``(N,)`` int64; where the scored steps lie in ``x.flatten(0, 1)``, in order of time.
     """
 
     inputs: Tensor
     targets: Tensor
     mask: Tensor
     lengths: Tensor
+    scored: Tensor = field(init=False)
 
-    @cached_property
-    def scored(self) -> Tensor:
-        """Where the scored steps lie in ``x.flatten(0, 1)``, in order of time: ``(N,)`` int64."""
-        return self.mask.flatten().nonzero().squeeze(1)
+    def __post_init__(self) -> None:
+        # At once and not on first use, which may come inside a function transform: its tensors must not be kept.
+        object.__setattr__(self, "scored", self.mask.flatten().nonzero().squeeze(1))
 
-    @cached_property
+    @property
     def valid(self) -> Tensor:
         """``(T, B)`` bool; True at the steps before a sequence's end."""
         steps = torch.arange(self.inputs.shape[0], device=self.lengths.device)
