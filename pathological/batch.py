@@ -27,7 +27,7 @@ class Batch:
     scored: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        # At once and not on first use, which may come inside a function transform: its tensors must not be kept.
+        # Not on first use: that may be inside a function transform, whose tensors must not be kept.
         object.__setattr__(self, "scored", self.mask.flatten().nonzero().squeeze(1))
 
     @property

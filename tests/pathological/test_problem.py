@@ -188,6 +188,7 @@ def test_outputs_that_are_not_numbers_are_wrong(name: str, form: str) -> None:
     assert int(problem.zero_one_loss(outputs, batch)) == 16
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # from torch.func.linearize itself
 @EVERY
 def test_loss_is_differentiable_twice_by_function_transforms(name: str, form: str) -> None:
     problem = build(name, form, batch_size=3, dtype=torch.float64)
