@@ -36,11 +36,11 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, U: Maybe, Ua: Maybe = None) -> tuple[Maybe, ...]:
         if U is None and Ua is None:
             return (None,) * 5
-        return (*adjoint(U, Ua, *ctx.saved_tensors, ctx.nonlinearity), None, None)
+        return (*adjoint((U, Ua), ctx.saved_tensors, ctx.nonlinearity), None, None)
 
     @staticmethod
     def jvp(ctx: Any, dP: Maybe, dW: Maybe, dh0: Maybe, *_: None) -> tuple[Tensor, ...]:
-        return tangent(dP, dW, dh0, *ctx.saved_tensors, ctx.nonlinearity, ctx.preactivations)
+        return tangent((dP, dW, dh0), ctx.saved_tensors, ctx.nonlinearity, ctx.preactivations)
 
 
 def simple_rnn(
