@@ -8,11 +8,41 @@
 """
 
 from pathological.adding import Addition as addition
+from pathological.adding import ExclusiveOr as xor
 from pathological.adding import Multiplication as multiplication
 from pathological.batch import Batch
+from pathological.memorizing import Memorization5Bit as memorization_5bit
+from pathological.memorizing import Memorization20Bit as memorization_20bit
+from pathological.ordering import TemporalOrder as temporal_order
+from pathological.ordering import TemporalOrder3Bit as temporal_order_3bit
+from pathological.permuting import RandomPermutation as random_permutation
 from pathological.problem import Problem
 
-PROBLEMS = {problem.name: problem for problem in (addition, multiplication)}
-"""All problems by name."""
+PROBLEMS: dict[str, type[Problem]] = {
+    problem.name: problem
+    for problem in (
+        addition,
+        multiplication,
+        xor,
+        temporal_order,
+        temporal_order_3bit,
+        random_permutation,
+        memorization_5bit,
+        memorization_20bit,
+    )
+}
+"""All problems by name, in the order of the paper."""
 
-__all__ = ["PROBLEMS", "Batch", "Problem", "addition", "multiplication"]
+__all__ = [
+    "PROBLEMS",
+    "Batch",
+    "Problem",
+    "addition",
+    "memorization_5bit",
+    "memorization_20bit",
+    "multiplication",
+    "random_permutation",
+    "temporal_order",
+    "temporal_order_3bit",
+    "xor",
+]

@@ -49,9 +49,6 @@ class Problem(ABC):
     shortest: ClassVar[dict[str, int]]
     """The smallest T that each form can have."""
 
-    V: int
-    O: int
-
     def __init__(
         self,
         T: int,
@@ -80,6 +77,11 @@ class Problem(ABC):
         self.train_mem: dict[int, Batch] = {}
         self.test_mem: dict[int, Batch] = {}
         self._epoch = 0
+        self.V, self.O = self._sizes()
+
+    @abstractmethod
+    def _sizes(self) -> tuple[int, int]:
+        """The numbers of inputs and outputs at each step, V and O."""
 
     @property
     @abstractmethod

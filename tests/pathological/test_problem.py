@@ -17,9 +17,7 @@ FORMS = ("paper", "release")
 CASES = [(name, form) for name in sorted(pathological.PROBLEMS) for form in FORMS]
 EVERY = pytest.mark.parametrize(("name", "form"), CASES)
 # In the release every minibatch of 5-bit strings holds all of them: nothing is random there.
-RANDOM = pytest.mark.parametrize(
-    ("name", "form"), [c for c in CASES if c != ("memorization_5bit", "release")]
-)
+RANDOM = pytest.mark.parametrize(("name", "form"), [c for c in CASES if c != ("memorization_5bit", "release")])
 FIELDS = ("inputs", "targets", "mask", "lengths")
 
 
@@ -221,7 +219,6 @@ def test_moving_a_batch(name: str, form: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"T": 9}, "T is 9; .* at least"),
         ({"T": -30}, "T is -30"),
         ({"T": 30.5}, "T is 30.5"),
         ({"T": "30"}, "T is '30'"),
@@ -238,11 +235,17 @@ def test_moving_a_batch(name: str, form: str) -> None:
 )
 @pytest.mark.parametrize("name", sorted(pathological.PROBLEMS))
 def test_bad_arguments_are_named(name: str, options: dict[str, Any], message: str) -> None:
-    arguments = {"T": 50, **options}
-    if name.startswith("memorization") and options == {"T": 9}:
-        arguments["T"], message = 0, "T is 0; .* at least"
     with pytest.raises(ValueError, match=message):
-        pathological.PROBLEMS[name](**arguments)
+        pathological.PROBLEMS[name](**{"T": 50, **options})
+
+
+@EVERY
+def test_too_short_problems_are_refused_and_the_shortest_work(name: str, form: str) -> None:
+    least = pathological.PROBLEMS[name].shortest[form]
+    with pytest.raises(ValueError, match=f"T is {least - 1}; {name} in the {form} form needs .* {least}"):
+        build(name, form, T=least - 1)
+    problem = build(name, form, T=least, batch_size=200)
+    assert problem.size(problem(0)) >= 200
 
 
 def test_bad_indices_and_shapes_are_named() -> None:
