@@ -59,7 +59,8 @@ class Solution:
     Attributes:
         x: the last iterate, (P,).
         iterates: those kept for backtracking, the last one always among them.
-        reason: ``"progress"``, ``"residual"``, ``"iterations"``, ``"negative curvature"``, ``"not finite"`` or ``"stopped"``.
+        reason: ``"progress"``, ``"residual"``, ``"iterations"``, ``"negative curvature"``, ``"not finite"`` or
+            ``"stopped"``.
         iterations: number of CG iterations.
         products: number of products with A.
         checks: one row every ``check_every`` iterations and for the last.
@@ -142,8 +143,8 @@ class CG:
     ) -> Solution:
         """Minimise ``phi`` from ``x0``.
 
-        On a direction of negative or zero curvature the iteration ends; if it is the first direction, and nothing better
-        is known, the answer is that direction with the step its curvature's absolute value would give.
+        On a direction of negative or zero curvature the iteration ends; if it is the first direction, and nothing
+        better is known, the answer is that direction with the step its curvature's absolute value would give.
 
         Args:
             op: A (P, P), symmetric.

@@ -26,8 +26,9 @@ from hfopt.losses import CRITERIA
 Closure = Callable[[], Any]
 
 WAYS_OUT = (
-    "Ways out: use a criterion of torch.nn.functional; let the closure return (outputs, loss); pass outputs=<the module "
-    "whose result is the network's output>; or pass loss=<function> with a closure that returns that function's arguments"
+    "Ways out: use a criterion of torch.nn.functional; let the closure return (outputs, loss); pass outputs=<the "
+    "module whose result is the network's output>; or pass loss=<function> with a closure that returns that "
+    "function's arguments"
 )
 
 # Functions of cuDNN's recurrent layers, whose backward pass cannot be differentiated.
@@ -56,8 +57,8 @@ class Trace:
     """What one run of the closure showed.
 
     ``total`` is the loss (the sum of what ``backward()`` was called on, or the returned loss); ``result`` is what
-    ``step`` returns; exactly one of ``calls`` (criteria found) or ``outputs`` (declared outputs, with their leaf copies in
-    ``inputs`` or, if ``inputs`` is None, uncut) describes the way from outputs to loss.
+    ``step`` returns; exactly one of ``calls`` (criteria found) or ``outputs`` (declared outputs, with their leaf
+    copies in ``inputs`` or, if ``inputs`` is None, uncut) describes the way from outputs to loss.
     """
 
     total: Tensor
@@ -105,9 +106,7 @@ class _Mode(TorchFunctionMode):
         if gradient is not None:
             root = (root * gradient).sum()
         if root.numel() != 1:
-            raise ClosureError(
-                f"backward() was called on a tensor of shape {tuple(root.shape)}; reduce the loss first"
-            )
+            raise ClosureError(f"backward() was called on a tensor of shape {tuple(root.shape)}; reduce the loss first")
         if self.run_backward:
             func(*args, **kwargs)
             root = root.detach()
@@ -141,19 +140,19 @@ class _Cuts:
     outputs: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     sites: dict[int, Site] = field(default_factory=dict)
-    number: int = 0
+    flat: list[list[Any]] = field(default_factory=list)  # everything that passed, flattened
 
     def tree(self, tree: Any) -> Any:
         """Note the tensors of ``tree``, and put cut copies in their place if ``cut``."""
-        number, self.number = self.number, self.number + 1
+        number = len(self.flat)
         flat, spec = tree_flatten(tree)
+        self.flat.append(list(flat))
         for i, t in enumerate(flat):
-            if isinstance(t, Tensor) and (t.requires_grad or not self.cut):
+            if self.cut and isinstance(t, Tensor) and t.requires_grad:
                 self.sites.setdefault(id(t), (number, i))
                 self.outputs.append(t)
-                if self.cut:
-                    flat[i] = _cut(t)
-                    self.inputs.append(flat[i])
+                flat[i] = _cut(t)
+                self.inputs.append(flat[i])
         return tree_unflatten(flat, spec)
 
     @contextmanager
@@ -189,9 +188,7 @@ def _total(roots: Sequence[Tensor], result: Any) -> Tensor:
     _, loss = _loss_of_result(result)
     if loss is None or loss.numel() != 1:
         what = (
-            f"a tensor of shape {tuple(result.shape)}"
-            if isinstance(result, Tensor)
-            else f"a {type(result).__name__}"
+            f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         )
         raise ClosureError(
             f"the closure called no backward() and returned {what}; it must return the loss as a scalar tensor, or "
@@ -200,7 +197,7 @@ def _total(roots: Sequence[Tensor], result: Any) -> Tensor:
     return loss.reshape(()) if loss.dim() else loss
 
 
-def _called_loss(loss: Callable[..., Tensor], arguments: Any) -> Tensor:
+def _called_loss(loss: Callable[..., Any], arguments: Any) -> Tensor:
     value = loss(*arguments) if isinstance(arguments, (tuple, list)) else loss(arguments)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise ClosureError(f"loss= must return a scalar tensor, but returned {type(value).__name__}")
@@ -296,8 +293,8 @@ def outputs_again(
 ) -> list[Tensor]:
     """Run the closure again for the outputs that :func:`trace` found at ``sites``, and the hidden states after them.
 
-    ``kind``: ``"criteria"`` (inputs of criteria), ``"module"`` (results of ``module``), ``"loss"`` (the closure's result) or
-    ``"result"`` (the first part of the closure's ``(outputs, loss)``).
+    ``kind``: ``"criteria"`` (inputs of criteria), ``"module"`` (results of ``module``), ``"loss"`` (the closure's
+    result) or ``"result"`` (the first part of the closure's ``(outputs, loss)``).
     """
     mode, cuts = _Collect(), _Cuts(cut=False)
     with structural.collecting(hidden) as states, cuts.at(module if kind == "module" else None), mode:
@@ -305,10 +302,7 @@ def outputs_again(
     if kind == "criteria":
         places = mode.flat
     elif kind == "module":
-        places = [[] for _ in range(cuts.number)]
-        for t in cuts.outputs:
-            places[cuts.sites[id(t)][0]].append((cuts.sites[id(t)][1], t))
-        return [dict(places[n])[i] for n, i in sites] + [s.preactivations for s in states]
+        places = cuts.flat
     else:
         places = [tree_flatten(result if kind == "loss" else _loss_of_result(result)[0])[0]]
     return [places[n][i] for n, i in sites] + [s.preactivations for s in states]
@@ -322,9 +316,7 @@ def _public(result: Any, total: Tensor) -> Any:
     return total.detach() if result is None else result
 
 
-def evaluate(
-    closure: Closure, *, loss: Callable[..., Tensor] | None = None, differentiates: bool = False
-) -> Tensor:
+def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, differentiates: bool = False) -> Tensor:
     """The loss alone, as a detached 0-dim tensor: no graph, and ``backward()`` calls are passed over.
 
     ``differentiates`` keeps gradients enabled for closures that call ``torch.autograd.grad`` on their own.

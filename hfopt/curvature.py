@@ -31,7 +31,7 @@ from hfopt.linearisation import (
     available_bytes,
     not_differentiable,
 )
-from hfopt.output_space import Matching, OutputSpace, output_space
+from hfopt.output_space import Joint, Matching, output_space
 from hfopt.vector import ParameterVector
 
 V = TypeVar("V", Tensor, "list[Tensor]")
@@ -41,8 +41,8 @@ Maybe = list["Tensor | None"]
 class Operator(ABC):
     """A symmetric linear map on parameter space.
 
-    ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the parameters,
-    and answers in kind. ``products`` counts the vectors multiplied so far.
+    ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the
+    parameters, and answers in kind. ``products`` counts the vectors multiplied so far.
     """
 
     def __init__(self, vector: ParameterVector) -> None:
@@ -82,9 +82,7 @@ class Operator(ABC):
             self._check(v)
             if v.dim() == 1:
                 return self.multiply(v)
-            return (
-                torch.stack([self.multiply(column) for column in v.unbind(1)], 1) if v.shape[1] else v.clone()
-            )
+            return torch.stack([self.multiply(column) for column in v.unbind(1)], 1) if v.shape[1] else v.clone()
         tensors = list(v)
         shapes = [tuple(p.shape) for p in self.vector.params]
         if [tuple(t.shape) for t in tensors] != shapes:
@@ -95,13 +93,9 @@ class Operator(ABC):
 
     def _check(self, v: Tensor) -> None:
         if v.dim() not in (1, 2) or v.shape[0] != self.vector.size:
-            raise ValueError(
-                f"v has shape {tuple(v.shape)}, but must be (P,) or (P, k) with P = {self.vector.size}"
-            )
+            raise ValueError(f"v has shape {tuple(v.shape)}, but must be (P,) or (P, k) with P = {self.vector.size}")
         if v.dtype != self.dtype or v.device != self.device:
-            raise ValueError(
-                f"v is {v.dtype} on {v.device}, but the parameters are {self.dtype} on {self.device}"
-            )
+            raise ValueError(f"v is {v.dtype} on {v.device}, but the parameters are {self.dtype} on {self.device}")
 
     def to_dense(self) -> Tensor:
         """The matrix (P, P), by P products; for tests and tiny models."""
@@ -122,18 +116,12 @@ class Damped(Operator):
         decay: c >= 0, the curvature of an L2 penalty ``c/2 |theta|^2``: a number, or a flat vector (P,).
     """
 
-    def __init__(
-        self, base: Operator, damping: float, structural: float = 0.0, decay: float | Tensor = 0.0
-    ) -> None:
+    def __init__(self, base: Operator, damping: float, structural: float = 0.0, decay: float | Tensor = 0.0) -> None:
         super().__init__(base.vector)
         if structural and not isinstance(base, GaussNewton):
-            raise ValueError(
-                f"structural damping needs a Gauss-Newton or Fisher operator, not {type(base).__name__}"
-            )
+            raise ValueError(f"structural damping needs a Gauss-Newton or Fisher operator, not {type(base).__name__}")
         if not damping >= 0 or not structural >= 0:
-            raise ValueError(
-                f"damping and structural must not be negative, but are {damping} and {structural}"
-            )
+            raise ValueError(f"damping and structural must not be negative, but are {damping} and {structural}")
         self.base, self.damping, self.structural, self.decay = base, damping, structural, decay
 
     def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -211,11 +199,12 @@ class GaussNewton(_Local):
         with self._frozen.run(), differentiable_attention():
             seen = trace(closure, loss=loss, outputs=outputs, hidden=structural)
         self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
-        self.space: OutputSpace = output_space(seen, self.params)
+        self.space: Matching | Joint = output_space(seen, self.params)
         self._hidden = [h.weight for h in seen.hidden if h.preactivations.requires_grad]
         if structural and not self._hidden:
             raise ClosureError(
-                "structural damping is asked for, but no hidden state was marked in the closure: use hfopt's recurrences or "
+                "structural damping is asked for, but no hidden state was marked in the closure: use hfopt's "
+                "recurrences or "
                 "call hfopt.structural.mark in the model, or set structural to 0"
             )
         heads = [
@@ -256,9 +245,7 @@ class GaussNewton(_Local):
         )
         return Recompute(self.params, self._again), list(gradient)
 
-    def _automatic(
-        self, heads: list[Tensor], at: list[Tensor], budget: int | None
-    ) -> tuple[Linearisation, Maybe]:
+    def _automatic(self, heads: list[Tensor], at: list[Tensor], budget: int | None) -> tuple[Linearisation, Maybe]:
         if budget is None:
             budget = int(0.8 * available_bytes(self.device))
         need = int((DOUBLE_BACKWARD_MEMORY - 1) * graph.saved_bytes(heads, self.params))
@@ -281,9 +268,7 @@ class GaussNewton(_Local):
                 attempts[policy] = error
                 continue
             if attempts:
-                warnings.warn(
-                    f"products use {policy!r}, since double backward failed: {attempts}", stacklevel=4
-                )
+                warnings.warn(f"products use {policy!r}, since double backward failed: {attempts}", stacklevel=4)
             return lin, gradient
         raise not_differentiable(attempts)
 
@@ -305,9 +290,7 @@ class GaussNewton(_Local):
         """``v' S v = sum D'' (J_a v)^2``, by a tangent pass alone."""
         u = self.linearisation.jvp(self.vector.cast_views(v))[self._count :]
         return sum(
-            float((w * t * t).sum(dtype=torch.float64))
-            for t, w in zip(u, self._hidden, strict=True)
-            if t is not None
+            float((w * t * t).sum(dtype=torch.float64)) for t, w in zip(u, self._hidden, strict=True) if t is not None
         )
 
     def _output_product(self, u: Maybe, v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
@@ -328,7 +311,7 @@ class GaussNewton(_Local):
         return out
 
     def _add_into(self, flat: Tensor, parts: Maybe) -> None:
-        for piece, part in zip(flat.split(self.vector.sizes), parts, strict=True):
+        for piece, part in zip(torch.split(flat, self.vector.sizes), parts, strict=True):
             if part is not None:
                 piece.add_(part.detach().reshape(-1))
 
@@ -338,11 +321,12 @@ class GaussNewton(_Local):
 
 
 class Fisher(GaussNewton):
-    """``F = sum_n s_n s_n'`` over cases and draws, ``s_n = J_n' g_n``: the loss's Fisher matrix by sampled or true targets.
+    """``F = sum_n s_n s_n'`` over cases and draws, ``s_n = J_n' g_n``: the loss's Fisher matrix by sampled or true
+    targets.
 
     With ``kind="sampled"`` the output gradients ``g`` are drawn from the model's own predictive distribution
-    (``E[g g'] = H_L``), so that ``E[F] = G``; drawn once, when the operator is built. With ``kind="empirical"`` they are the
-    gradients at the data's targets: for a mean over N cases ``F = (1/N) sum_n grad_n grad_n'``.
+    (``E[g g'] = H_L``), so that ``E[F] = G``; drawn once, when the operator is built. With ``kind="empirical"`` they
+    are the gradients at the data's targets: for a mean over N cases ``F = (1/N) sum_n grad_n grad_n'``.
 
     Args:
         kind: ``"sampled"`` or ``"empirical"``.
@@ -373,7 +357,8 @@ class Fisher(GaussNewton):
         if kind == "sampled":
             if not isinstance(self.space, Matching) or any(b.closed is None for b in self.space.blocks):
                 raise ClosureError(
-                    "a sampled Fisher matrix needs a criterion with a known distribution; use one of torch.nn.functional, "
+                    "a sampled Fisher matrix needs a criterion with a known distribution; use one of "
+                    "torch.nn.functional, "
                     "kind='empirical', or the Gauss-Newton matrix"
                 )
             self._draws = [
@@ -422,7 +407,9 @@ class Hessian(_Local):
         with (frozen or Frozen(self.device)).run(), differentiable_attention():
             seen = trace(closure, loss=loss, cut=False)
         self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
-        grads = torch.autograd.grad(seen.total, self.params, create_graph=True, allow_unused=True)
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            seen.total, self.params, create_graph=True, allow_unused=True
+        )
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient = self.vector.flatten(grads)
 

@@ -2,7 +2,8 @@
 
 Three ways, in the order in which ``"auto"`` tries them:
 
-1. ``"double-backward"``: the graph of ``u -> J'u`` is built once; differentiated in u it gives ``J v``. Widest coverage and
+1. ``"double-backward"``: the graph of ``u -> J'u`` is built once; differentiated in u it gives ``J v``. Widest
+coverage and
    about 1.3 gradients a product, but it holds 2.6 to 2.9 times the memory of the forward graph. The gradient of the
    loss falls out of building it.
 2. ``"linearize"``: ``torch.func.linearize`` for ``J v`` and the cached graph for ``J'w``; for models with an operation
@@ -26,7 +27,8 @@ from hfopt.errors import NotDifferentiable
 
 POLICIES = ("auto", "double-backward", "linearize", "recompute")
 
-# What the graph of double backward holds, in units of the forward graph (measured: 2.6 on an autoencoder, 2.9 on an RNN).
+# What the graph of double backward holds, in units of the forward graph (measured: 2.6 on an autoencoder, 2.9 on an
+# RNN).
 DOUBLE_BACKWARD_MEMORY = 2.9
 
 Maybe = list["Tensor | None"]
@@ -61,7 +63,9 @@ class DoubleBackward:
         """Build the graph at ``u = at`` (one tensor per output); ``self.gradient`` is ``J' at``."""
         self.outputs, self.params = list(outputs), list(params)
         self._u = [u.detach().clone().requires_grad_() for u in at]
-        pulled = torch.autograd.grad(self.outputs, self.params, self._u, create_graph=True, allow_unused=True)
+        pulled: Sequence[Tensor | None] = torch.autograd.grad(
+            self.outputs, self.params, self._u, create_graph=True, allow_unused=True
+        )
         self._pulled = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         self.gradient: Maybe = [None if g is None else g.detach() for g in pulled]
 

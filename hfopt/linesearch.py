@@ -18,7 +18,8 @@ class LineSearchResult:
 
 @dataclass
 class LineSearch:
-    """Backtracking with Armijo's condition ``f(theta + s p) <= f(theta) + c s g'p`` (Martens & Sutskever 2012, section 8.8).
+    """Backtracking with Armijo's condition ``f(theta + s p) <= f(theta) + c s g'p`` (Martens & Sutskever 2012, section
+    8.8).
 
     Args:
         c: share of the predicted decrease that is asked for; 0: any decrease.

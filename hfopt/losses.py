@@ -1,8 +1,8 @@
 """Losses in output space: for every criterion of torch.nn.functional the curvature that matches it.
 
-The Gauss-Newton product ``G v = J' H_L J v`` needs the Hessian of the loss in the network's outputs ``z``. With the loss
-a weighted sum of criteria, ``L = sum_k <c_k, l_k(z_k)>``, each criterion contributes a block that is diagonal or of
-softmax form, and is positive semi-definite for the criteria in closed form.
+The Gauss-Newton product ``G v = J' H_L J v`` needs the Hessian of the loss in the network's outputs ``z``. With the
+loss a weighted sum of criteria, ``L = sum_k <c_k, l_k(z_k)>``, each criterion contributes a block that is diagonal or
+of softmax form, and is positive semi-definite for the criteria in closed form.
 
 Criteria that take probabilities or log-probabilities (``nll_loss``, ``kl_div``, ``binary_cross_entropy``) are linear or
 badly curved in their argument. They get the Fisher information of the distribution that the argument describes, which
@@ -82,9 +82,7 @@ class Call:
     factor: Tensor
 
     @classmethod
-    def bind(
-        cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any], factor: Tensor
-    ) -> Call:
+    def bind(cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any], factor: Tensor) -> Call:
         """Name the arguments and bring the reduction into its present spelling."""
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -169,7 +167,7 @@ def _bce(call: Call) -> OutputCurvature | None:
 
 
 def _class_weights(call: Call, z: Tensor, smoothing: float) -> Tensor:
-    """``s``: the summed weight of all classes in each case's (smoothed) target, times the factor; 1 along the classes."""
+    """``s``: the summed weight of all classes in each case's smoothed target, times the factor; 1 along the classes."""
     a = call.arguments
     dim = 1 if z.dim() > 1 else 0
     y, w, classes = a["target"], a["weight"], z.shape[dim]
@@ -185,7 +183,8 @@ def _class_weights(call: Call, z: Tensor, smoothing: float) -> Tensor:
         every = 1.0 if w is None else w.sum() / classes
         s = ((1 - smoothing) * own + smoothing * every) * valid
         denominator = (own * valid).sum()
-    return (s * call.elementwise(denominator)).unsqueeze(dim).to(z.dtype)
+    weights: Tensor = (s * call.elementwise(denominator)).unsqueeze(dim).to(z.dtype)
+    return weights
 
 
 def _cross_entropy(call: Call) -> OutputCurvature | None:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,22 +27,24 @@ class HessianFree(Optimizer):
     """Minimises a loss by truncated Newton steps: ``(G + lambda I) p = -g`` solved by conjugate gradients.
 
     Takes the place of ``torch.optim.LBFGS`` with the closure unchanged. One step computes the gradient and, about the
-    same point, products ``G v`` with the curvature matrix; solves for p; goes back over CG's iterates and along p as the
-    loss asks; adapts lambda to how well the quadratic model predicted the change; and leaves the parameters exactly as
-    they were if nothing improved the loss. Large batches suit it: all evaluations inside a step must see the same data.
+    same point, products ``G v`` with the curvature matrix; solves for p; goes back over CG's iterates and along p as
+    the loss asks; adapts lambda to how well the quadratic model predicted the change; and leaves the parameters
+    exactly as they were if nothing improved the loss. Large batches suit it: all evaluations inside a step must see
+    the same data.
 
     Args:
         params: parameters or parameter groups; groups may have their own ``lr`` and ``weight_decay``.
         lr: the longest step, as a multiple of CG's solution.
         weight_decay: c of a penalty ``c/2 |theta|^2``, part of loss, gradient and curvature.
-        curvature: ``"gauss-newton"``, ``"hessian"``, ``"fisher"`` (targets sampled from the model) or ``"empirical-fisher"``.
+        curvature: ``"gauss-newton"``, ``"hessian"``, ``"fisher"`` (targets sampled from the model) or
+            ``"empirical-fisher"``.
         damping: None (lambda found at the first step), a number (lambda of the first step), or a rule such as
             :class:`hfopt.LevenbergMarquardt` or :class:`hfopt.FixedDamping`.
         cg: settings of the solver, :class:`hfopt.CG`.
         preconditioner: None, ``"empirical-fisher"`` or a :class:`hfopt.preconditioner.Preconditioner`.
         line_search: :class:`hfopt.LineSearch`; None: the full step or none.
-        backtracking: over CG's stored iterates, by the evaluation loss: ``"walk"`` from the last one back while the loss
-            falls, ``"smallest"`` of all, ``"none"``.
+        backtracking: over CG's stored iterates, by the evaluation loss: ``"walk"`` from the last one back while the
+            loss falls, ``"smallest"`` of all, ``"none"``.
         structural: mu of structural damping (Martens & Sutskever 2011); needs models that mark their hidden states.
         linearisation: see :mod:`hfopt.linearisation`.
         memory_budget: bytes for the kept graph; default: 80% of what is free.
@@ -85,9 +86,7 @@ class HessianFree(Optimizer):
         if structural < 0:
             raise ValueError(f"structural is {structural}, but must not be negative")
         if structural and curvature == "hessian":
-            raise ValueError(
-                "structural damping needs curvature 'gauss-newton' or a Fisher matrix, not 'hessian'"
-            )
+            raise ValueError("structural damping needs curvature 'gauss-newton' or a Fisher matrix, not 'hessian'")
         if loss is not None and outputs is not None:
             raise ValueError("give loss= or outputs=, not both")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -117,9 +116,10 @@ class HessianFree(Optimizer):
 
         Args:
             closure: clears gradients, computes outputs, calls a criterion of torch.nn.functional (or its module), calls
-                ``backward()`` and returns the loss, as for LBFGS. ``backward()`` may be called several times, one batch each
-                (the loss is their sum), or not at all. It may also return ``(outputs, loss)``. It is run several times a
-                step and must then see the same data; random draws and running statistics are put back by the optimizer.
+                ``backward()`` and returns the loss, as for LBFGS. ``backward()`` may be called several times, one
+                batch each (the loss is their sum), or not at all. It may also return ``(outputs, loss)``. It is run
+                several times a step and must then see the same data; random draws and running statistics are put back
+                by the optimizer.
             curvature: a closure on the data of the curvature products; default: ``closure``.
             evaluation: a closure on the data that iterates, step lengths and rho are judged by; default: ``closure``.
 
@@ -155,9 +155,7 @@ class HessianFree(Optimizer):
             ValueError: a state of another optimizer, or of other parameters.
         """
         if "hessian_free" not in state_dict:
-            raise ValueError(
-                "state_dict is not that of a HessianFree optimizer: the entry 'hessian_free' is missing"
-            )
+            raise ValueError("state_dict is not that of a HessianFree optimizer: the entry 'hessian_free' is missing")
         own = state_dict["hessian_free"]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "hessian_free"})
         for _, p in self.trainable():

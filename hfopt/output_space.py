@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +23,6 @@ Tensors = list[Tensor]
 Maybe = list["Tensor | None"]
 
 
-class OutputSpace(Protocol):
-    """The loss as a function of outputs and parameters, at one point."""
-
-    outputs: Tensors  # z, in the network's graph, each once
-    cotangents: Tensors  # dL/dz
-    direct: Maybe  # dL/dtheta at fixed z (regularisers), None where there is none
-
-    def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
-        """``H_L`` times output tangents ``u`` and parameter tangents ``v``: (parts for the outputs, for theta)."""
-
-
 def _grad(
     roots: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, graph: bool = False
 ) -> Maybe:
@@ -44,9 +32,7 @@ def _grad(
         return [None] * len(inputs)
     heads, cotangents = zip(*pairs, strict=True)
     return list(
-        torch.autograd.grad(
-            heads, inputs, cotangents, retain_graph=True, create_graph=graph, allow_unused=True
-        )
+        torch.autograd.grad(heads, inputs, cotangents, retain_graph=True, create_graph=graph, allow_unused=True)
     )
 
 
@@ -64,8 +50,8 @@ def _add(parts: Maybe, i: int, t: Tensor | None) -> None:
 class Block:
     """One criterion: where its inputs stand among the outputs, and its curvature.
 
-    ``closed`` is the closed form if there is one (a single output then); otherwise ``gradients`` are ``c dl/dz`` with the
-    graph over the cut ``inputs``, to be differentiated once more.
+    ``closed`` is the closed form if there is one (a single output then); otherwise ``gradients`` are ``c dl/dz`` with
+    the graph over the cut ``inputs``, to be differentiated once more.
     """
 
     where: list[int]
@@ -93,7 +79,7 @@ class Matching:
         """
         self.params = list(params)
         leaves = [call.leaf for call in trace.calls]
-        found = torch.autograd.grad(
+        found: Sequence[Tensor | None] = torch.autograd.grad(
             trace.total, [*leaves, *self.params], create_graph=True, allow_unused=True
         )
         factors, self.direct = found[: len(leaves)], list(found[len(leaves) :])
@@ -109,9 +95,7 @@ class Matching:
             block = self._block(call, c.detach(), places, cotangents)
             self.blocks.append(block)
         if not self.outputs:
-            raise ClosureError(
-                f"the loss does not use the value of any criterion called in the closure. {WAYS_OUT}"
-            )
+            raise ClosureError(f"the loss does not use the value of any criterion called in the closure. {WAYS_OUT}")
         self.cotangents = [
             torch.zeros_like(z) if t is None else t for z, t in zip(self.outputs, cotangents, strict=True)
         ]
@@ -124,11 +108,7 @@ class Matching:
                 self.outputs.append(z)
                 cotangents.append(None)
             where.append(places[id(z)])
-        closed = (
-            matching_curvature(Call.bind(call.function, call.args, call.kwargs, c))
-            if len(where) == 1
-            else None
-        )
+        closed = matching_curvature(Call.bind(call.function, call.args, call.kwargs, c)) if len(where) == 1 else None
         gradients = _grad([call.value], call.inputs, [c], graph=closed is None)
         for i, g in zip(where, gradients, strict=True):
             _add(cotangents, i, None if g is None else g.detach())
@@ -143,7 +123,8 @@ class Matching:
         if bad:
             node = trace.total.grad_fn.name() if trace.total.grad_fn is not None else "?"
             raise ClosureError(
-                f"the loss is not a weighted sum of criteria: it was found to depend on {', '.join(bad)} nonlinearly (it "
+                f"the loss is not a weighted sum of criteria: it was found to depend on {', '.join(bad)} "
+                f"nonlinearly (it "
                 f"ends in {node}). Pass outputs=<the module whose result is the network's output>, so that everything "
                 "after it is differentiated as the loss, or loss=<function> with a closure that returns its arguments"
             )
@@ -151,11 +132,7 @@ class Matching:
     def _refuse_side_paths(self, trace: Trace) -> None:
         if all(g is None for g in self.direct):
             return
-        network = {
-            n
-            for n in graph.nodes(z for call in trace.calls for z in call.outputs)
-            if not graph.is_leaf_node(n)
-        }
+        network = {n for n in graph.nodes(z for call in trace.calls for z in call.outputs) if not graph.is_leaf_node(n)}
         shared = [n for n in graph.nodes([trace.total]) if n in network]
         if shared:
             raise ClosureError(
@@ -192,8 +169,7 @@ class Joint:
         if all(g is None for g in self._dz):
             raise ClosureError(f"the loss does not depend on the declared outputs. {WAYS_OUT}")
         self.cotangents = [
-            torch.zeros_like(z) if g is None else g.detach()
-            for z, g in zip(self.inputs, self._dz, strict=True)
+            torch.zeros_like(z) if g is None else g.detach() for z, g in zip(self.inputs, self._dz, strict=True)
         ]
         self.direct: Maybe = [None] * len(self.params)
         barrier = [z.grad_fn for z in self.inputs if z.grad_fn is not None]
@@ -222,7 +198,8 @@ class Joint:
 
     @contextmanager
     def _stopped(self) -> Iterator[None]:
-        hooks = [z.register_hook(torch.zeros_like) for z in self.inputs] if self._uncut else []
+        stopped = self.inputs if self._uncut else []
+        hooks = [z.register_hook(torch.zeros_like) for z in stopped]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:

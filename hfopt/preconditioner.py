@@ -30,8 +30,8 @@ class EmpiricalFisherDiagonal(Preconditioner):
     """``M = (diag(F) + lambda + c)^0.75``, F the empirical Fisher matrix (Martens 2010, section 4.7).
 
     ``diag(F)_i`` is the mean over cases of squared per-case gradients. It is estimated without bias from a few random
-    sign vectors s: one adjoint pass of ``sum_n s_n dL/dz_n``, squared, has ``N diag(F) / N^2`` as its mean since the cases'
-    cross terms cancel. Not of help on recurrent nets, says the source; the case is one index of ``batch_dim``.
+    sign vectors s: one adjoint pass of ``sum_n s_n dL/dz_n``, squared, has ``N diag(F) / N^2`` as its mean since the
+    cases' cross terms cancel. Not of help on recurrent nets, says the source; the case is one index of ``batch_dim``.
 
     Args:
         exponent: 0.75 in the source.
@@ -54,7 +54,8 @@ class EmpiricalFisherDiagonal(Preconditioner):
         """
         if not isinstance(op, GaussNewton):
             raise TypeError(
-                f"the empirical-Fisher preconditioner needs outputs, which a {type(op).__name__} operator does not have; "
+                f"the empirical-Fisher preconditioner needs outputs, which a {type(op).__name__} operator does not "
+                f"have; "
                 "use curvature 'gauss-newton' or no preconditioner"
             )
         generator = torch.Generator(device=op.device).manual_seed(step)
@@ -73,7 +74,8 @@ class EmpiricalFisherDiagonal(Preconditioner):
         shape = [n if i == dim else 1 for i in range(cotangent.dim())]
         signs = torch.randint(0, 2, shape, generator=generator, device=cotangent.device) * 2 - 1
         # dL/dz_n carries 1/N; sqrt(N) makes the square the mean over cases of squared per-case gradients.
-        return cotangent * (signs * n**0.5).to(cotangent.dtype)
+        signed: Tensor = cotangent * (signs * n**0.5).to(cotangent.dtype)
+        return signed
 
     def damp(self, damping: float, decay: float | Tensor) -> None:
         """``M = (diag(F) + lambda + c)^exponent``."""

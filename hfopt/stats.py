@@ -14,15 +14,16 @@ class StepStats:
     Attributes:
         step: number of the step, from 1.
         loss: of the gradient closure before the step, as ``step`` returns it (weight decay not included).
-        new_loss: of the evaluation closure after the step (weight decay not included); equals ``evaluation_loss`` after a
-            rejected step. Without an ``evaluation`` closure it is the gradient closure's.
+        new_loss: of the evaluation closure after the step (weight decay not included); equals ``evaluation_loss``
+            after a rejected step. Without an ``evaluation`` closure it is the gradient closure's.
         evaluation_loss: of the evaluation closure before the step.
         rho: reduction ratio at the full step, undamped model; NaN if it is undefined.
         damping: lambda that the step was computed with.
         new_damping: lambda for the next step.
         structural: mu.
         cg_iterations: number of CG iterations of the solve that gave the step.
-        cg_reason: why CG stopped, see :class:`hfopt.cg.Solution`; ``"no solve"`` if the loss or gradient was not finite.
+        cg_reason: why CG stopped, see :class:`hfopt.cg.Solution`; ``"not finite"`` or ``"zero gradient"``, with no
+            iterations, if the step was not tried.
         backtracked: the CG iteration whose iterate was taken.
         step_length: the line search's multiple of that iterate (times lr); 0 if the step was rejected.
         line_search_tries: evaluations that the line search looked at.

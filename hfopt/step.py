@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hfopt.cg import Iterate, Solution
 from hfopt.closure import Closure, differentiate, evaluate
-from hfopt.curvature import Fisher, GaussNewton, Hessian, Operator, differentiable_attention
+from hfopt.curvature import Fisher, GaussNewton, Hessian, differentiable_attention
 from hfopt.frozen import Frozen
 from hfopt.linesearch import LineSearchResult
 from hfopt.stats import StepStats
@@ -21,6 +21,11 @@ from hfopt.vector import ParameterVector, dot, norm
 
 if TYPE_CHECKING:
     from hfopt.optimizer import HessianFree
+
+NOT_FINITE = (
+    "the loss or its gradient is not finite before the step, so the step is skipped and the parameters stay: look "
+    "for NaN or infinity in this batch, or for parameters that have overflowed"
+)
 
 # First step: lambda is tried over this many powers of ten, downwards from the curvature along the gradient.
 _CALIBRATION_TRIES = 8
@@ -78,8 +83,12 @@ class Step:
         self.f0_plain = self.loss_alone() if self.own_evaluation else loss
         self.f0 = self.f0_plain + self.penalty(theta)
         self.loss = loss
-        if not (math.isfinite(self.f0) and math.isfinite(loss) and math.isfinite(norm(self.g))):
-            self._skip()
+        size = norm(self.g)
+        if not (math.isfinite(self.f0) and math.isfinite(loss) and math.isfinite(size)):
+            warnings.warn(NOT_FINITE, stacklevel=3)
+            self._stay("not finite")
+        elif size == 0.0:
+            self._stay("zero gradient")
         else:
             self._solve_and_move()
         for p, g in zip(self.vector.params, self.vector.cast_views(gradient), strict=True):
@@ -119,9 +128,7 @@ class Step:
         # Seeded by the step, so that a resumed run draws the same targets and the user's generator is left alone.
         generator = torch.Generator(device=self.vector.device).manual_seed(o.steps)
         kind = "sampled" if o.curvature == "fisher" else "empirical"
-        return Fisher(
-            closure, self.vector.params, kind=kind, batch_dim=o.batch_dim, generator=generator, **options
-        )
+        return Fisher(closure, self.vector.params, kind=kind, batch_dim=o.batch_dim, generator=generator, **options)
 
     def _decays(self) -> bool:
         return isinstance(self.decay, Tensor) or self.decay != 0.0
@@ -216,9 +223,9 @@ class Step:
     def calibrated(self) -> tuple[float, Candidate]:
         """The first step's lambda, by trial: the largest decrease among those that the model foretells well.
 
-        Starts at the curvature along the gradient, ``g'Gg / g'g``, where lambda has the scale of the loss, and goes in powers
-        of ten: down as long as rho is above the rule's upper threshold and the loss falls further, up if it is below the
-        lower one.
+        Starts at the curvature along the gradient, ``g'Gg / g'g``, where lambda has the scale of the loss, and goes in
+        powers of ten: down as long as rho is above the rule's upper threshold and the loss falls further, up if it is
+        below the lower one.
         """
         self.products += 1
         curved = self.op.damped(0.0, 0.0, self.decay).multiply(self.g)
@@ -260,7 +267,9 @@ class Step:
             self.vector.move(self.saved, candidate.p, found.length)
             for p in self.vector.params:
                 torch.autograd.graph.increment_version(p)
-        rule.update(candidate.rho, accepted)
+        # A decrease below the rounding error of the loss says nothing about the model: the minimum is reached.
+        if accepted or -candidate.quadratic > 4 * torch.finfo(self.vector.dtype).eps * abs(self.f0):
+            rule.update(candidate.rho, accepted)
         self._keep_start(candidate.solution.x if accepted else None)
         self._record(damping, rule.value or 0.0, candidate, found)
 
@@ -276,9 +285,7 @@ class Step:
         moved = self.theta + found.length * c.p if self._decays() and accepted else self.theta
         new_loss = found.value - self.penalty(moved) if accepted else self.f0_plain
         rows = tuple(
-            replace(row, evaluation=self.evaluated[row.iteration] - self.f0)
-            if row.iteration in self.evaluated
-            else row
+            replace(row, evaluation=self.evaluated[row.iteration] - self.f0) if row.iteration in self.evaluated else row
             for row in c.solution.checks
         )
         self.stats = StepStats(
@@ -311,16 +318,11 @@ class Step:
     def _policy(self) -> str:
         return self.op.linearisation.name if isinstance(self.op, GaussNewton) else type(self.op).__name__
 
-    def _skip(self) -> None:
-        """The loss or gradient is not finite: nothing can be computed from it."""
-        warnings.warn(
-            "the loss or its gradient is not finite before the step, so the step is skipped and the parameters stay: look "
-            "for NaN or infinity in this batch, or for parameters that have overflowed",
-            stacklevel=4,
-        )
+    def _stay(self, reason: str) -> None:
+        """The record of a step that was not tried."""
         nan = math.nan
         value = self.o.damping.value or 0.0
         self.stats = StepStats(
-            0, self.loss, self.f0_plain, self.f0_plain, nan, value, value, self.o.structural, 0, "no solve", 0, 0.0, 0,
+            0, self.loss, self.f0_plain, self.f0_plain, nan, value, value, self.o.structural, 0, reason, 0, 0.0, 0,
             norm(self.g), 0.0, 0.0, nan, self.gradients, self.products, self.evaluations, False, 0.0, self._policy(),
         )  # fmt: skip

@@ -36,9 +36,7 @@ def wanted() -> bool:
     return _collected.get() is not None
 
 
-def mark(
-    preactivations: Tensor, curvature: Tensor, *, batch_dim: int = 1, mask: Tensor | None = None
-) -> None:
+def mark(preactivations: Tensor, curvature: Tensor, *, batch_dim: int = 1, mask: Tensor | None = None) -> None:
     """Register hidden units for structural damping; does nothing unless :func:`wanted`.
 
     The distance is the mean over sequences of the sum over valid steps and units, so with ``B`` sequences the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,9 +18,9 @@ def dot(a: Tensor, b: Tensor) -> float:
         return float(torch.dot(a, b))
     if a.device.type != "cpu" or a.numel() <= _BLOCK:
         return float(torch.dot(a.double(), b.double()))
-    return sum(
+    return math.fsum(
         float(torch.dot(x.double(), y.double()))
-        for x, y in zip(a.split(_BLOCK), b.split(_BLOCK), strict=True)
+        for x, y in zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True)
     )
 
 
@@ -51,9 +52,7 @@ class ParameterVector:
                     "a complex parameter as torch.view_as_real and rebuild it in the forward pass)"
                 )
             if p.layout != torch.strided:
-                raise ValueError(
-                    f"params[{i}] has layout {p.layout}; only dense (strided) parameters are supported"
-                )
+                raise ValueError(f"params[{i}] has layout {p.layout}; only dense (strided) parameters are supported")
             if p.device != self.params[0].device:
                 raise ValueError(
                     f"params[0] is on {self.params[0].device} and params[{i}] on {p.device}; all must be on one device"
@@ -71,7 +70,7 @@ class ParameterVector:
 
     def flatten_into(self, out: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
         """Write one tensor per parameter (None counts as zeros) into ``out`` (P,)."""
-        for piece, t in zip(out.split(self.sizes), tensors, strict=True):
+        for piece, t in zip(torch.split(out, self.sizes), tensors, strict=True):
             if t is None:
                 piece.zero_()
             else:
@@ -80,14 +79,11 @@ class ParameterVector:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The pieces of ``flat`` (P,) in the shapes of the parameters, without copying."""
-        return [piece.view(p.shape) for piece, p in zip(flat.split(self.sizes), self.params, strict=True)]
+        return [piece.view(p.shape) for piece, p in zip(torch.split(flat, self.sizes), self.params, strict=True)]
 
     def cast_views(self, flat: Tensor) -> list[Tensor]:
         """Like :meth:`views`, each piece in its parameter's dtype."""
-        return [
-            v if v.dtype == p.dtype else v.to(p.dtype)
-            for v, p in zip(self.views(flat), self.params, strict=True)
-        ]
+        return [v if v.dtype == p.dtype else v.to(p.dtype) for v, p in zip(self.views(flat), self.params, strict=True)]
 
     def snapshot(self) -> list[Tensor]:
         """Copies of the parameters, to be given back to :meth:`restore`."""
