@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,9 @@ from hfopt.linearisation import (
 from hfopt.output_space import Joint, Matching, output_space
 from hfopt.vector import ParameterVector
 
-V = TypeVar("V", Tensor, "list[Tensor]")
+# Vectors in one batched pass at most, for its memory grows with them.
+MANY = 64
+
 Maybe = list["Tensor | None"]
 
 
@@ -68,6 +70,10 @@ class Operator(ABC):
     def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """The product with one flat vector (P,), written to ``out`` if that is given."""
 
+    def multiply_many(self, v: Tensor) -> Tensor:
+        """The products with the columns of ``v (P, k)``, one by one unless the operator has a better way."""
+        return torch.stack([self.multiply(column) for column in v.unbind(1)], 1)
+
     @overload
     def __matmul__(self, v: Tensor) -> Tensor: ...
     @overload
@@ -82,7 +88,7 @@ class Operator(ABC):
             self._check(v)
             if v.dim() == 1:
                 return self.multiply(v)
-            return torch.stack([self.multiply(column) for column in v.unbind(1)], 1) if v.shape[1] else v.clone()
+            return self.multiply_many(v) if v.shape[1] else v.clone()
         tensors = list(v)
         shapes = [tuple(p.shape) for p in self.vector.params]
         if [tuple(t.shape) for t in tensors] != shapes:
@@ -131,8 +137,19 @@ class Damped(Operator):
             out = self.base.multiply(v, out, structural=self.damping * self.structural)
         else:
             out = self.base.multiply(v, out)
+        return self._add_diagonal(v, out)
+
+    def multiply_many(self, v: Tensor) -> Tensor:
+        """The same for the columns of ``v (P, k)``, in one pass where the base operator has one."""
+        self.products += v.shape[1]
+        if self.structural and isinstance(self.base, GaussNewton):
+            return self._add_diagonal(v, self.base.multiply_many(v, structural=self.damping * self.structural))
+        return self._add_diagonal(v, self.base.multiply_many(v))
+
+    def _add_diagonal(self, v: Tensor, out: Tensor) -> Tensor:
         if isinstance(self.decay, Tensor):
-            return out.add_(v, alpha=self.damping).addcmul_(v, self.decay)
+            decay = self.decay if v.dim() == 1 else self.decay.unsqueeze(1)
+            return out.add_(v, alpha=self.damping).addcmul_(v, decay)
         return out.add_(v, alpha=self.damping + self.decay)
 
 
@@ -280,6 +297,49 @@ class GaussNewton(_Local):
         w, direct = self._output_product(u[: self._count], vs)
         return self._pull(w, direct, u, structural, out)
 
+    def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
+        """``G V`` for ``V (P, k)`` in one batched tangent and one batched adjoint pass, k times the memory of one.
+
+        Where an operation of the model has no batching rule, or a part of the loss is differentiated automatically,
+        the columns are multiplied one by one.
+        """
+        lin, space = self.linearisation, self.space
+        closed = isinstance(space, Matching) and all(b.closed is not None for b in space.blocks)
+        if not isinstance(lin, DoubleBackward) or not closed or any(d is not None for d in space.direct):
+            return torch.stack([self.multiply(column, structural=structural) for column in v.unbind(1)], 1)
+        k = v.shape[1]
+        if k > MANY:
+            return torch.cat([self.multiply_many(part, structural=structural) for part in torch.split(v, MANY, 1)], 1)
+        pieces = torch.split(v.t(), self.vector.sizes, dim=1)
+        vs = [x.reshape(k, *p.shape).to(p.dtype) for x, p in zip(pieces, self.params, strict=True)]
+        try:
+            u = lin.jvp(vs, batched=True)
+            w = self._output_products(u[: self._count])
+            pulled = lin.vjp([*w, *self._hidden_part(u, structural)], batched=True)
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "batching rule" not in str(error):
+                raise
+            return torch.stack([self.multiply(column, structural=structural) for column in v.unbind(1)], 1)
+        self.products += k
+        rows = [torch.zeros_like(x) if g is None else g for x, g in zip(vs, pulled, strict=True)]
+        return torch.cat([g.detach().reshape(k, -1).to(self.dtype) for g in rows], 1).t()
+
+    def _output_products(self, u: Maybe) -> Maybe:
+        """Output products of k tangents along the first dimension."""
+        live = [i for i, t in enumerate(u) if t is not None]
+
+        def product(*tangents: Tensor) -> tuple[Tensor, ...]:
+            full: Maybe = [None] * len(u)
+            for i, t in zip(live, tangents, strict=True):
+                full[i] = t
+            done, _ = self._output_product(full, [])
+            return tuple(t for i in live if (t := done[i]) is not None)
+
+        w: Maybe = [None] * len(u)
+        for i, t in zip(live, torch.vmap(product)(*(u[i] for i in live)), strict=True):
+            w[i] = t
+        return w
+
     def structural_product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``S v = J_a' D'' J_a v``, hidden states' part alone."""
         self.products += 1
@@ -297,18 +357,18 @@ class GaussNewton(_Local):
         return self.space.product(u, v)
 
     def _pull(self, w: Maybe, direct: Maybe, u: Maybe, structural: float, out: Tensor | None) -> Tensor:
-        if structural:
-            hidden: Maybe = [
-                None if t is None else t * weight * structural
-                for t, weight in zip(u[self._count :], self._hidden, strict=True)
-            ]
-        else:
-            hidden = [None] * len(self._hidden)
-        pulled = self.linearisation.vjp([*w, *hidden])
+        pulled = self.linearisation.vjp([*w, *self._hidden_part(u, structural)])
         out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
         self.vector.flatten_into(out, pulled)
         self._add_into(out, direct)
         return out
+
+    def _hidden_part(self, u: Maybe, structural: float) -> Maybe:
+        """``structural D'' J_a v`` for every marked hidden state."""
+        if not structural:
+            return [None] * len(self._hidden)
+        tangents = u[self._count :]
+        return [None if t is None else t * w * structural for t, w in zip(tangents, self._hidden, strict=True)]
 
     def _add_into(self, flat: Tensor, parts: Maybe) -> None:
         for piece, part in zip(torch.split(flat, self.vector.sizes), parts, strict=True):

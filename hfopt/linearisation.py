@@ -46,12 +46,16 @@ class Linearisation(Protocol):
         """``J' w``: one tensor (or None for zero) per parameter."""
 
 
-def _vjp(outputs: Sequence[Tensor], params: Sequence[Tensor], w: Sequence[Tensor | None]) -> Maybe:
+def _vjp(
+    outputs: Sequence[Tensor], params: Sequence[Tensor], w: Sequence[Tensor | None], batched: bool = False
+) -> Maybe:
     live = [(z, t) for z, t in zip(outputs, w, strict=True) if t is not None and z.requires_grad]
     if not live:
         return [None] * len(params)
     heads, cotangents = zip(*live, strict=True)
-    return list(torch.autograd.grad(heads, params, cotangents, retain_graph=True, allow_unused=True))
+    return list(
+        torch.autograd.grad(heads, params, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+    )
 
 
 class DoubleBackward:
@@ -69,8 +73,8 @@ class DoubleBackward:
         self._pulled = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         self.gradient: Maybe = [None if g is None else g.detach() for g in pulled]
 
-    def jvp(self, v: Sequence[Tensor]) -> Maybe:
-        """``J v = d<J'u, v>/du``."""
+    def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
+        """``J v = d<J'u, v>/du``; ``batched``: k tangents at once, along a new first dimension."""
         if not self._pulled:
             return [None] * len(self.outputs)
         return list(
@@ -80,12 +84,13 @@ class DoubleBackward:
                 [v[i] for i, _ in self._pulled],
                 retain_graph=True,
                 allow_unused=True,
+                is_grads_batched=batched,
             )
         )
 
-    def vjp(self, w: Sequence[Tensor | None]) -> Maybe:
-        """``J' w`` on the forward graph."""
-        return _vjp(self.outputs, self.params, w)
+    def vjp(self, w: Sequence[Tensor | None], batched: bool = False) -> Maybe:
+        """``J' w`` on the forward graph; ``batched`` as for :meth:`jvp`."""
+        return _vjp(self.outputs, self.params, w, batched)
 
 
 class _Swap(TorchFunctionMode):
