@@ -108,7 +108,10 @@ class Matching:
                 self.outputs.append(z)
                 cotangents.append(None)
             where.append(places[id(z)])
-        closed = matching_curvature(Call.bind(call.function, call.args, call.kwargs, c)) if len(where) == 1 else None
+        bound = Call.bind(call.function, call.args, call.kwargs, c)
+        # The closed forms are Hessians in the criterion's input; a network may also stand at the target's place.
+        plain = len(where) == 1 and bound.arguments["input"] is call.inputs[0]
+        closed = matching_curvature(bound) if plain else None
         gradients = _grad([call.value], call.inputs, [c], graph=closed is None)
         for i, g in zip(where, gradients, strict=True):
             _add(cotangents, i, None if g is None else g.detach())
