@@ -149,8 +149,8 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx: Any, dP: Maybe, dW: Maybe, dh0: Maybe) -> tuple[Maybe, ...]:
         if dP is None and dW is None and dh0 is None:
             return (None,) * 12
-        U, A, *point = ctx.saved_tensors
-        R, *Ra = tangent((dP, dW, dh0), tuple(point), ctx.nonlinearity, ctx.on_preactivations)
+        U, A, H, h0, W = ctx.saved_tensors
+        R, *Ra = tangent((dP, dW, dh0), (H, h0, W), ctx.nonlinearity, ctx.on_preactivations)
         carried = (R, dh0, dW, dP, U, A)
         return (None if U is None else R, *(Ra or (None,)), *carried, None, None, None, None)
 
@@ -207,15 +207,12 @@ class _Point(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Maybe, *tangents: Maybe) -> tuple[Tensor, ...]:
         H_, h0_, W_ = (
-            torch.zeros_like(x) if d is None else d
-            for d, x in zip(tangents[:3], ctx.saved_tensors, strict=True)
+            torch.zeros_like(x) if d is None else d for d, x in zip(tangents[:3], ctx.saved_tensors, strict=True)
         )
         return H_, h0_, W_, *(torch.zeros_like(H_) for _ in range(3))
 
 
-def _pretangent(
-    tangents: tuple[Maybe, Maybe, Maybe], R: Tensor, point: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
+def _pretangent(tangents: tuple[Maybe, Maybe, Maybe], R: Tensor, point: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """R_a of the tangent with R_h = R, by products over all steps at once."""
     dP, dW, dh0 = tangents
     H, h0, W = point

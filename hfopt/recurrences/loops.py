@@ -2,9 +2,10 @@
 
 h_t = f(a_t), a_t = p_t + h_{t-1} W, t = 0..T-1, h_{-1} = h0.
 
-Written for speed on small matrices: a step is one or two calls of BLAS and one pointwise pass, on buffers made once.
-What does not recur (H dW in the tangent, H' dA in the adjoint) runs over blocks of steps: all steps at once on an
-accelerator; on a CPU as many as stay in cache, where one product over a long sequence would go through memory again.
+Written for speed on small matrices: a step is one call of BLAS and one pointwise pass, on buffers made once and split
+into steps once. What does not recur (H dW in the tangent, H' dA in the adjoint) is done for blocks of steps: all steps
+at once on an accelerator; on a CPU as many as stay in cache, since one product over a long sequence would go through
+memory again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,15 @@ from hfopt.recurrences.nonlinearities import Nonlinearity
 _BLOCK_BYTES = 1 << 19
 
 
+def blocks(H: Tensor) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of steps of H (T, B, h) whose non-recurrent products are one; step 0 is alone."""
+    steps = H.shape[0]
+    length = steps
+    if H.device.type == "cpu":
+        length = max(1, _BLOCK_BYTES // (H[0].numel() * H.element_size()))
+    return [(0, 1), *((start, min(start + length, steps)) for start in range(1, steps, length))]
+
+
 def forward(P: Tensor, W: Tensor, h0: Tensor, f: Nonlinearity) -> Tensor:
     """H (T, B, h) from projected inputs P (T, B, h), W (h, h), h0 (B, h)."""
     H = torch.empty_like(P, memory_format=torch.contiguous_format)
@@ -26,15 +36,6 @@ def forward(P: Tensor, W: Tensor, h0: Tensor, f: Nonlinearity) -> Tensor:
         f.apply_(h)
         previous = h
     return H
-
-
-def blocks(H: Tensor) -> list[tuple[int, int]]:
-    """Ranges [start, stop) of steps of H (T, B, h) whose non-recurrent products are done together; step 0 is alone."""
-    steps = H.shape[0]
-    length = steps
-    if H.device.type == "cpu":
-        length = max(1, _BLOCK_BYTES // (H[0].numel() * H.element_size()))
-    return [(0, 1), *((start, min(start + length, steps)) for start in range(1, steps, length))]
 
 
 def tangent(
@@ -49,77 +50,88 @@ def tangent(
 ) -> tuple[Tensor, Tensor | None]:
     """R_h (T, *K, B, h), and R_a if asked: R_a,t = dp_t + h_{t-1} dW + R_h,{t-1} W, R_h,t = f'(a_t) R_a,t.
 
-    dP (T, *K, B, h), dW (h, h), dh0 (*K, B, h), each may be None (zero); K is nothing, or a number of tangents carried
-    together, and dW is None then.
+    dP (T, *K, B, h), dW (h, h), dh0 (*K, B, h) may each be None (zero). K is nothing, or the number of tangents that
+    are carried together, without dW then.
     """
     steps, batch, hidden = H.shape
     vectors = () if dP is None else dP.shape[1:-2]
     shape = (steps, *vectors, batch, hidden)
     R = H.new_empty(shape)
     Ra = H.new_empty(shape) if preactivations else R
+    # Pointwise passes see (*K, B, h), so that one h_t serves all tangents; matrix products see (K B, h).
+    r_rows, r_all = _steps(R)
+    a_rows, a_all = _steps(Ra) if preactivations else (r_rows, r_all)
+    h_all = H.unbind()
     recurrent = None if dh0 is None else dh0.reshape(-1, hidden)
-    hs = H.unbind()
     for start, stop in blocks(H):
-        block = Ra[start:stop].flatten(0, -2)
+        block = Ra[start:stop].view(-1, hidden)
         if dW is not None:
-            lagged = h0 if start == 0 else H[start - 1 : stop - 1].flatten(0, 1)
+            lagged = h0 if start == 0 else H[start - 1 : stop - 1].view(-1, hidden)
             if dP is None:
                 torch.mm(lagged, dW, out=block)
             else:
-                torch.addmm(dP[start:stop].flatten(0, -2), lagged, dW, out=block)
+                torch.addmm(dP[start:stop].reshape(-1, hidden), lagged, dW, out=block)
         elif dP is not None:
-            block.copy_(dP[start:stop].flatten(0, -2))
+            Ra[start:stop].copy_(dP[start:stop])
         else:
             block.zero_()
         for t in range(start, stop):
-            a, r = Ra[t], R[t]
             if recurrent is not None:
-                a.view(-1, hidden).addmm_(recurrent, W)
-            f.scale(a, hs[t], r)
-            recurrent = r.view(-1, hidden)
+                a_rows[t].addmm_(recurrent, W)
+            f.scale(a_all[t], h_all[t], r_all[t])
+            recurrent = r_rows[t]
     return R, Ra if preactivations else None
 
 
 def adjoint(
     U: Tensor | None, Ua: Tensor | None, H: Tensor, h0: Tensor, W: Tensor, f: Nonlinearity
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dA (T, *K, B, h), dW (*K, h, h), dh0 (*K, B, h): dA_t = f'(a_t) (u_t + dA_{t+1} W') + ua_t, dW = sum_t h_{t-1}' dA_t,
-    dh0 = dA_0 W'.
+    """Adjoint dA (T, *K, B, h) of the pre-activations, with dW (*K, h, h) and dh0 (*K, B, h).
 
-    U, Ua (T, *K, B, h) are cotangents of H and of the pre-activations; one of them may be None (zero).
+    dA_t = f'(a_t) (u_t + dA_{t+1} W') + ua_t, dW = sum_t h_{t-1}' dA_t, dh0 = dA_0 W'; U, Ua (T, *K, B, h) are
+    cotangents of H and of the pre-activations, one of which may be None (zero).
     """
     given = Ua if U is None else U
     assert given is not None
     hidden = W.shape[0]
-    vectors = given.shape[1:-2]
+    steps, *vectors = given.shape[:-2]
     dA = torch.empty_like(given, memory_format=torch.contiguous_format)
     dW = W.new_zeros(*vectors, hidden, hidden)
     Wt = W.t()
-    hs, us, uas = H.unbind(), None if U is None else U.unbind(), None if Ua is None else Ua.unbind()
+    rows, a_all = _steps(dA)
+    us = None if U is None else U.reshape(steps, -1, hidden).unbind()
+    uas = None if Ua is None else Ua.unbind()
+    h_all = H.unbind()
     following: Tensor | None = None
     for start, stop in reversed(blocks(H)):
         for t in range(stop - 1, start - 1, -1):
-            a = dA[t]
-            rows = a.view(-1, hidden)
+            row, a = rows[t], a_all[t]
             if following is None:
                 if us is None:
-                    a.zero_()
+                    row.zero_()
                 else:
-                    f.scale(us[t], hs[t], a)
+                    row.copy_(us[t])
+            elif us is None:
+                torch.mm(following, Wt, out=row)
             else:
-                if us is None:
-                    torch.mm(following, Wt, out=rows)
-                else:
-                    torch.addmm(us[t].reshape(-1, hidden), following, Wt, out=rows)
-                f.scale(a, hs[t], a)
+                torch.addmm(us[t], following, Wt, out=row)
+            f.scale(a, h_all[t], a)
             if uas is not None:
                 a.add_(uas[t])
-            following = rows
-        lagged = h0 if start == 0 else H[start - 1 : stop - 1].flatten(0, 1)
+            following = row
+        lagged = h0 if start == 0 else H[start - 1 : stop - 1].view(-1, hidden)
         if vectors:
             for k, gradient in enumerate(dW.unbind()):
-                gradient.addmm_(lagged.t(), dA[start:stop, k].flatten(0, 1))
+                gradient.addmm_(lagged.t(), dA[start:stop, k].reshape(-1, hidden))
         else:
-            dW.addmm_(lagged.t(), dA[start:stop].flatten(0, 1))
+            dW.addmm_(lagged.t(), dA[start:stop].view(-1, hidden))
     assert following is not None
     return dA, dW, torch.mm(following, Wt).view(given.shape[1:])
+
+
+def _steps(X: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The steps of X (T, *K, B, h), as matrices (K B, h) and as they are."""
+    if X.dim() == 3:
+        steps = X.unbind()
+        return steps, steps
+    return X.flatten(1, 2).unbind(), X.unbind()

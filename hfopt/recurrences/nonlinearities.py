@@ -13,19 +13,18 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Nonlinearity:
-    """A hidden nonlinearity h = f(a) and its derivatives, all given h.
+    """A hidden nonlinearity h = f(a) and its derivatives, all as functions of h.
 
-    apply_      a <- f(a), in place
-    scale       (g, h, out) -> out = f'(a) g, one pass over memory; `out` may be `g`; g may have leading dimensions before h's
-    slope       f'(a)
-    slope_rate  d f'(a) / dh, so that d f'(a_t) = slope_rate(h_t) dh_t; None where it is zero (almost) everywhere
-    distance    D'' (structural damping): the exact curvature, in a, of the distance between two hidden states
+    Attributes:
+        apply_: a <- f(a), in place.
+        scale: (g, h, out): out <- f'(a) g in one pass over memory; `out` may be `g`; g is (..., *h.shape).
+        slope_rate: d f'(a) / dh; None where it is zero (almost) everywhere.
+        distance: D'' of structural damping, the exact curvature in a of the distance between two hidden states.
     """
 
     name: str
     apply_: Callable[[Tensor], object]
     scale: Callable[[Tensor, Tensor, Tensor], object]
-    slope: Callable[[Tensor], Tensor]
     slope_rate: Callable[[Tensor], Tensor] | None
     distance: Callable[[Tensor], Tensor]
 
@@ -54,22 +53,13 @@ def _step(h: Tensor) -> Tensor:
 NONLINEARITIES: dict[str, Nonlinearity] = {
     f.name: f
     for f in (
-        # D'' of the cross-entropy between the probabilities (1 + h) / 2 = sigma(2a).
-        Nonlinearity(
-            "tanh", Tensor.tanh_, _tanh_scale, lambda h: 1 - h * h, lambda h: -2 * h, lambda h: 1 - h * h
-        ),
-        # D'' of the cross-entropy between the probabilities h = sigma(a).
-        Nonlinearity(
-            "sigmoid",
-            Tensor.sigmoid_,
-            _sigmoid_scale,
-            lambda h: h * (1 - h),
-            lambda h: 1 - 2 * h,
-            lambda h: h * (1 - h),
-        ),
-        # No matching distance: D'' of half the squared distance of h, Gauss-Newton form f'(a)^2.
-        Nonlinearity("relu", Tensor.relu_, _relu_scale, _step, None, _step),
-        # D'' of half the squared distance of h = a.
-        Nonlinearity("identity", lambda a: a, _identity_scale, torch.ones_like, None, torch.ones_like),
+        # Distance: cross-entropy between the probabilities (1 + h) / 2 = sigma(2a).
+        Nonlinearity("tanh", Tensor.tanh_, _tanh_scale, lambda h: -2 * h, lambda h: 1 - h * h),
+        # Distance: cross-entropy between the probabilities h = sigma(a).
+        Nonlinearity("sigmoid", Tensor.sigmoid_, _sigmoid_scale, lambda h: 1 - 2 * h, lambda h: h * (1 - h)),
+        # Distance: half the squared distance of h, in its Gauss-Newton form f'(a)^2.
+        Nonlinearity("relu", Tensor.relu_, _relu_scale, None, _step),
+        # Distance: half the squared distance of h = a.
+        Nonlinearity("identity", lambda a: a, _identity_scale, None, torch.ones_like),
     )
 }

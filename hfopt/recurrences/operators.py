@@ -1,7 +1,7 @@
-"""The simple recurrence's forward, tangent and adjoint as torch operators, each one node for every transform and compiler.
+"""The simple recurrence's forward, tangent and adjoint as torch operators: one node each for transforms and compilers.
 
-`hfopt::rnn_forward`, `hfopt::rnn_tangent`, `hfopt::rnn_adjoint` work on plain tensors and know no derivative; how each is
-the derivative of another stands in `hfopt.recurrences.simple`.
+`hfopt::rnn_forward`, `hfopt::rnn_tangent` and `hfopt::rnn_adjoint` work on plain tensors and know no derivative; how
+each is the derivative of another stands in `hfopt.recurrences.simple` and `hfopt.recurrences.linear`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def rnn_adjoint(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dP, dW, dh0) of cotangents U of H and Ua of the pre-activations, (T, B, h) or (T, K, B, h).
 
-    dp_t = f'(a_t) (u_t + dp_{t+1} W') + ua_t, dW = sum_t h_{t-1}' dp_t, dh0 = dp_0 W'; a None is zero, not both.
+    dp_t = f'(a_t) (u_t + dp_{t+1} W') + ua_t, dW = sum_t h_{t-1}' dp_t, dh0 = dp_0 W'; one of U, Ua may be None (zero).
     """
     return loops.adjoint(U, Ua, H, h0, W, NONLINEARITIES[nonlinearity])
 
@@ -82,17 +82,13 @@ def _(
     return H.new_empty(given.shape), W.new_empty(*vectors, *W.shape), H.new_empty(given.shape[1:])
 
 
-# Many vectors at once. Where only the vectors are batched they ride along in one pass over time, (T, K, B, h); where the
-# point itself is (an ensemble of networks), one pass for each.
+# Many vectors at once: where only the vectors are batched, they ride along in one pass over time, (T, K, B, h); where
+# the point itself is (an ensemble of networks), there is a pass for each.
 
 
-def _one_by_one(
-    operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
-) -> Any:
-    """Call `operator` for each element of the batched arguments and stack what it returns along dimension 0."""
-    columns = [
-        [a] * info.batch_size if d is None else a.unbind(d) for a, d in zip(args, in_dims, strict=True)
-    ]
+def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
+    """Call `operator` for each element of the batched arguments and stack the results along dimension 0."""
+    columns = [[a] * info.batch_size if d is None else a.unbind(d) for a, d in zip(args, in_dims, strict=True)]
     results = [operator(*row) for row in zip(*columns, strict=True)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
@@ -100,10 +96,8 @@ def _one_by_one(
     return stacked, (0,) * len(stacked)
 
 
-def _to_front(tensor: Tensor | None, dim: int | None, size: int, at: int) -> Tensor | None:
-    """`tensor` with its batch dimension (added if it has none) at position `at`."""
-    if tensor is None:
-        return None
+def _batched(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:
+    """`tensor` with its batch dimension, added if it has none, at position `at`."""
     if dim is None:
         return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
     return tensor.movedim(dim, at)
@@ -115,7 +109,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
     if in_dims[1] is not None:
         return _one_by_one(rnn_forward, info, in_dims, args)
     size = info.batch_size
-    P, h0 = _to_front(P, in_dims[0], size, 1), _to_front(h0, in_dims[2], size, 0)
+    P, h0 = _batched(P, in_dims[0], size, 1), _batched(h0, in_dims[2], size, 0)
     H = rnn_forward(P.flatten(1, 2), W, h0.flatten(0, 1), nonlinearity)
     return H.unflatten(1, (size, -1)), 1
 
@@ -126,14 +120,14 @@ def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
     if _at_many_points(in_dims[3:]) or _carries_vectors(dP, in_dims[0]):
         return _one_by_one(rnn_tangent, info, in_dims, args)
     size = info.batch_size
-    inputs = _to_front(dP, in_dims[0], size, 1)
+    inputs = None if dP is None else _batched(dP, in_dims[0], size, 1)
     if dW is not None:
         lagged = torch.cat((h0.unsqueeze(0), H[:-1])).unsqueeze(1)
-        moved = lagged @ _to_front(dW, in_dims[1], size, 0)
+        moved = lagged @ _batched(dW, in_dims[1], size, 0)
         inputs = moved if inputs is None else moved + inputs
     if inputs is None:
         inputs = H.new_zeros(()).expand(H.shape[0], size, *H.shape[1:])
-    start = _to_front(dh0, in_dims[2], size, 0)
+    start = None if dh0 is None else _batched(dh0, in_dims[2], size, 0)
     R, Ra = rnn_tangent(inputs, None, start, H, h0, W, nonlinearity, preactivations)
     return (R, Ra if preactivations else H.new_empty(size, 0)), (1, 1 if preactivations else 0)
 
@@ -144,7 +138,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
     given, dim = (Ua, in_dims[1]) if U is None else (U, in_dims[0])
     if _at_many_points(in_dims[2:]) or _carries_vectors(given, dim):
         return _one_by_one(rnn_adjoint, info, in_dims, args)
-    U, Ua = (_to_front(c, d, info.batch_size, 1) for c, d in ((U, in_dims[0]), (Ua, in_dims[1])))
+    U, Ua = (None if c is None else _batched(c, d, info.batch_size, 1) for c, d in ((U, in_dims[0]), (Ua, in_dims[1])))
     return rnn_adjoint(U, Ua, H, h0, W, nonlinearity), (1, 0, 0)
 
 
@@ -154,5 +148,5 @@ def _at_many_points(dims: tuple[int | None, ...]) -> bool:
 
 
 def _carries_vectors(given: Tensor | None, dim: int | None) -> bool:
-    """Whether a tangent or cotangent is (T, K, B, h) already, under the dimension that is being mapped over."""
+    """Whether a tangent or cotangent is (T, K, B, h) already, besides the dimension mapped over."""
     return given is not None and given.dim() - (dim is not None) != 3

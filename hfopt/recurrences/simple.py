@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
-from hfopt.recurrences.linear import Maybe, adjoint, before, tangent
+from hfopt.recurrences.linear import Maybe, adjoint, apply, before, tangent
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
 from hfopt.recurrences.operators import rnn_forward
 
@@ -19,9 +19,7 @@ class _Recurrence(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str, preactivations: bool
-    ) -> tuple[Tensor, ...]:
+    def forward(P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str, preactivations: bool) -> tuple[Tensor, ...]:
         H = rnn_forward(P, W, h0, nonlinearity)
         return (H, P + before(H, h0) @ W) if preactivations else (H,)
 
@@ -50,36 +48,37 @@ def simple_rnn(
     nonlinearity: str = "tanh",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Hidden states of a simple recurrent network, h_t = f(h_{t-1} W + p_t) for t = 0..T-1 with h_{-1} = h0.
+    """Hidden states of a simple recurrent network: h_t = f(h_{t-1} W + p_t) for t = 0..T-1, with h_{-1} = h0.
 
-    Differentiable any number of times, in forward and reverse mode; a Jacobian-vector product is one tangent pass
-    and a vector-Jacobian product one adjoint pass over the stored states. While an optimizer looks for hidden states
-    (structural damping), the pre-activations a_t = h_{t-1} W + p_t are marked with the curvature D'' of their distance:
-    1 - h^2 for tanh, h(1 - h) for sigmoid, 1 for identity, f'(a)^2 for relu (squared distance of h).
+    Differentiable any number of times in forward and reverse mode: a Jacobian-vector product is one tangent pass, a
+    vector-Jacobian product one adjoint pass over the stored states. While an optimizer looks for hidden states
+    (structural damping), the pre-activations a_t = h_{t-1} W + p_t are marked with D'', the curvature of their
+    distance: 1 - h^2 for tanh, h (1 - h) for sigmoid, 1 for identity, f'(a)^2 (squared distance of h) for relu.
 
     Args:
-        inputs_projected: p (T, B, h), input of each hidden unit at each step, biases included.
+        inputs_projected: p (T, B, h), each unit's input at each step, bias included.
         weight_hh: W (h, h); W[i, j] leads from unit i to unit j.
-        h0: (B, h), or (h,) for the same start in every sequence.
+        h0: (B, h), or (h,) for the same start of every sequence.
         nonlinearity: f, one of "tanh", "relu", "sigmoid", "identity".
-        mask: (T, B) bool, True where a step belongs to its sequence. It leaves the states as they are and keeps the steps
-            beyond a sequence's end out of structural damping.
+        mask: (T, B) bool, False beyond a sequence's end. It changes no state: it keeps those steps out of structural
+            damping.
 
     Returns:
         H (T, B, h).
 
     Raises:
-        ValueError: for a wrong shape, an empty sequence or an unknown nonlinearity; the message names the argument.
-        TypeError: for a wrong dtype, or tensors of different dtypes or devices.
+        ValueError: a wrong shape, an empty sequence or an unknown nonlinearity; the message names the argument.
+        TypeError: an argument that is no floating-point tensor, or has another dtype or device than the first.
 
     Reference: Martens & Sutskever, "Learning recurrent neural networks with Hessian-free optimization", ICML 2011.
     """
-    inputs_projected, weight_hh, h0 = _same_precision(inputs_projected, weight_hh, h0)
-    _check(inputs_projected, weight_hh, h0, nonlinearity, mask)
+    _check_types(inputs_projected=inputs_projected, weight_hh=weight_hh, h0=h0)
+    P, W, h0 = _same_precision(inputs_projected, weight_hh, h0)
+    _check(P, W, h0, nonlinearity, mask)
     if h0.dim() == 1:
-        h0 = h0.expand(inputs_projected.shape[1], -1)
+        h0 = h0.expand(P.shape[1], -1)
     wanted = structural.wanted()
-    H, *A = _Recurrence.apply(inputs_projected, weight_hh, h0, nonlinearity, wanted)
+    H, *A = apply(_Recurrence, P, W, h0, nonlinearity, wanted)
     if wanted:
         curvature = NONLINEARITIES[nonlinearity].distance(H.detach())
         structural.mark(A[0], curvature, batch_dim=1, mask=mask)
@@ -87,47 +86,42 @@ def simple_rnn(
     return states
 
 
+def _check_types(**named: object) -> None:
+    for name, given in named.items():
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} is a {type(given).__name__}, not a tensor")
+        if not given.is_floating_point():
+            raise TypeError(f"{name} has dtype {given.dtype}; give a floating-point tensor")
+
+
 def _same_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, all tensors in the autocast dtype, as torch's own recurrent layers have it; otherwise as they are."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    """Under autocast, float32 tensors in the autocast dtype, as for torch's recurrent layers; otherwise as they are."""
+    device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors)
+    return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
 
 
 def _check(P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str, mask: Tensor | None) -> None:
-    named = {"inputs_projected": P, "weight_hh": W, "h0": h0}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is a {type(tensor).__name__}, not a tensor")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}; give a floating-point tensor")
+    for name, tensor in {"weight_hh": W, "h0": h0}.items():
         if tensor.dtype != P.dtype or tensor.device != P.device:
             raise TypeError(
                 f"{name} is {tensor.dtype} on {tensor.device}, but inputs_projected is {P.dtype} on {P.device}; "
-                "bring them to one dtype and device with .to()"
+                "bring them together with .to()"
             )
     if nonlinearity not in NONLINEARITIES:
-        raise ValueError(
-            f"nonlinearity is {nonlinearity!r}; it is one of {', '.join(map(repr, NONLINEARITIES))}"
-        )
+        raise ValueError(f"nonlinearity is {nonlinearity!r}; it is one of {', '.join(map(repr, NONLINEARITIES))}")
     if P.dim() != 3:
-        raise ValueError(
-            f"inputs_projected has shape {tuple(P.shape)}; it is (T, B, h): steps, sequences, units"
-        )
+        raise ValueError(f"inputs_projected has shape {tuple(P.shape)}; it is (T, B, h): steps, sequences, units")
     steps, batch, hidden = P.shape
-    if 0 in P.shape:
-        raise ValueError(
-            f"inputs_projected has shape {tuple(P.shape)}: there is no step, no sequence or no unit in it"
-        )
+    if P.numel() == 0:
+        raise ValueError(f"inputs_projected has shape {tuple(P.shape)}: no step, no sequence or no unit is in it")
     if W.shape != (hidden, hidden):
         raise ValueError(
-            f"weight_hh has shape {tuple(W.shape)}, but inputs_projected has {hidden} units; it is ({hidden}, {hidden})"
+            f"weight_hh has shape {tuple(W.shape)}; with the {hidden} units of inputs_projected it is {hidden, hidden}"
         )
     if h0.shape not in ((batch, hidden), (hidden,)):
-        raise ValueError(f"h0 has shape {tuple(h0.shape)}; it is ({batch}, {hidden}) or ({hidden},) here")
+        raise ValueError(f"h0 has shape {tuple(h0.shape)}; here it is {batch, hidden} or ({hidden},)")
     if mask is not None and (mask.shape != (steps, batch) or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it is bool of shape ({steps}, {batch})"
-        )
+        raise ValueError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; here it is bool of {steps, batch}")
