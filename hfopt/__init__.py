@@ -1,10 +1,12 @@
 """Hessian-free optimization for PyTorch: Gauss-Newton products, conjugate gradients, damping."""
 
 from hfopt.cg import CG
-from hfopt.curvature import Damped, Fisher, GaussNewton, Hessian
+from hfopt.curvature import GaussNewton, Hessian
 from hfopt.damping import FixedDamping, LevenbergMarquardt
 from hfopt.errors import ClosureError, HfoptError, NotDifferentiable
+from hfopt.fisher import Fisher
 from hfopt.linesearch import LineSearch
+from hfopt.operators import Damped
 from hfopt.optimizer import HessianFree
 from hfopt.preconditioner import EmpiricalFisherDiagonal
 from hfopt.stats import StepStats

@@ -10,9 +10,8 @@ All are symmetric (P, P); G and F are positive semi-definite for convex losses a
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,8 @@ from hfopt.linearisation import (
     available_bytes,
     not_differentiable,
 )
+from hfopt.operators import Local
 from hfopt.output_space import Joint, Matching, output_space
-from hfopt.vector import ParameterVector
 
 # Vectors in one batched pass at most, for its memory grows with them.
 MANY = 64
@@ -40,138 +39,7 @@ MANY = 64
 Maybe = list["Tensor | None"]
 
 
-class Operator(ABC):
-    """A symmetric linear map on parameter space.
-
-    ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the
-    parameters, and answers in kind. ``products`` counts the vectors multiplied so far.
-    """
-
-    def __init__(self, vector: ParameterVector) -> None:
-        self.vector = vector
-        self.products = 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(P, P)."""
-        return self.vector.size, self.vector.size
-
-    @property
-    def device(self) -> torch.device:
-        """The parameters' device."""
-        return self.vector.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of flat vectors."""
-        return self.vector.dtype
-
-    @abstractmethod
-    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """The product with one flat vector (P,), written to ``out`` if that is given."""
-
-    def multiply_many(self, v: Tensor) -> Tensor:
-        """The products with the columns of ``v (P, k)``, one by one unless the operator has a better way."""
-        return torch.stack([self.multiply(column) for column in v.unbind(1)], 1)
-
-    @overload
-    def __matmul__(self, v: Tensor) -> Tensor: ...
-    @overload
-    def __matmul__(self, v: Sequence[Tensor]) -> list[Tensor]: ...
-    def __matmul__(self, v: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """``op v``.
-
-        Raises:
-            ValueError: another shape, dtype or device than the parameters'.
-        """
-        if isinstance(v, Tensor):
-            self._check(v)
-            if v.dim() == 1:
-                return self.multiply(v)
-            return self.multiply_many(v) if v.shape[1] else v.clone()
-        tensors = list(v)
-        shapes = [tuple(p.shape) for p in self.vector.params]
-        if [tuple(t.shape) for t in tensors] != shapes:
-            raise ValueError(
-                f"v has tensors of shapes {[tuple(t.shape) for t in tensors]}, but the parameters {shapes}"
-            )
-        return self.vector.cast_views(self.multiply(self.vector.flatten(tensors)))
-
-    def _check(self, v: Tensor) -> None:
-        if v.dim() not in (1, 2) or v.shape[0] != self.vector.size:
-            raise ValueError(f"v has shape {tuple(v.shape)}, but must be (P,) or (P, k) with P = {self.vector.size}")
-        if v.dtype != self.dtype or v.device != self.device:
-            raise ValueError(f"v is {v.dtype} on {v.device}, but the parameters are {self.dtype} on {self.device}")
-
-    def to_dense(self) -> Tensor:
-        """The matrix (P, P), by P products; for tests and tiny models."""
-        return self @ torch.eye(self.vector.size, dtype=self.dtype, device=self.device)
-
-    def damped(self, damping: float, structural: float = 0.0, decay: float | Tensor = 0.0) -> Damped:
-        """``op + damping (I + structural S) + decay``; see :class:`Damped`."""
-        return Damped(self, damping, structural, decay)
-
-
-class Damped(Operator):
-    """``A = B + lambda I + lambda mu S + diag(c)``, S the structural-damping matrix of B; one pass for all.
-
-    Args:
-        base: the operator B.
-        damping: lambda >= 0.
-        structural: mu >= 0; needs a base that was built with ``structural=True``.
-        decay: c >= 0, the curvature of an L2 penalty ``c/2 |theta|^2``: a number, or a flat vector (P,).
-    """
-
-    def __init__(self, base: Operator, damping: float, structural: float = 0.0, decay: float | Tensor = 0.0) -> None:
-        super().__init__(base.vector)
-        if structural and not isinstance(base, GaussNewton):
-            raise ValueError(f"structural damping needs a Gauss-Newton or Fisher operator, not {type(base).__name__}")
-        if not damping >= 0 or not structural >= 0:
-            raise ValueError(f"damping and structural must not be negative, but are {damping} and {structural}")
-        self.base, self.damping, self.structural, self.decay = base, damping, structural, decay
-
-    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``B v + lambda v + lambda mu S v + c v``."""
-        self.products += 1
-        if self.structural and isinstance(self.base, GaussNewton):
-            out = self.base.multiply(v, out, structural=self.damping * self.structural)
-        else:
-            out = self.base.multiply(v, out)
-        return self._add_diagonal(v, out)
-
-    def multiply_many(self, v: Tensor) -> Tensor:
-        """The same for the columns of ``v (P, k)``, in one pass where the base operator has one."""
-        self.products += v.shape[1]
-        if self.structural and isinstance(self.base, GaussNewton):
-            return self._add_diagonal(v, self.base.multiply_many(v, structural=self.damping * self.structural))
-        return self._add_diagonal(v, self.base.multiply_many(v))
-
-    def _add_diagonal(self, v: Tensor, out: Tensor) -> Tensor:
-        if isinstance(self.decay, Tensor):
-            decay = self.decay if v.dim() == 1 else self.decay.unsqueeze(1)
-            return out.add_(v, alpha=self.damping).addcmul_(v, decay)
-        return out.add_(v, alpha=self.damping + self.decay)
-
-
-class _Local(Operator):
-    """What operators built from a closure share: parameters, the loss and its gradient at the point."""
-
-    loss: Tensor  # 0-dim, detached
-    gradient: Tensor  # flat (P,)
-    result: Any  # what an optimizer's step returns for this run of the closure
-
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        if isinstance(params, Tensor):
-            raise TypeError("params must be an iterable of tensors, not one tensor; write [tensor]")
-        super().__init__(ParameterVector(p for p in params if p.requires_grad))
-
-    @property
-    def params(self) -> list[Tensor]:
-        """The parameters theta that require a gradient."""
-        return self.vector.params
-
-
-class GaussNewton(_Local):
+class GaussNewton(Local):
     """``G = J' H_L J + d2R/dtheta2`` of the loss that a closure computes, about the parameters' present values.
 
     The point is fixed: changing a parameter in place afterwards makes a product raise, since the graph is kept.
@@ -218,6 +86,7 @@ class GaussNewton(_Local):
         self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
         self.space: Matching | Joint = output_space(seen, self.params)
         self._hidden = [h.weight for h in seen.hidden if h.preactivations.requires_grad]
+        self.has_structural = bool(self._hidden)
         if structural and not self._hidden:
             raise ClosureError(
                 "structural damping is asked for, but no hidden state was marked in the closure: use hfopt's "
@@ -306,7 +175,7 @@ class GaussNewton(_Local):
         lin, space = self.linearisation, self.space
         closed = isinstance(space, Matching) and all(b.closed is not None for b in space.blocks)
         if not isinstance(lin, DoubleBackward) or not closed or any(d is not None for d in space.direct):
-            return torch.stack([self.multiply(column, structural=structural) for column in v.unbind(1)], 1)
+            return super().multiply_many(v, structural=structural)
         k = v.shape[1]
         if k > MANY:
             return torch.cat([self.multiply_many(part, structural=structural) for part in torch.split(v, MANY, 1)], 1)
@@ -319,7 +188,7 @@ class GaussNewton(_Local):
         except RuntimeError as error:
             if "vmap" not in str(error) and "batching rule" not in str(error):
                 raise
-            return torch.stack([self.multiply(column, structural=structural) for column in v.unbind(1)], 1)
+            return super().multiply_many(v, structural=structural)
         self.products += k
         rows = [torch.zeros_like(x) if g is None else g for x, g in zip(vs, pulled, strict=True)]
         return torch.cat([g.detach().reshape(k, -1).to(self.dtype) for g in rows], 1).t()
@@ -330,14 +199,14 @@ class GaussNewton(_Local):
 
         def product(*tangents: Tensor) -> tuple[Tensor, ...]:
             full: Maybe = [None] * len(u)
-            for i, t in zip(live, tangents, strict=True):
-                full[i] = t
+            for i, tangent in zip(live, tangents, strict=True):
+                full[i] = tangent
             done, _ = self._output_product(full, [])
             return tuple(t for i in live if (t := done[i]) is not None)
 
         w: Maybe = [None] * len(u)
-        for i, t in zip(live, torch.vmap(product)(*(u[i] for i in live)), strict=True):
-            w[i] = t
+        for i, part in zip(live, torch.vmap(product)(*(t for t in u if t is not None)), strict=True):
+            w[i] = part
         return w
 
     def structural_product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -380,73 +249,7 @@ class GaussNewton(_Local):
         return self.vector.flatten(self.linearisation.vjp([*cotangents, *([None] * len(self._hidden))]))
 
 
-class Fisher(GaussNewton):
-    """``F = sum_n s_n s_n'`` over cases and draws, ``s_n = J_n' g_n``: the loss's Fisher matrix by sampled or true
-    targets.
-
-    With ``kind="sampled"`` the output gradients ``g`` are drawn from the model's own predictive distribution
-    (``E[g g'] = H_L``), so that ``E[F] = G``; drawn once, when the operator is built. With ``kind="empirical"`` they
-    are the gradients at the data's targets: for a mean over N cases ``F = (1/N) sum_n grad_n grad_n'``.
-
-    Args:
-        kind: ``"sampled"`` or ``"empirical"``.
-        samples: draws per case.
-        batch_dim: the outputs' dimension along which cases stand; gradients are summed over all others.
-        generator: for the draws; default: torch's global one.
-
-    The rest as for :class:`GaussNewton`. Source: Martens, JMLR 2020, sections 5 and 11.
-    """
-
-    def __init__(
-        self,
-        closure: Closure,
-        params: Iterable[Tensor],
-        *,
-        kind: str = "sampled",
-        samples: int = 1,
-        batch_dim: int = 0,
-        generator: torch.Generator | None = None,
-        **options: Any,
-    ) -> None:
-        if kind not in ("sampled", "empirical"):
-            raise ValueError(f"kind is {kind!r}, but must be 'sampled' or 'empirical'")
-        if samples < 1:
-            raise ValueError(f"samples is {samples}, but must be at least 1")
-        super().__init__(closure, params, **options)
-        self.batch_dim = batch_dim
-        if kind == "sampled":
-            if not isinstance(self.space, Matching) or any(b.closed is None for b in self.space.blocks):
-                raise ClosureError(
-                    "a sampled Fisher matrix needs a criterion with a known distribution; use one of "
-                    "torch.nn.functional, "
-                    "kind='empirical', or the Gauss-Newton matrix"
-                )
-            self._draws = [
-                (z, samples**-0.5 * g) for _ in range(samples) for z, g in self._drawn(self.space, generator)
-            ]
-        else:
-            cotangents = [
-                t * z.shape[batch_dim] ** 0.5 if z.dim() else t
-                for z, t in zip(self.space.outputs, self.space.cotangents, strict=True)
-            ]
-            self._draws = list(enumerate(cotangents))
-
-    def _drawn(self, space: Matching, generator: torch.Generator | None) -> list[tuple[int, Tensor]]:
-        return [(b.where[0], b.closed.sample(generator)) for b in space.blocks if b.closed is not None]
-
-    def _output_product(self, u: Maybe, v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
-        _, direct = self.space.product([None] * len(u), v)
-        w: Maybe = [None] * len(u)
-        for i, g in self._draws:
-            if (t := u[i]) is not None:
-                others = [d for d in range(t.dim()) if d != self.batch_dim % t.dim()]
-                along = (g * t).sum(others, keepdim=True) if others else g * t
-                part, old = g * along, w[i]
-                w[i] = part if old is None else old + part
-        return w, direct
-
-
-class Hessian(_Local):
+class Hessian(Local):
     """``H = d2L/dtheta2`` by a cached double backward pass; symmetric, and indefinite away from minima.
 
     Args:
@@ -473,8 +276,14 @@ class Hessian(_Local):
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient = self.vector.flatten(grads)
 
-    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``H v = d<grad L, v>/dtheta``."""
+    def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
+        """``H v = d<grad L, v>/dtheta``.
+
+        Raises:
+            ValueError: for ``structural``, which a Hessian does not have.
+        """
+        if structural:
+            raise ValueError("structural is given, but the Hessian of a loss has no hidden states to damp")
         self.products += 1
         vs = self.vector.cast_views(v)
         parts: Sequence[Tensor | None] = [None] * len(self.params)

@@ -32,7 +32,7 @@ def reached_leaves(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> set[
 
 
 def saved_bytes(roots: Iterable[Tensor], ignore: Iterable[Tensor]) -> int:
-    """Bytes of the distinct tensors that the graph of ``roots`` keeps for its backward pass, but for those of ``ignore``."""
+    """Bytes of the distinct tensors that the graph of ``roots`` keeps for backward, less those of ``ignore``."""
     storages = {t.untyped_storage().data_ptr() for t in ignore}
     total = 0
     for node in nodes(roots):

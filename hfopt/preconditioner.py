@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from hfopt.curvature import GaussNewton, Operator
+from hfopt.curvature import GaussNewton
+from hfopt.operators import Operator
 
 
 class Preconditioner(ABC):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hfopt.cg import Iterate, Solution
 from hfopt.closure import Closure, differentiate, evaluate
-from hfopt.curvature import Fisher, GaussNewton, Hessian, differentiable_attention
+from hfopt.curvature import GaussNewton, Hessian, differentiable_attention
+from hfopt.fisher import Fisher
 from hfopt.frozen import Frozen
 from hfopt.linesearch import LineSearchResult
 from hfopt.stats import StepStats

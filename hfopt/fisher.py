@@ -1,0 +1,82 @@
+"""The Fisher information matrix of a model's predictive distribution, or of the data's own targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfopt.closure import Closure
+from hfopt.curvature import GaussNewton
+from hfopt.errors import ClosureError
+from hfopt.output_space import Matching
+
+Maybe = list["Tensor | None"]
+
+
+class Fisher(GaussNewton):
+    """``F = sum_n s_n s_n'`` over cases and draws, ``s_n = J_n' g_n``: the loss's Fisher matrix by sampled or true
+    targets.
+
+    With ``kind="sampled"`` the output gradients ``g`` are drawn from the model's own predictive distribution
+    (``E[g g'] = H_L``), so that ``E[F] = G``; drawn once, when the operator is built. With ``kind="empirical"`` they
+    are the gradients at the data's targets: for a mean over N cases ``F = (1/N) sum_n grad_n grad_n'``.
+
+    Args:
+        kind: ``"sampled"`` or ``"empirical"``.
+        samples: draws per case.
+        batch_dim: the outputs' dimension along which cases stand; gradients are summed over all others.
+        generator: for the draws; default: torch's global one.
+
+    The rest as for :class:`GaussNewton`. Source: Martens, JMLR 2020, sections 5 and 11.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        *,
+        kind: str = "sampled",
+        samples: int = 1,
+        batch_dim: int = 0,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        if kind not in ("sampled", "empirical"):
+            raise ValueError(f"kind is {kind!r}, but must be 'sampled' or 'empirical'")
+        if samples < 1:
+            raise ValueError(f"samples is {samples}, but must be at least 1")
+        super().__init__(closure, params, **options)
+        self.batch_dim = batch_dim
+        if kind == "sampled":
+            if not isinstance(self.space, Matching) or any(b.closed is None for b in self.space.blocks):
+                raise ClosureError(
+                    "a sampled Fisher matrix needs a criterion with a known distribution; use one of "
+                    "torch.nn.functional, "
+                    "kind='empirical', or the Gauss-Newton matrix"
+                )
+            self._draws = [
+                (z, samples**-0.5 * g) for _ in range(samples) for z, g in self._drawn(self.space, generator)
+            ]
+        else:
+            cotangents = [
+                t * z.shape[batch_dim] ** 0.5 if z.dim() else t
+                for z, t in zip(self.space.outputs, self.space.cotangents, strict=True)
+            ]
+            self._draws = list(enumerate(cotangents))
+
+    def _drawn(self, space: Matching, generator: torch.Generator | None) -> list[tuple[int, Tensor]]:
+        return [(b.where[0], b.closed.sample(generator)) for b in space.blocks if b.closed is not None]
+
+    def _output_product(self, u: Maybe, v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
+        _, direct = self.space.product([None] * len(u), v)
+        w: Maybe = [None] * len(u)
+        for i, g in self._draws:
+            if (t := u[i]) is not None:
+                others = [d for d in range(t.dim()) if d != self.batch_dim % t.dim()]
+                along = (g * t).sum(others, keepdim=True) if others else g * t
+                part, old = g * along, w[i]
+                w[i] = part if old is None else old + part
+        return w, direct
