@@ -111,6 +111,9 @@ def test_minibatches_are_kept_until_forgotten(name: str, form: str) -> None:
     assert problem.train_mem == {}
     for i in problem.test_batches:
         assert problem(i) is test[i]
+    late = build(name, form)
+    late.forget()
+    assert equal(late(-1), test[-1]), "test draws do not depend on when they are first used"
 
 
 @RANDOM
