@@ -188,7 +188,9 @@ class _Point(torch.autograd.Function):
 
     @staticmethod
     def forward(like: Tensor, H: Tensor, h0: Tensor, W: Tensor, nonlinearity: str) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in (like, h0, W, like, like, like))
+        # Mapped over by vmap as soon as one argument is: cotangents of tensors that are not would be summed.
+        mark = sum(x.new_empty(()) for x in (H, h0, W)) + like.new_empty(())
+        return tuple(mark.new_empty(x.shape) for x in (like, h0, W, like, like, like))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -41,6 +41,19 @@ class _Recurrence(torch.autograd.Function):
         return tangent((dP, dW, dh0), ctx.saved_tensors, ctx.nonlinearity, ctx.preactivations)
 
 
+def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, W, h0, ctx.nonlinearity = inputs
+    ctx.save_for_backward(output, h0, W)
+
+
+def _backward_compiled(ctx: Any, U: Tensor) -> tuple[Maybe, ...]:
+    return (*adjoint((U, None), ctx.saved_tensors, ctx.nonlinearity), None)
+
+
+# torch.compile does not trace functions with a forward mode of their own; it takes the operator with this backward pass.
+rnn_forward.register_autograd(_backward_compiled, setup_context=_setup_compiled)
+
+
 def simple_rnn(
     inputs_projected: Tensor,
     weight_hh: Tensor,
@@ -77,6 +90,8 @@ def simple_rnn(
     _check(P, W, h0, nonlinearity, mask)
     if h0.dim() == 1:
         h0 = h0.expand(P.shape[1], -1)
+    if torch.compiler.is_compiling():
+        return rnn_forward(P, W, h0, nonlinearity)
     wanted = structural.wanted()
     H, *A = apply(_Recurrence, P, W, h0, nonlinearity, wanted)
     if wanted:
