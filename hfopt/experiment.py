@@ -34,16 +34,12 @@ class Problem(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
-def chosen_batches(
-    name: str, given: Sequence[int] | None, there: Sequence[int], default: list[int]
-) -> list[int]:
+def chosen_batches(name: str, given: Sequence[int] | None, there: Sequence[int], default: list[int]) -> list[int]:
     """The batches of a role: those given, or the default; ValueError if the problem does not have them."""
     chosen = default if given is None else list(given)
     foreign = [i for i in chosen if i not in there]
     if foreign or not chosen:
-        raise ValueError(
-            f"{name}={chosen}: choose at least one of the problem's train_batches, {list(there)}"
-        )
+        raise ValueError(f"{name}={chosen}: choose at least one of the problem's train_batches, {list(there)}")
     return chosen
 
 

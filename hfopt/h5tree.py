@@ -82,9 +82,7 @@ def _write_item(group: Any, name: str, value: Any) -> None:
             raise TypeError(f"{group.name}/{name}: an array of Python objects cannot be saved")
         group.create_dataset(name, data=value)
     elif isinstance(value, (list, tuple)) and (numbers := _numbers(value)) is not None:
-        group.create_dataset(name, data=numbers).attrs[_KIND] = (
-            "tuple" if isinstance(value, tuple) else "list"
-        )
+        group.create_dataset(name, data=numbers).attrs[_KIND] = "tuple" if isinstance(value, tuple) else "list"
     elif isinstance(value, (Mapping, list, tuple)):
         write_tree(group.create_group(name), value)
     elif value is None:
@@ -118,9 +116,7 @@ def _numbers(values: list[Any] | tuple[Any, ...]) -> np.ndarray[Any, Any] | None
 
 def _write_tensor(group: Any, name: str, value: torch.Tensor) -> None:
     if value.layout != torch.strided:
-        raise TypeError(
-            f"{group.name}/{name}: a tensor of layout {value.layout} cannot be saved; make it dense"
-        )
+        raise TypeError(f"{group.name}/{name}: a tensor of layout {value.layout} cannot be saved; make it dense")
     flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
     dtype = str(flat.dtype).removeprefix("torch.")
     try:

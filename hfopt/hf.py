@@ -66,9 +66,7 @@ class HF:
         model: nn.Module,
         problem: Problem,
         *,
-        optimizer: torch.optim.Optimizer
-        | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-        | None = None,
+        optimizer: torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         gradient_batches: Sequence[int] | None = None,
         curvature_batches: Sequence[int] | None = None,
         evaluation_batches: Sequence[int] | None = None,
@@ -91,23 +89,17 @@ class HF:
             from hfopt.optimizer import HessianFree
 
             optimizer = HessianFree
-        self.optimizer = (
-            optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
-        )
+        self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
         self._roles = set(inspect.signature(self.optimizer.step).parameters) & {"curvature", "evaluation"}
         train = problem.train_batches
         self.gradient_batches = chosen_batches("gradient_batches", gradient_batches, train, list(train))
         self.curvature_batches = chosen_batches(
             "curvature_batches", curvature_batches, train, self.gradient_batches[:1]
         )
-        self.evaluation_batches = chosen_batches(
-            "evaluation_batches", evaluation_batches, train, self.gradient_batches
-        )
+        self.evaluation_batches = chosen_batches("evaluation_batches", evaluation_batches, train, self.gradient_batches)
         self.batches_per_step = len(self.gradient_batches) if batches_per_step is None else batches_per_step
         if not 1 <= self.batches_per_step <= len(self.gradient_batches):
-            raise ValueError(
-                f"batches_per_step={batches_per_step}: choose from 1 to {len(self.gradient_batches)}"
-            )
+            raise ValueError(f"batches_per_step={batches_per_step}: choose from 1 to {len(self.gradient_batches)}")
         for name, value in (
             ("test_freq", test_freq),
             ("save_freq", save_freq),
@@ -127,9 +119,7 @@ class HF:
         self.step = 0
         self.totals: dict[str, float] = {"seconds": 0.0, "cg_iterations": 0, "products": 0, "evaluations": 0}
         self._log: RunLog | None = None
-        self._serial: int | None = (
-            None  # the checkpoint that the present state goes on from; None before a run
-        )
+        self._serial: int | None = None  # the checkpoint that the present state goes on from; None before a run
         self._newest = 0
         self._saved_step: int | None = None
         self._broken: str | None = None
@@ -237,9 +227,7 @@ class HF:
             last = self.step >= limit
             tested = last or self.step % self.test_freq == 0
             test_loss, error_rate = (
-                evaluate(self.model, self.problem, self.problem.test_batches)
-                if tested
-                else (math.nan, math.nan)
+                evaluate(self.model, self.problem, self.problem.test_batches) if tested else (math.nan, math.nan)
             )
             success = tested and self._succeeded(test_loss, error_rate)
             row: Row = {"step": self.step, "test_loss": test_loss, "error_rate": error_rate}
@@ -284,7 +272,8 @@ class HF:
         stats = getattr(self.optimizer, "stats", None)
         before = stats[-1] if stats else None
         started = time.perf_counter()
-        loss = float(self.optimizer.step(gradient if self._roles else noting_the_norm, **roles))  # type: ignore[arg-type]
+        loss: Any = self.optimizer.step(gradient if self._roles else noting_the_norm, **roles)  # type: ignore[arg-type]
+        loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
         row: Row = {"train_loss": loss, "updated": True, "accepted": True}
         row["optimizer_seconds"] = time.perf_counter() - started
         row["parameter_norm"] = norm(self.model.parameters())
@@ -292,12 +281,8 @@ class HF:
         if norms:
             row["gradient_norm"] = norms[0]
         if stats and stats[-1] is not before:
-            row |= runfile.row_of(
-                stats[-1], runfile.STEP_TYPE, without=("step", "seconds", *row.keys() - {"accepted"})
-            )
-            checks = [
-                runfile.row_of(check, runfile.CHECK_TYPE, without=("step",)) for check in stats[-1].checks
-            ]
+            row |= runfile.row_of(stats[-1], runfile.STEP_TYPE, without=("step", "seconds", *row.keys() - {"accepted"}))
+            checks = [runfile.row_of(check, runfile.CHECK_TYPE, without=("step",)) for check in stats[-1].checks]
             checks = [{"step": self.step, **check} for check in checks]
         return row, checks
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hfopt.runfile import DETAILED, RESULTS, RUN, Row
+from hfopt.runfile import CHECK_TYPE, DETAILED, RESULTS, RUN, STEP_TYPE, Row, complete
 
 _HEADING_EVERY = 20
 _PLAIN = f"{'step':>6} {'train loss':>12} {'test loss':>12} {'wrong %':>8}"
@@ -31,6 +31,7 @@ class Progress:
 
     def line(self, row: Row) -> str:
         """The line of one step, preceded by the heading when it is due."""
+        row = complete(row, STEP_TYPE)
         heading = self.heading() + "\n" if self._lines % _HEADING_EVERY == 0 else ""
         self._lines += 1
         line = f"{row['step']:6d} {_loss(row['train_loss'])} {_loss(row['test_loss'])}"
@@ -44,7 +45,7 @@ class Progress:
 
     @staticmethod
     def _second(row: Row) -> str:
-        if "damping" not in row:
+        if math.isnan(row["damping"]):
             return " " * len(_CURVED)
         iterations = f"{row['backtracked']}/{row['cg_iterations']}"
         return f" {row['damping']:9.2e} {_ratio(row['rho'])} {iterations:>9} {row['step_length']:7.3g}"
@@ -101,6 +102,7 @@ def short(path: Path) -> str:
 
 def block(row: Row, *, checks: Iterable[Row] | None = None) -> str:
     """One step for the text logs; `checks` adds the table of CG checks."""
+    row = complete(row, STEP_TYPE)
     lines = [f"step {row['step']}"]
 
     def say(name: str, value: str) -> None:
@@ -108,15 +110,13 @@ def block(row: Row, *, checks: Iterable[Row] | None = None) -> str:
 
     say("train loss", f"{row['train_loss']:.6e}")
     if math.isfinite(row["test_loss"]) or math.isfinite(row["error_rate"]):
-        say(
-            "test loss", f"{row['test_loss']:.6e}  (test - train {row['test_loss'] - row['train_loss']:+.3e})"
-        )
+        say("test loss", f"{row['test_loss']:.6e}  (test - train {row['test_loss'] - row['train_loss']:+.3e})")
         say("error rate", f"{100 * row['error_rate']:.3f}%")
     if not row["updated"]:
         say("seconds", f"{row['seconds']:.3f}  (total {row['total_seconds']:.1f})")
         return "\n".join([*lines, ""]) + "\n"
     say("gradient norm", f"{row['gradient_norm']:.6e}")
-    if "damping" in row:
+    if math.isfinite(row["damping"]):
         say(
             "lambda",
             f"{row['damping']:.6e}, next {row['new_damping']:.6e}; structural mu {row['structural']:.4g}",
@@ -124,14 +124,19 @@ def block(row: Row, *, checks: Iterable[Row] | None = None) -> str:
         if checks is not None:
             lines += check_table(checks)
         say(
-            "CG", f"{row['cg_iterations']} iterations, iterate {row['backtracked']} taken; {row['cg_reason']}"
+            "CG",
+            f"{row['cg_iterations']} iterations, stopped by {row['cg_reason']}; {row['backtracked']} taken",
         )
-        say("evaluation loss", f"{row['evaluation_loss']:.6e} -> {row['new_evaluation_loss']:.6e}")
+        say("evaluation loss", f"{row['evaluation_loss']:.6e} -> {row['new_loss']:.6e}")
         say("model decrease", f"{row['quadratic']:.6e}  (undamped quadratic at the step)")
         say("rho", f"{row['rho']:.4f}")
         say("line search", f"step length {row['step_length']:.6g} after {row['line_search_tries']} tries")
         say("norms", f"last iterate {row['solution_norm']:.6e}, step {row['update_norm']:.6e}")
-        say("work", f"{row['products']} products, {row['evaluations']} evaluations")
+        say(
+            "work",
+            f"{row['gradients']} gradients, {row['products']} products ({row['linearisation']}), "
+            f"{row['evaluations']} evaluations",
+        )
     say("parameter norm", f"{row['parameter_norm']:.6e}")
     if not row["accepted"]:
         say("step", "rejected, the parameters are unchanged")
@@ -144,13 +149,13 @@ def block(row: Row, *, checks: Iterable[Row] | None = None) -> str:
 
 def check_table(checks: Iterable[Row]) -> list[str]:
     """The CG checks of one step as aligned lines."""
-    lines = [
-        f"    {'iteration':>9} {'damped model':>15} {'|residual|':>13} {'|iterate|':>13} {'loss there':>14}"
-    ]
+    lines = [f"    {'iteration':>9} {'damped model':>15} {'|residual|':>13} {'|iterate|':>13} {'loss change':>14}"]
     for check in checks:
-        loss = f"{check['evaluation']:14.6e}" if math.isfinite(check["evaluation"]) else " " * 14
+        check = complete(check, CHECK_TYPE)
+        change = check["evaluation"]
+        loss = "" if math.isnan(change) else f"{change:14.6e}"
         numbers = f"{check['model']:15.6e} {check['residual']:13.6e} {check['norm']:13.6e}"
-        lines.append(f"    {check['iteration']:9d} {numbers} {loss}")
+        lines.append(f"    {check['iteration']:9d} {numbers} {loss}".rstrip())
     return lines
 
 

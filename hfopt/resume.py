@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 _SCALARS = (bool, int, float, str)
+# What torch.optim.Optimizer and its schedulers keep, and HessianFree's record.
+_NO_SETTINGS = ("defaults", "state", "param_groups", "step", "stats", "steps")
 
 
 def describe(value: Any) -> Any:
@@ -57,6 +59,7 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Class and settings of an optimizer; of each parameter group the settings and the number of tensors."""
+    own = {name: value for name, value in vars(optimizer).items() if name not in _NO_SETTINGS and name[0] != "_"}
     groups = [
         {
             **{key: describe(value) for key, value in group.items() if key != "params"},
@@ -64,7 +67,11 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         }
         for group in optimizer.param_groups
     ]
-    return {"class": class_name(optimizer), "groups": groups}
+    return {
+        "class": class_name(optimizer),
+        **{name: describe(value) for name, value in own.items()},
+        "groups": groups,
+    }
 
 
 def differences(saved: Any, present: Any, name: str = "") -> list[str]:
@@ -73,9 +80,7 @@ def differences(saved: Any, present: Any, name: str = "") -> list[str]:
         return [
             phrase
             for key in dict.fromkeys([*saved, *present])
-            for phrase in differences(
-                saved.get(key, _NOTHING), present.get(key, _NOTHING), f"{name}.{key}".lstrip(".")
-            )
+            for phrase in differences(saved.get(key, _NOTHING), present.get(key, _NOTHING), f"{name}.{key}".lstrip("."))
         ]
     if isinstance(saved, list) and isinstance(present, list) and len(saved) == len(present):
         pairs = enumerate(zip(saved, present, strict=True))

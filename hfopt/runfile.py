@@ -40,7 +40,7 @@ STEP_COLUMNS: dict[str, tuple[str, str]] = {
     "test_loss": ("f8", "loss on the test batches before the update; nan where the test was not due"),
     "error_rate": ("f8", "share of test cases that are wrong before the update"),
     "evaluation_loss": ("f8", "loss on the data that judge the step, before it"),
-    "new_evaluation_loss": ("f8", "the same after the step"),
+    "new_loss": ("f8", "the same after the step"),
     "rho": ("f8", "change of the loss over the change that the quadratic model predicted"),
     "damping": ("f8", "lambda used in this step"),
     "new_damping": ("f8", "lambda of the next step"),
@@ -55,8 +55,10 @@ STEP_COLUMNS: dict[str, tuple[str, str]] = {
     "solution_norm": ("f8", "norm of the last iterate"),
     "update_norm": ("f8", "norm of the change of the parameters"),
     "quadratic": ("f8", "value of the undamped quadratic model at the step"),
+    "gradients": ("i8", "gradient evaluations"),
     "products": ("i8", "curvature products"),
-    "evaluations": ("i8", "evaluations of the loss besides the gradient's"),
+    "evaluations": ("i8", "evaluations of the loss besides those of the gradients"),
+    "linearisation": ("S24", "how the products were computed"),
     "accepted": ("?", "False if the parameters were left as they were"),
     "optimizer_seconds": ("f8", "seconds of the optimizer's step"),
     "seconds": ("f8", "seconds of the whole step with its tests"),
@@ -70,7 +72,7 @@ CHECK_COLUMNS: dict[str, tuple[str, str]] = {
     "model": ("f8", "value of the damped quadratic model"),
     "residual": ("f8", "norm of the residual"),
     "norm": ("f8", "norm of the iterate"),
-    "evaluation": ("f8", "loss at the iterate on the evaluation data; nan where it was not computed"),
+    "evaluation": ("f8", "change of the loss there on the evaluation data; nan where it was not looked at"),
 }
 STEP_TYPE = np.dtype([(name, kind) for name, (kind, _) in STEP_COLUMNS.items()])
 CHECK_TYPE = np.dtype([(name, kind) for name, (kind, _) in CHECK_COLUMNS.items()])
@@ -86,10 +88,13 @@ class RunError(HfoptError):
 
 def table(rows: Iterable[Mapping[str, Any]], columns: np.dtype[np.void]) -> Table:
     """A structured array of `rows`; columns that a row lacks are nan, -1, False or empty."""
-    names = columns.names or ()
-    absent = {name: _ABSENT[columns[name].kind] for name in names}
-    filled = [tuple(_plain((absent | dict(row))[name]) for name in names) for row in rows]
+    filled = [tuple(map(_plain, complete(row, columns).values())) for row in rows]
     return np.array(filled, dtype=columns)
+
+
+def complete(row: Mapping[str, Any], columns: np.dtype[np.void]) -> Row:
+    """`row` with all columns, in their order."""
+    return {name: row.get(name, _ABSENT[columns[name].kind]) for name in columns.names or ()}
 
 
 def row_of(record: Any, columns: np.dtype[np.void], without: Iterable[str]) -> Row:
@@ -124,9 +129,7 @@ def supersede(old: Table, journal: Iterable[tuple[Row, list[Row]]], columns: np.
         return old
     # The smallest step of the journal empties `kept`, so its first entry tells where the old table ends.
     old = old[old["step"] < kept[0][0]["step"]]
-    rows = (
-        [step for step, _ in kept] if columns == STEP_TYPE else [row for _, checks in kept for row in checks]
-    )
+    rows = [step for step, _ in kept] if columns == STEP_TYPE else [row for _, checks in kept for row in checks]
     return np.concatenate([old, table(rows, columns)])
 
 
@@ -154,9 +157,7 @@ def read_journal(path: Path) -> list[tuple[Row, list[Row]]]:
         entries = [json.loads(line) for line in lines[:-1]]
         return [(entry["step"], entry["checks"]) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
-        raise RunError(
-            f"{path} is damaged ({error}); delete it to use the run as it was last saved"
-        ) from error
+        raise RunError(f"{path} is damaged ({error}); delete it to use the run as it was last saved") from error
 
 
 def open_run(path: Path) -> Any:
@@ -181,9 +182,7 @@ def open_run(path: Path) -> Any:
     if file.attrs["version"] > VERSION:
         version = file.attrs["version"]
         file.close()
-        raise RunError(
-            f"{path} has format version {version}, this hfopt reads up to {VERSION}; use a newer hfopt"
-        )
+        raise RunError(f"{path} has format version {version}, this hfopt reads up to {VERSION}; use a newer hfopt")
     return file
 
 

@@ -111,9 +111,7 @@ class RunLog:
         try:
             with runfile.open_run(folder / runfile.RUN) as file:
                 if int(file.attrs["serial"]) != newest:
-                    raise RunError(
-                        f"the run in {folder} has gone on elsewhere since; call load() to take its state"
-                    )
+                    raise RunError(f"the run in {folder} has gone on elsewhere since; call load() to take its state")
                 log._pending = runfile.read_journal(runfile.journal_path(folder, int(file.attrs["journal"])))
             log._replace(None, None, up_to=serial)
             log._open()
@@ -145,9 +143,7 @@ class RunLog:
         A checkpoint with a `name` stays until it is replaced by another of that name.
         """
         if name is not None and (not _NAME.fullmatch(name) or name in _OWN_NAMES):
-            raise ValueError(
-                f"name={name!r}: a checkpoint's name begins with a letter and is neither of {_OWN_NAMES}"
-            )
+            raise ValueError(f"name={name!r}: a checkpoint's name begins with a letter and is neither of {_OWN_NAMES}")
         self._replace(checkpoint, name)
         self._open()
 
@@ -232,9 +228,7 @@ class RunLog:
         """The names of the old checkpoints that the next version keeps."""
         facts = {key: dict(group.attrs) for key, group in checkpoints.items()}
         named = [key for key in facts if facts[key]["named"]]
-        numbered = sorted(
-            (key for key in facts if key not in named), key=lambda key: int(facts[key]["serial"])
-        )
+        numbered = sorted((key for key in facts if key not in named), key=lambda key: int(facts[key]["serial"]))
         if up_to is not None:
             numbered = [key for key in numbered if facts[key]["serial"] <= up_to]
         if self._keep is None:
@@ -249,11 +243,7 @@ def best_checkpoint(steps_of: Mapping[str, int], steps: Table) -> str | None:
 
     `steps_of` maps names of checkpoints to the steps at which they were taken.
     """
-    tested = {
-        int(row["step"]): (row["error_rate"], row["test_loss"])
-        for row in steps
-        if np.isfinite(row["test_loss"])
-    }
+    tested = {int(row["step"]): (row["error_rate"], row["test_loss"]) for row in steps if np.isfinite(row["test_loss"])}
     known = {key: tested[step] for key, step in steps_of.items() if step in tested}
     return min(known, key=lambda key: known[key]) if known else None
 
@@ -294,8 +284,7 @@ def _lock(folder: Path) -> IO[str] | None:
         holder = handle.read().strip()
         handle.close()
         raise RunError(
-            f"process {holder or '?'} is writing the run in {folder}; "
-            "wait until it ends, or choose another name"
+            f"process {holder or '?'} is writing the run in {folder}; wait until it ends, or choose another name"
         ) from error
     except OSError:  # a file system without locks
         return handle
