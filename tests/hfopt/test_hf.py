@@ -1,0 +1,473 @@
+"""The driver: what it draws, evaluates, logs and saves, when it stops, and that it resumes to the same bits."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hfopt.hf import HF
+from hfopt.runfile import RunError
+from hfopt.runreader import read_run
+from tests.hfopt.tiny import OPTIMIZERS, Running, Sums, experiment
+
+
+def bits(hf: HF) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in hf.model.state_dict().items()}
+
+
+def rows(path: Path) -> dict[str, bytes]:
+    """The columns of a run without those of time, as bytes that can be compared."""
+    steps = read_run(path).steps
+    names = [name for name in steps.dtype.names or () if "seconds" not in name and name != "finished"]
+    return {name: steps[name].tobytes() for name in names}
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("options", [{}, {"batches_per_step": 1, "test_freq": 3}], ids=["all", "stochastic"])
+def test_resuming_gives_the_same_bits(tmp_path: Path, optimizer: str, options: dict[str, Any]) -> None:
+    whole = experiment(tmp_path / "whole", optimizer=optimizer, save_freq=3, **options)
+    assert whole.optimize() == "max_steps"
+    # The same in three parts: within one process, in a new one, and from a checkpoint before the last.
+    parts = experiment(tmp_path / "parts", optimizer=optimizer, save_freq=3, **options)
+    parts.optimize(4)
+    parts.optimize(7)
+    parts = experiment(tmp_path / "parts", optimizer=optimizer, save_freq=3, **options)
+    torch.rand(17)  # the generators' states come from the run
+    parts.load()
+    assert parts.step == 7
+    parts.optimize(10)
+    parts = experiment(tmp_path / "parts", optimizer=optimizer, save_freq=3, **options)
+    parts.load(7)
+    parts.optimize()
+    assert bits(parts) == bits(whole)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert [c.step for c in read_run(tmp_path / "parts").checkpoints][-2:] == [9, 12]
+
+
+def test_the_rows(tmp_path: Path) -> None:
+    hf = experiment(tmp_path / "run", optimizer="sgd", max_steps=3)
+    model, problem = Running(), Sums()
+    model.load_state_dict(hf.model.state_dict())
+    model.eval()
+    with torch.no_grad():
+        expected = [(model(problem(i).inputs), problem(i)) for i in (-1, -2)]
+    hf.optimize()
+    run = read_run(tmp_path / "run")
+    assert run.steps["step"].tolist() == [0, 1, 2, 3]
+    assert run.steps["updated"].tolist() == [True, True, True, False]
+    first = run.steps[0]
+    assert first["test_loss"] == pytest.approx(np.mean([float(problem.loss(z, b)) for z, b in expected]))
+    wrong = sum(int(problem.zero_one_loss(z, b)) for z, b in expected)
+    assert first["error_rate"] == wrong / 16
+    assert (run.steps["gradient_norm"][:3] > 0).all()
+    assert np.isfinite(run.steps["train_loss"]).all()
+    assert run.steps["total_seconds"].tolist() == pytest.approx(np.cumsum(run.steps["seconds"]).tolist())
+    assert run.steps["parameter_norm"][2] == pytest.approx(
+        math.sqrt(sum(float(p.detach().square().sum()) for p in hf.model.parameters()))
+    )
+
+
+class Recorder(torch.optim.SGD):
+    """An optimizer that takes the roles by name, evaluates the closures it gets, and leaves the parameters alone."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.0)
+        self.calls: list[dict[str, Any]] = []
+
+    def step(self, closure: Any = None, *, curvature: Any = None, evaluation: Any = None) -> Any:  # type: ignore[override]
+        closures = {"gradient": closure, "curvature": curvature, "evaluation": evaluation}
+        with torch.enable_grad():
+            call = {name: None if f is None else f() for name, f in closures.items()}
+        self.calls.append(call)
+        return call["gradient"]
+
+
+def test_the_roles_of_the_data(tmp_path: Path) -> None:
+    """Each closure is the mean over the scored outputs of its batches; gradients add up over batches."""
+    problem, model = Sums(), nn.Sequential(nn.Linear(2, 2))
+    sizes = {0: 1, 1: 3, 2: 4}
+
+    def size(batch: Any) -> int:  # batches that differ in size weigh accordingly
+        return next((sizes[i] for i, b in problem.train_mem.items() if b is batch), 1)
+
+    problem.size = size  # type: ignore[method-assign]
+    hf = HF(
+        tmp_path / "run",
+        model,
+        problem,
+        optimizer=Recorder,
+        curvature_batches=[1],
+        evaluation_batches=[2, 0],
+        threshold=0.0,
+        max_steps=1,
+        quiet=True,
+    )
+    hf.optimize()
+    assert isinstance(hf.optimizer, Recorder)
+    (call,) = hf.optimizer.calls
+    assert problem.epoch == 1
+    losses = {i: problem.loss(model(problem(i).inputs), problem(i)) for i in range(3)}
+    mean = (losses[0] + 3 * losses[1] + 4 * losses[2]) / 8
+    torch.testing.assert_close(call["gradient"], mean.detach())
+    assert not call["gradient"].requires_grad
+    torch.testing.assert_close(call["curvature"], losses[1])
+    torch.testing.assert_close(call["evaluation"], (4 * losses[2] + losses[0]) / 5)
+    assert call["evaluation"].requires_grad
+    gradients = torch.autograd.grad(mean, list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_equal_roles_share_one_closure(tmp_path: Path) -> None:
+    hf = experiment(tmp_path / "run", max_steps=2)
+    hf = HF(
+        tmp_path / "run", hf.model, hf.problem, optimizer=Recorder, gradient_batches=[2, 1], max_steps=1, quiet=True
+    )
+    hf.optimize()
+    assert isinstance(hf.optimizer, Recorder)
+    assert [name for name, value in hf.optimizer.calls[0].items() if value is not None] == ["gradient", "curvature"]
+    hf = HF(
+        tmp_path / "run", hf.model, hf.problem, optimizer=Recorder, curvature_batches=range(3), max_steps=1, quiet=True
+    )
+    hf.optimize()
+    assert isinstance(hf.optimizer, Recorder)
+    assert hf.optimizer.calls[0]["curvature"] is None
+
+
+def test_stochastic_steps_take_the_batches_in_turn(tmp_path: Path) -> None:
+    problem, seen = Sums(), []
+    draw = problem.__call__
+
+    class Watched(Sums):
+        def __call__(self, index: int) -> Any:
+            seen.append((self.epoch, index))
+            return draw(index)
+
+    hf = HF(
+        tmp_path / "run",
+        Running(),
+        Watched(),
+        optimizer=torch.optim.SGD(Running().parameters(), lr=0.1),
+        batches_per_step=2,
+        test_freq=2,
+        max_steps=3,
+        threshold=0.0,
+        quiet=True,
+    )
+    hf.optimize()
+    training = [(epoch, index) for epoch, index in seen if index >= 0]
+    assert training == [(1, 0), (1, 1), (2, 2), (2, 0), (3, 1), (3, 2), (4, 0), (4, 1)]
+    tested = read_run(tmp_path / "run").steps
+    assert np.isfinite(tested["test_loss"]).tolist() == [True, False, True, True]
+    assert (tmp_path / "run" / "results").read_text().count("step ") == 3
+
+
+def test_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = experiment(tmp_path / "run", optimizer="sgd", threshold=0.45, max_steps=100, quiet=False, save_freq=1000)
+    before = {name: value.clone() for name, value in hf.model.state_dict().items()}
+    assert hf.optimize() == "success"
+    run = read_run(tmp_path / "run")
+    assert (run.steps["error_rate"][:-1] >= 0.45).all()
+    assert run.steps["error_rate"][-1] < 0.45
+    assert run.find().step == hf.step == run.steps["step"][-1] > 0
+    for name, value in run.parameters().items():
+        assert torch.equal(value, hf.model.state_dict()[name])
+    assert any(not torch.equal(before[name], value) for name, value in run.parameters().items())
+    printed = capsys.readouterr().out
+    assert f"success after {hf.step} steps" in printed
+    assert f"hfopt show {tmp_path / 'run'}" in printed
+    assert "hf.load()" in printed
+    assert f"success after {hf.step} steps" in (tmp_path / "run" / "results").read_text()
+    assert hf.optimize() == "success"  # at once, and nothing has changed
+    assert read_run(tmp_path / "run").find().step == run.find().step
+
+
+def test_threshold_may_be_a_function(tmp_path: Path) -> None:
+    seen = []
+
+    def enough(test_loss: float, error_rate: float) -> bool:
+        seen.append((test_loss, error_rate))
+        return len(seen) == 4
+
+    assert experiment(tmp_path / "run", threshold=enough).optimize() == "success"
+    steps = read_run(tmp_path / "run").steps
+    assert seen == list(zip(steps["test_loss"].tolist(), steps["error_rate"].tolist(), strict=True))
+
+
+def test_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = experiment(tmp_path / "run", quiet=False, max_steps=25)
+    hf.optimize()
+    lines = capsys.readouterr().out.splitlines()
+    headings = [i for i, line in enumerate(lines) if line.split()[:3] == ["step", "train", "loss"]]
+    assert len(headings) == 2
+    table = [line for line in lines if line.strip()[:1].isdigit()]
+    assert [int(line.split()[0]) for line in table] == list(range(26))
+    assert {len(line) for line in table} == {len(lines[headings[0]])}
+    assert all(len(line) <= 100 for line in lines if str(tmp_path) not in line)
+    experiment(tmp_path / "quiet", quiet=True).optimize()
+    assert capsys.readouterr().out == ""
+
+
+def test_acknowledged_rows_survive_an_error(tmp_path: Path) -> None:
+    hf = experiment(tmp_path / "run", save_freq=4)
+    loss, calls = hf.problem.loss, []
+
+    def failing(outputs: Tensor, batch: Any) -> Tensor:
+        calls.append(0)
+        if len(calls) > 30:
+            raise ZeroDivisionError("made up")
+        return loss(outputs, batch)
+
+    hf.problem.loss = failing  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        hf.optimize()
+    run = read_run(tmp_path / "run")
+    assert run.steps["step"].tolist() == list(range(6))
+    assert run.find().step == 4
+    text = (tmp_path / "run" / "results").read_text()
+    assert "step 6 ended in the middle (ZeroDivisionError)" in text
+    assert "made up" in text
+    for action in (hf.optimize, hf.save):
+        with pytest.raises(RunError, match=r"call load\(\)"):
+            action()
+    hf.problem.loss = loss  # type: ignore[method-assign]
+    hf.load()
+    assert hf.optimize() == "max_steps"
+    whole = experiment(tmp_path / "whole")
+    whole.optimize()
+    assert bits(hf) == bits(whole)
+    assert "resumed at step 4" in (tmp_path / "run" / "results").read_text()
+
+
+def test_a_training_loss_of_nan_ends_the_run(tmp_path: Path) -> None:
+    hf = experiment(tmp_path / "run", save_freq=2, keep_checkpoints=1)
+    hf.optimize(4)
+    hf.model.get_parameter("readout.bias").data.fill_(math.nan)
+    assert hf.optimize() == "diverged"
+    run = read_run(tmp_path / "run")
+    assert math.isnan(run.steps["train_loss"][-1])
+    assert all(bool(value.isfinite().all()) for value in run.parameters().values())
+    hf.load()
+    assert hf.step == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_waits_for_the_step(tmp_path: Path, number: signal.Signals, capfd: Any) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    hf = experiment(tmp_path / "run")
+    received = []
+    forget = hf.problem.forget
+
+    def forget_and_signal() -> None:
+        forget()
+        if hf.step == 3 and not received:
+            os.kill(os.getpid(), number)
+
+    hf.problem.forget = forget_and_signal  # type: ignore[method-assign]
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+        assert hf.optimize() == "interrupted"
+    finally:
+        signal.signal(signal.SIGTERM, before[1])
+    assert bool(received) == (number == signal.SIGTERM)  # handed on after all is saved
+    run = read_run(tmp_path / "run")
+    assert run.steps["step"].tolist() == [0, 1, 2, 3]
+    assert run.find().step == 4
+    assert "stopping after this step" in capfd.readouterr().err
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    received.append(True)
+    hf.optimize()
+    whole = experiment(tmp_path / "whole")
+    whole.optimize()
+    assert bits(hf) == bits(whole)
+
+
+def test_the_second_ctrl_c_is_immediate(tmp_path: Path, capfd: Any) -> None:
+    hf = experiment(tmp_path / "run", save_freq=2)
+    forget = hf.problem.forget
+
+    def forget_and_signal() -> None:
+        if hf.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        forget()
+
+    hf.problem.forget = forget_and_signal  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        hf.optimize()
+    run = read_run(tmp_path / "run")
+    assert run.steps["step"].tolist() == [0, 1, 2]
+    assert run.find().step == 2
+    assert "KeyboardInterrupt" in (tmp_path / "run" / "results").read_text()
+
+
+def test_named_checkpoints(tmp_path: Path) -> None:
+    hf = experiment(tmp_path / "run", save_freq=2, keep_checkpoints=1)
+    hf.save("start")
+    start = bits(hf)
+    hf.optimize()
+    end = bits(hf)
+    hf.load("start")
+    assert hf.step == 0
+    assert bits(hf) == start != end
+    hf.load(12)
+    assert bits(hf) == end
+    hf.load("best")
+    run = read_run(tmp_path / "run")
+    saved = {c.step for c in run.checkpoints}
+    best = min(row["error_rate"] for row in run.steps if row["step"] in saved)
+    assert run.steps["error_rate"][hf.step] == best
+    with pytest.raises(KeyError, match="no checkpoint 3"):
+        hf.load(3)
+
+
+def changed_parameters(path: Path) -> HF:
+    return experiment(path, hidden=6)
+
+
+def changed_problem(path: Path) -> HF:
+    return experiment(path, T=4)
+
+
+def changed_optimizer(path: Path) -> HF:
+    return experiment(path, optimizer="rmsprop")
+
+
+def changed_seed(path: Path) -> HF:
+    return experiment(path, seed=1)
+
+
+def changed_batches(path: Path) -> HF:
+    return experiment(path, gradient_batches=[0, 1])
+
+
+def changed_rate(path: Path) -> HF:
+    hf = experiment(path)
+    return HF(path, hf.model, hf.problem, optimizer=torch.optim.Adam(hf.model.parameters(), lr=0.02), seed=0)
+
+
+def changed_dropout(path: Path) -> HF:
+    return HF(path, Running(dropout=0.3), Sums(), optimizer=OPTIMIZERS["adam"], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (changed_parameters, r"readout\.weight was 'float32 \(2, 5\)' and is 'float32 \(2, 6\)'"),
+        (changed_problem, r"problem\.T was 3 and is 4"),
+        (changed_optimizer, r"optimizer\.class was 'Adam' and is 'RMSprop'"),
+        (changed_seed, r"seed was 0 and is 1"),
+        (changed_batches, r"batches\.gradient was \[0, 1, 2\] and is \[0, 1\]"),
+        (changed_rate, r"optimizer\.groups\[0\]\.lr was 0\.01 and is 0\.02"),
+        (changed_dropout, r"p=0\.2.*p=0\.3"),
+    ],
+)
+def test_loading_refuses_what_does_not_continue(tmp_path: Path, change: Callable[[Path], HF], sentence: str) -> None:
+    experiment(tmp_path / "run").optimize()
+    hf = change(tmp_path / "run")
+    before = bits(hf)
+    with pytest.raises(RunError, match=sentence) as error:
+        hf.load()
+    assert "read_run(path).parameters()" in str(error.value)
+    assert bits(hf) == before
+
+
+def test_settings_that_may_change(tmp_path: Path) -> None:
+    experiment(tmp_path / "run").optimize()
+    hf = experiment(tmp_path / "run", threshold=0.2, save_freq=1, keep_checkpoints=7, test_freq=2, max_steps=14)
+    hf.load()
+    hf.optimize()
+    assert hf.step == 14
+
+
+def test_loading_without_a_run(tmp_path: Path) -> None:
+    hf = experiment(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="there is no run at"):
+        hf.load()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_went_on_elsewhere(tmp_path: Path) -> None:
+    one, two = experiment(tmp_path / "run"), experiment(tmp_path / "run")
+    one.optimize(3)
+    two.load()
+    two.optimize(6)
+    with pytest.raises(RunError, match="gone on elsewhere"):
+        one.optimize()
+    one.load()
+    assert one.step == 6
+
+
+def test_a_second_run_moves_the_first_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experiment(tmp_path / "run").optimize(2)
+    experiment(tmp_path / "run", quiet=False).optimize(3)
+    assert len(read_run(tmp_path / "run.1").steps) == 3
+    assert len(read_run(tmp_path / "run").steps) == 4
+    assert "is now" in capsys.readouterr().out
+    experiment(tmp_path / "run", overwrite=True).optimize(4)
+    assert len(read_run(tmp_path / "run").steps) == 5
+    assert not (tmp_path / "run.2").exists()
+
+
+def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, problem = Running(), Sums()
+    make = OPTIMIZERS["sgd"]
+    assert HF("one", model, problem, optimizer=make).path == Path("runs/logs/one")
+    assert HF("./one", model, problem, optimizer=make).path == Path("one")
+    assert HF(Path("one"), model, problem, optimizer=make).path == Path("one")
+    assert list(tmp_path.iterdir()) == []  # building an experiment writes nothing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_batches": [0, 7]},
+        {"curvature_batches": [-1]},
+        {"evaluation_batches": []},
+        {"batches_per_step": 4},
+        {"batches_per_step": 0},
+        {"save_freq": 0},
+        {"test_freq": 0},
+        {"keep_checkpoints": 0},
+    ],
+)
+def test_bad_arguments_are_named(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        experiment(tmp_path / "run", **options)
+
+
+def test_modes_of_the_modules_stay(tmp_path: Path) -> None:
+    hf = experiment(tmp_path / "run", max_steps=2)
+    assert isinstance(hf.model, Running)
+    hf.model.norm.eval()  # a user's frozen normalisation
+    hf.optimize()
+    assert hf.model.training
+    assert hf.model.drop.training
+    assert not hf.model.norm.training
+    assert int(hf.model.norm.num_batches_tracked) == 0
+
+
+def test_the_record_of_the_run(tmp_path: Path) -> None:
+    hf = experiment(tmp_path / "run", settings={"why": "to see", "rate": 0.5}, max_steps=1)
+    hf.optimize()
+    run = read_run(tmp_path / "run")
+    assert run.seed == 0
+    assert run.versions["torch"] == str(torch.__version__)
+    assert run.versions["threads"] == torch.get_num_threads()
+    assert run.versions["device"] == "cpu"
+    assert run.configuration["settings"] == {"why": "to see", "rate": 0.5}
+    assert run.configuration["problem"]["T"] == 3
+    assert run.configuration["optimizer"]["groups"][0]["lr"] == 0.01
+    checkpoint = run.checkpoint()
+    assert set(checkpoint) >= {"step", "parameters", "optimizer", "problem", "generators", "totals"}
+    assert torch.equal(checkpoint["generators"]["torch"], torch.get_rng_state())
