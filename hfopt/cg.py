@@ -158,7 +158,7 @@ class CG:
         """
         if b.dim() != 1 or (x0 is not None and x0.shape != b.shape):
             raise ValueError(
-                f"b must be flat and x0 of its shape, but they have shapes {b.shape} and {x0 and x0.shape}"
+                f"b must be flat and x0 of its shape, but they have shapes {b.shape} and {None if x0 is None else x0.shape}"
             )
         size_b = norm(b)
         if not math.isfinite(size_b):
@@ -216,7 +216,7 @@ class _Run:
 
     def iterate(self, size_b: float, stop: Callable[[int, Tensor, float], bool] | None) -> Solution:
         o, stored = self.o, self.o.stored_iterations()
-        if self.history[0] != 0.0:
+        if self.history[0] != 0.0 and math.isfinite(self.history[0]):
             self.keep(0)
         z = self.r if self.precondition is None else self.precondition(self.r)
         d = z.clone()
@@ -236,7 +236,8 @@ class _Run:
             if curvature <= 0:
                 if i == 0 and curvature < 0:
                     self.x.add_(d, alpha=rz / -curvature)
-                    self.history.append(-abs(rz))
+                    self.r.add_(ad, alpha=rz / curvature)
+                    self.history.append(self.phi())
                     return self.done("negative curvature", 1)
                 return self.done("negative curvature", i)
             alpha = rz / curvature

@@ -74,9 +74,11 @@ def as_function(model: nn.Module, of: Callable[[nn.Module], Tensor]) -> Callable
     return function
 
 
-def hessian(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Second derivatives by torch.func, reverse over reverse: not every criterion has a forward mode."""
-    return jacrev(jacrev(function))
+def hessian(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """``d2 function / dz2`` as a matrix (n, n), by differentiating twice."""
+    matrix = torch.autograd.functional.hessian(function, z.detach())
+    assert isinstance(matrix, Tensor)
+    return matrix.reshape(z.numel(), z.numel())
 
 
 def jacobian(model: nn.Module, of: Callable[[nn.Module], Tensor]) -> Tensor:
@@ -86,18 +88,24 @@ def jacobian(model: nn.Module, of: Callable[[nn.Module], Tensor]) -> Tensor:
 
 
 def dense_hessian(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Tensor:
-    """``d2 loss / d theta2`` (P, P), by torch.func."""
-    return hessian(as_function(model, loss))(theta(model))
+    """``d2 loss / d theta2`` (P, P), without the package."""
+    return hessian(as_function(model, loss), theta(model))
 
 
 def dense_gauss_newton(
     model: nn.Module, outputs: Callable[[nn.Module], Tensor], loss: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """``J' H_L J``: Jacobian and Hessian each by torch.func."""
+    """``J' H_L J``: the Jacobian by torch.func.jacrev, the Hessian by torch.autograd.functional."""
     z = outputs(model).detach()
-    h = hessian(loss)(z).reshape(z.numel(), z.numel())
+    h = hessian(loss, z)
     j = jacobian(model, outputs)
     return j.T @ h @ j
+
+
+def matrix(op: Any) -> Tensor:
+    """The operator's matrix (P, P), product by product, as conjugate gradients see it."""
+    eye = torch.eye(op.shape[0], dtype=op.dtype)
+    return torch.stack([op @ column for column in eye], 1)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
