@@ -157,9 +157,8 @@ class CG:
             ValueError: ``b`` or ``x0`` of another shape, or a right-hand side that is not finite.
         """
         if b.dim() != 1 or (x0 is not None and x0.shape != b.shape):
-            raise ValueError(
-                f"b must be flat and x0 of its shape, but they have shapes {b.shape} and {None if x0 is None else x0.shape}"
-            )
+            other = None if x0 is None else x0.shape
+            raise ValueError(f"b must be flat and x0 of its shape, but they have shapes {b.shape} and {other}")
         size_b = norm(b)
         if not math.isfinite(size_b):
             raise ValueError("the right-hand side b is not finite")

@@ -129,7 +129,7 @@ class _Mode(TorchFunctionMode):
         value = func(*args, **kwargs)
         call = CriterionCall(func, args, kwargs, outputs, inputs, value, _cut(value))
         self.calls.append(call)
-        return call.leaf
+        return call.leaf.clone()  # a closure may go on in place (loss += ...), which a leaf forbids
 
 
 @dataclass
@@ -151,8 +151,9 @@ class _Cuts:
             if self.cut and isinstance(t, Tensor) and t.requires_grad:
                 self.sites.setdefault(id(t), (number, i))
                 self.outputs.append(t)
-                flat[i] = _cut(t)
-                self.inputs.append(flat[i])
+                leaf = _cut(t)
+                self.inputs.append(leaf)
+                flat[i] = leaf.clone()  # the closure may change it in place, which a leaf forbids
         return tree_unflatten(flat, spec)
 
     @contextmanager
@@ -326,6 +327,9 @@ def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, dif
         result = closure()
         if loss is not None:
             result = _called_loss(loss, result)
+    if not mode.roots and isinstance(result, float):
+        # "if loss.requires_grad: loss.backward()" and "return loss.item()": there is no graph here to show the loss.
+        return torch.tensor(result, dtype=torch.float64)
     return _total(mode.roots, result).detach()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -29,6 +29,15 @@ def is_leaf_node(node: Node) -> bool:
 def reached_leaves(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> set[int]:
     """Identities of the leaf tensors that ``roots`` depend on other than through ``stop``."""
     return {id(n.variable) for n in nodes(roots, stop) if hasattr(n, "variable")}
+
+
+def directly_used(roots: Iterable[Tensor], among: Sequence[Tensor]) -> list[Tensor]:
+    """Those of ``among`` that ``roots`` are computed from other than through another one of them; all leaves."""
+    roots = list(roots)
+    used = {(t.grad_fn, t.output_nr) for t in roots}
+    for node in nodes(roots, {t.grad_fn for t in among if t.grad_fn is not None}):
+        used.update(node.next_functions)
+    return [t for t in among if t.grad_fn is None or (t.grad_fn, t.output_nr) in used]
 
 
 def saved_bytes(roots: Iterable[Tensor], ignore: Iterable[Tensor]) -> int:

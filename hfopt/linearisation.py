@@ -117,8 +117,10 @@ class Linearize:
         self.outputs, self.params = list(outputs), list(params)
 
         def function(*values: Tensor) -> tuple[Tensor, ...]:
-            with _Swap({id(p): t for p, t in zip(self.params, values, strict=True)}):
-                return tuple(run())
+            swapped = {id(p): t for p, t in zip(self.params, values, strict=True)}
+            with _Swap(swapped):
+                # An output that is a parameter itself has passed no function that could swap it.
+                return tuple(swapped.get(id(z), z) for z in run())
 
         with warnings.catch_warnings():
             # torch's own constant folding warns about its internals, which a user can do nothing about.

@@ -85,6 +85,7 @@ class Matching:
         factors, self.direct = found[: len(leaves)], list(found[len(leaves) :])
         self._refuse_nonlinear(trace, factors)
         self._refuse_side_paths(trace)
+        self._refuse_feedback(trace)
         self.outputs: Tensors = []
         self.blocks: list[Block] = []
         cotangents: Maybe = []
@@ -143,6 +144,15 @@ class Matching:
                 f"{shared[0].name()}); only functions of the parameters can be added to criteria. {WAYS_OUT}"
             )
 
+    def _refuse_feedback(self, trace: Trace) -> None:
+        reached = graph.reached_leaves(z for call in trace.calls for z in call.outputs)
+        used = [call.function.__name__ for call in trace.calls if id(call.leaf) in reached]
+        if used:
+            raise ClosureError(
+                f"the value of {', '.join(used)} was found to be used in computing another criterion's outputs; only "
+                f"sums of criteria can be taken apart. {WAYS_OUT}"
+            )
+
     def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
         """Block by block in output space; the regulariser's exact Hessian in parameter space."""
         w: Maybe = [None] * len(self.outputs)
@@ -163,10 +173,11 @@ class Joint:
             ClosureError: the loss does not depend on the declared outputs, or depends on the network beside them.
         """
         self.params = list(params)
-        self.outputs = trace.outputs
-        # Uncut outputs: gradients are stopped there by hooks whenever parameters beside them are asked for.
-        self.inputs = trace.outputs if trace.inputs is None else trace.inputs
         self._uncut = trace.inputs is None
+        self.outputs = graph.directly_used([trace.total], trace.outputs) if self._uncut else trace.outputs
+        # Uncut outputs: gradients are stopped there by hooks whenever parameters beside them are asked for.
+        self.inputs = self.outputs if trace.inputs is None else trace.inputs
+        self._refuse_side_paths(trace)
         one = [torch.ones_like(trace.total)]
         self._dz = _grad([trace.total], self.inputs, one, graph=True)
         if all(g is None for g in self._dz):
@@ -182,6 +193,24 @@ class Joint:
             with self._stopped():
                 self.direct = _grad([trace.total], self.params, one, graph=True)
         self._check(trace, one)
+
+    def _refuse_side_paths(self, trace: Trace) -> None:
+        """The loss may use outputs and parameters; outputs may use no other output as it was handed out."""
+        if graph.reached_leaves(self.outputs) & {id(z) for z in trace.inputs or ()}:
+            raise ClosureError(
+                "a declared output was found to be computed from another one (a module that is called again on its own "
+                "result?): declare the last one alone, by outputs=<a module around all calls> or by loss=<function>"
+            )
+        network = {n for n in graph.nodes(self.outputs) if not graph.is_leaf_node(n)}
+        barrier = {z.grad_fn for z in self.outputs if z.grad_fn is not None}
+        beside = [n for n in graph.nodes([trace.total], barrier) if n in network]
+        nested = [n for n in graph.nodes(self.outputs) if any(f in barrier for f, _ in n.next_functions)]
+        if beside or (nested and self._uncut):
+            raise ClosureError(
+                "besides the declared outputs, the loss was found to use a result of the network from which they are "
+                f"computed (through {(beside or nested)[0].name()}). Make one function of all that the loss is "
+                "computed from and give it as loss=, with a closure that returns that function's arguments"
+            )
 
     def _check(self, trace: Trace, one: Tensors) -> None:
         """Compare with the plain gradient where the graph was not cut: a path beside the outputs must not be lost."""

@@ -1,0 +1,337 @@
+"""Every form of closure that LBFGS users write, and parameters of every sort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hfopt
+from tests.hfopt.tools import flat, grads, mlp, randn, theta
+
+X, Y = randn(20, 3, seed=1), randn(20, 2, seed=2)
+Build = Callable[[nn.Module, torch.optim.Optimizer], Callable[[], Any]]
+
+
+def lbfgs_style(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    criterion = nn.MSELoss()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = criterion(model(X), Y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def guarded(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """As in the documentation of LBFGS."""
+
+    def closure() -> Tensor:
+        if torch.is_grad_enabled():
+            optimizer.zero_grad()
+        loss = F.mse_loss(model(X), Y)
+        if loss.requires_grad:
+            loss.backward()
+        return loss
+
+    return closure
+
+
+def loss_only(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    return lambda: F.mse_loss(model(X), Y)
+
+
+def returns_float(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(X), Y)
+        loss.backward()
+        return loss.item()
+
+    return closure
+
+
+def guarded_float(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(X), Y)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    return closure
+
+
+def returns_nothing(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> None:
+        optimizer.zero_grad()
+        F.mse_loss(model(X), Y).backward()
+
+    return closure
+
+
+def returns_pair(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> tuple[Tensor, Tensor]:
+        z = model(X)
+        return z, F.mse_loss(z, Y)
+
+    return closure
+
+
+def own_square(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> tuple[Tensor, Tensor]:
+        z = model(X)
+        return z, (z - Y).square().mean()
+
+    return closure
+
+
+def own_square_backward(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad()
+        z = model(X)
+        loss = (z - Y).square().mean()
+        loss.backward()
+        return z, loss
+
+    return closure
+
+
+def accumulated(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Four batches, one backward pass each; the total is their sum."""
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        total = 0.0
+        for x, y in zip(X.split(5), Y.split(5), strict=True):
+            loss = F.mse_loss(model(x), y) / 4
+            loss.backward()
+            total += loss.item()
+        return total
+
+    return closure
+
+
+def added_in_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(X[:10]), Y[:10])
+        loss += F.mse_loss(model(X[10:]), Y[10:])
+        loss /= 2
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def summed(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        rows = F.mse_loss(model(X), Y, reduction="none").sum(1)
+        loss = sum(rows.unbind(), start=torch.zeros((), dtype=X.dtype)) / Y.numel()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def logs_something_else(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Criteria that only serve to look, with and without a graph, are no part of the loss."""
+    seen: list[float] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        z = model(X)
+        with torch.no_grad():
+            seen.append(F.l1_loss(z, Y).item())
+        seen.append(F.huber_loss(z, Y).item())
+        loss = F.mse_loss(z, Y)
+        loss.backward()
+        return loss.detach()
+
+    return closure
+
+
+def clips(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(X), Y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        return loss
+
+    return closure
+
+
+FORMS = [
+    lbfgs_style,
+    guarded,
+    loss_only,
+    returns_float,
+    guarded_float,
+    returns_nothing,
+    returns_pair,
+    own_square,
+    own_square_backward,
+    accumulated,
+    added_in_place,
+    summed,
+    logs_something_else,
+    clips,
+]
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[Tensor, list[float]]:
+    return trained(lbfgs_style)
+
+
+def trained(build: Build) -> tuple[Tensor, list[float]]:
+    model = mlp(3, 4, 2, seed=3)
+    optimizer = hfopt.HessianFree(model.parameters())
+    closure = build(model, optimizer)
+    for _ in range(3):
+        optimizer.step(closure)
+    return theta(model), [s.loss for s in optimizer.stats]
+
+
+@pytest.mark.parametrize("build", FORMS)
+def test_every_form_takes_the_same_steps(build: Build, reference: tuple[Tensor, list[float]]) -> None:
+    end, losses = trained(build)
+    assert losses == pytest.approx(reference[1], rel=1e-10)
+    assert torch.allclose(end, reference[0], rtol=1e-7, atol=1e-9)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "build", [b for b in FORMS if b not in (returns_pair, own_square, own_square_backward, loss_only)]
+)
+def test_step_returns_and_leaves_what_lbfgs_does(build: Build) -> None:
+    """The loss before the step, of the same type and value."""
+    ours, theirs = mlp(3, 4, 2, seed=4), mlp(3, 4, 2, seed=4)
+    a, b = hfopt.HessianFree(ours.parameters()), torch.optim.LBFGS(theirs.parameters(), max_iter=1)
+    if build is returns_nothing:
+        assert float(a.step(build(ours, a))) == pytest.approx(F.mse_loss(theirs(X), Y).item())
+        return
+    x, y = a.step(build(ours, a)), b.step(build(theirs, b))
+    assert type(x) is type(y)
+    assert float(torch.as_tensor(x).detach()) == pytest.approx(float(torch.as_tensor(y).detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("build", FORMS)
+def test_grad_is_the_gradient_at_the_old_point(build: Build) -> None:
+    model, plain = mlp(3, 4, 2, seed=5), mlp(3, 4, 2, seed=5)
+    optimizer = hfopt.HessianFree(model.parameters(), weight_decay=0.1)
+    optimizer.step(build(model, optimizer))
+    F.mse_loss(plain(X), Y).backward()
+    assert not torch.equal(theta(model), theta(plain))
+    assert torch.allclose(grads(model), grads(plain), rtol=1e-10, atol=1e-14)
+
+
+def test_parameters_keep_their_storage_and_their_identity() -> None:
+    model = mlp(3, 4, 2, seed=6)
+    optimizer = hfopt.HessianFree(model.parameters())
+    before = [(id(p), p.data_ptr(), p.dtype, p.stride()) for p in model.parameters()]
+    for _ in range(4):
+        optimizer.step(lbfgs_style(model, optimizer))
+        assert [(id(p), p.data_ptr(), p.dtype, p.stride()) for p in model.parameters()] == before
+        assert all(p.is_leaf and p.requires_grad for p in model.parameters())
+
+
+def test_a_step_shows_in_the_version_counters() -> None:
+    """A graph that was recorded before the step must not be used after it."""
+    model = mlp(3, 4, 2, seed=7)
+    optimizer = hfopt.HessianFree(model.parameters())
+    old = F.mse_loss(model(X), Y)
+    optimizer.step(lbfgs_style(model, optimizer))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.backward()
+
+
+class Odd(nn.Module):
+    """0-dim, empty, unused, frozen, tied, transposed and 4-d parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+        self.empty = nn.Parameter(torch.zeros(0, 4, dtype=torch.float64))
+        self.unused = nn.Parameter(randn(3, seed=8))
+        self.frozen = nn.Parameter(randn(3, 3, seed=9), requires_grad=False)
+        self.tied = nn.Linear(3, 3, dtype=torch.float64)
+        self.again = nn.Linear(3, 3, dtype=torch.float64)
+        self.again.weight = self.tied.weight
+        self.transposed = nn.Parameter(randn(2, 3, seed=10).t())
+        self.kernel = nn.Parameter(randn(1, 2, 2, 2, seed=11).to(memory_format=torch.channels_last))
+        with torch.no_grad():
+            for i, p in enumerate([*self.tied.parameters(), self.again.bias]):
+                p.copy_(0.5 * randn(*p.shape, seed=12 + i))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.tied(x @ self.frozen))
+        h = torch.tanh(self.again(h)) * self.scale + torch.cat([self.empty.sum(1), h.new_zeros(1)]).sum()
+        return h @ self.transposed + self.kernel.sum()
+
+
+def test_parameters_of_every_sort() -> None:
+    model = Odd()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    strides = {n: p.stride() for n, p in model.named_parameters()}
+    optimizer = hfopt.HessianFree(model.parameters())
+    for _ in range(5):
+        optimizer.step(lbfgs_style(model, optimizer))
+    losses = [s.loss for s in optimizer.stats]
+    assert losses[-1] < 0.7 * losses[0]
+    after = dict(model.named_parameters())
+    assert model.again.weight is model.tied.weight
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert moved == set(before) - {"empty", "unused", "frozen"}
+    assert model.frozen.grad is None
+    assert {n: p.stride() for n, p in after.items()} == strides
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in trainable)
+
+
+def test_product_with_tied_and_odd_parameters() -> None:
+    model = Odd()
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def loss(*values: Tensor) -> Tensor:
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (X,))
+
+    jac = torch.autograd.functional.jacobian(loss, tuple(params))
+    j = torch.cat([x.reshape(Y.numel(), -1) for x in jac], 1)
+    op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
+    v = randn(op.shape[0], seed=20)
+    assert torch.allclose(op @ v, j.T @ (2 / Y.numel() * (j @ v)), rtol=1e-10)
+
+
+def test_nothing_to_optimize_is_an_error() -> None:
+    model = mlp(3, 2)
+    model.requires_grad_(False)
+    optimizer = hfopt.HessianFree(model.parameters())
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        optimizer.step(loss_only(model, optimizer))
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(None)  # type: ignore[arg-type]
+
+
+def test_parameters_frozen_in_the_course_of_training() -> None:
+    model = mlp(3, 4, 2, seed=21)
+    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer.step(loss_only(model, optimizer))
+    model[0].requires_grad_(False)
+    frozen = flat(model[0].parameters())
+    optimizer.step(loss_only(model, optimizer))
+    assert torch.equal(flat(model[0].parameters()), frozen)
+    model[0].requires_grad_(True)
+    optimizer.step(loss_only(model, optimizer))
+    assert not torch.equal(flat(model[0].parameters()), frozen)
+    losses = [s.loss for s in optimizer.stats]
+    assert losses == sorted(losses, reverse=True)
