@@ -35,20 +35,31 @@ def source_files() -> list[Path]:
     ]
 
 
-def imported_roots(path: Path) -> set[str]:
-    """The top-level names of all absolute imports of a file, those inside functions too."""
+def imported_roots(path: Path, *, eager: bool = False) -> set[str]:
+    """The top-level names of a file's absolute imports; `eager`: only of those that run with the import."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found.add(node.module.partition(".")[0])
+        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        if not (eager and deferred):
+            nodes.extend(ast.iter_child_nodes(node))
     return found
 
 
-def test_dependencies_point_one_way(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def requirements(config: configparser.ConfigParser, section: str, option: str) -> set[str]:
+    """The names of the distributions that an option of setup.cfg lists."""
+    lines = config[section][option].split("\n")
+    return {re.split(r"[<>=!~;\s]", line)[0] for line in lines if line.strip()}
+
+
+def test_dependencies_point_one_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     status = importlinter_cli.lint_imports(no_cache=True)
     assert status == 0, capsys.readouterr().out
@@ -65,14 +76,13 @@ def test_the_contracts_cover_every_package() -> None:
 def test_hfopt_imports_only_what_it_installs() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
-    installs = {
-        re.split(r"[<>=!~;\s]", line)[0]
-        for line in config["options"]["install_requires"].splitlines()
-        if line.strip()
-    }
-    allowed = installs | set(sys.stdlib_module_names) | {"hfopt"}
-    for path in sorted((ROOT / "hfopt").rglob("*.py")):
-        assert imported_roots(path) <= allowed, path
+    at_once = requirements(config, "options", "install_requires") | set(sys.stdlib_module_names) | {"hfopt"}
+    on_demand = at_once | requirements(config, "options.extras_require", "plot")
+    files = sorted((ROOT / "hfopt").rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported_roots(path, eager=True) <= at_once, path
+        assert imported_roots(path) <= on_demand, path
 
 
 def test_packages_never_import_tests_or_benchmarks() -> None:
