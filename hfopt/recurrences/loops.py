@@ -53,6 +53,7 @@ def tangent(
     dP (T, *K, B, h), dW (h, h), dh0 (*K, B, h) may each be None (zero). K is nothing, or the number of tangents that
     are carried together, without dW then.
     """
+    H = H.contiguous()
     steps, batch, hidden = H.shape
     vectors = () if dP is None else dP.shape[1:-2]
     shape = (steps, *vectors, batch, hidden)
@@ -93,6 +94,7 @@ def adjoint(
     """
     given = Ua if U is None else U
     assert given is not None
+    H = H.contiguous()
     hidden = W.shape[0]
     steps, *vectors = given.shape[:-2]
     dA = torch.empty_like(given, memory_format=torch.contiguous_format)
