@@ -163,8 +163,11 @@ class RNN(nn.Module):
             raise ValueError(
                 f"inputs has shape {tuple(inputs.shape)}; it is {axes} with V = {self.inputs}, and neither T nor B is 0"
             )
-        if not inputs.is_floating_point():
-            raise TypeError(f"inputs has dtype {inputs.dtype}; turn it into {self.W_vh.dtype} with .to()")
+        mixed = inputs.is_floating_point() and torch.is_autocast_enabled(inputs.device.type)
+        if inputs.dtype != self.W_vh.dtype and not mixed:
+            raise TypeError(
+                f"inputs has dtype {inputs.dtype}, the parameters {self.W_vh.dtype}; turn one into the other with .to()"
+            )
         if self.batch_first:
             inputs = inputs.transpose(0, 1)
         steps, batch, _ = inputs.shape

@@ -50,7 +50,7 @@ def _backward_compiled(ctx: Any, U: Tensor) -> tuple[Maybe, ...]:
     return (*adjoint((U, None), ctx.saved_tensors, ctx.nonlinearity), None)
 
 
-# torch.compile does not trace functions with a forward mode of their own; it takes the operator with this backward pass.
+# torch.compile traces no function with a forward mode of its own; it takes the operator with this backward pass.
 rnn_forward.register_autograd(_backward_compiled, setup_context=_setup_compiled)
 
 

@@ -1,4 +1,4 @@
-"""Values and derivatives of the recurrence against a plain loop, finite differences and the definition of an adjoint."""
+"""The recurrence's derivatives against a plain loop, finite differences and the definition of an adjoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recurrence under torch's transforms: one node for linearize and compile, many vectors and many networks at once."""
+"""The recurrence under torch's transforms: one node for each, many vectors and many networks at once."""
 
 from __future__ import annotations
 
