@@ -91,7 +91,8 @@ def simple_rnn(
     if h0.dim() == 1:
         h0 = h0.expand(P.shape[1], -1)
     if torch.compiler.is_compiling():
-        return rnn_forward(P, W, h0, nonlinearity)
+        compiled: Tensor = rnn_forward(P, W, h0, nonlinearity)
+        return compiled
     wanted = structural.wanted()
     H, *A = apply(_Recurrence, P, W, h0, nonlinearity, wanted)
     if wanted:
