@@ -100,6 +100,7 @@ class GaussNewton(Local):
         self._sites = self._where(seen)
         self._count = len(self.space.outputs)
         self.linearisation, gradient = self._linearise(linearisation, heads, memory_budget)
+        _refuse_independence(self.params, [*gradient, *self.space.direct])
         self.gradient = self.vector.flatten(gradient)
         self._add_into(self.gradient, self.space.direct)
         if self.linearisation.name == "recompute":
@@ -249,6 +250,15 @@ class GaussNewton(Local):
         return self.vector.flatten(self.linearisation.vjp([*cotangents, *([None] * len(self._hidden))]))
 
 
+def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """A gradient that is nowhere defined means another model's parameters, most often a copy's."""
+    if params and all(g is None for g in grads):
+        raise ClosureError(
+            "the closure's loss does not depend on any of the parameters given: check that they are those of the model "
+            "that the closure calls (not of a copy, and not replaced since)"
+        )
+
+
 class Hessian(Local):
     """``H = d2L/dtheta2`` by a cached double backward pass; symmetric, and indefinite away from minima.
 
@@ -273,6 +283,7 @@ class Hessian(Local):
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             seen.total, self.params, create_graph=True, allow_unused=True
         )
+        _refuse_independence(self.params, grads)
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient = self.vector.flatten(grads)
 
