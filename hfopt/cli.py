@@ -155,7 +155,3 @@ def _pairs(settings: Mapping[str, Any]) -> str:
             value = f"{value.get('class', '')}({_pairs({k: v for k, v in value.items() if k != 'class'})})"
         parts.append(f"{name}={value}")
     return ", ".join(parts)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,6 +34,9 @@ class Problem(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
 def chosen_batches(name: str, given: Sequence[int] | None, there: Sequence[int], default: list[int]) -> list[int]:
     """The batches of a role: those given, or the default; ValueError if the problem does not have them."""
     chosen = default if given is None else list(given)
@@ -43,8 +46,18 @@ def chosen_batches(name: str, given: Sequence[int] | None, there: Sequence[int],
     return chosen
 
 
+def on_inputs(model: nn.Module, batch: Batch) -> Tensor:
+    """The outputs of a model that wants the inputs and nothing else."""
+    outputs: Tensor = model(batch.inputs)
+    return outputs
+
+
 def closure(
-    model: nn.Module, problem: Problem, indices: Sequence[int], optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    problem: Problem,
+    indices: Sequence[int],
+    forward: Forward = on_inputs,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], Tensor]:
     """A closure of the mean loss over the scored outputs of some batches: batch i weighs `size(i) / sum of
     sizes`.
@@ -60,7 +73,7 @@ def closure(
             optimizer.zero_grad()
         total: Tensor | None = None
         for batch, weight in zip(batches, weights, strict=True):
-            loss = problem.loss(model(batch.inputs), batch)
+            loss = problem.loss(forward(model, batch), batch)
             if weight != 1:
                 loss = loss * weight
             if optimizer is not None:
@@ -73,7 +86,9 @@ def closure(
     return loss_of_batches
 
 
-def evaluate(model: nn.Module, problem: Problem, indices: Sequence[int]) -> tuple[float, float]:
+def evaluate(
+    model: nn.Module, problem: Problem, indices: Sequence[int], forward: Forward = on_inputs
+) -> tuple[float, float]:
     """Mean loss over the scored outputs of some batches, and the share of their cases that are wrong.
 
     The model is in evaluation mode meanwhile.
@@ -82,7 +97,7 @@ def evaluate(model: nn.Module, problem: Problem, indices: Sequence[int]) -> tupl
     with torch.no_grad(), _evaluating(model):
         for i in indices:
             batch = problem(i)
-            outputs = model(batch.inputs)
+            outputs = forward(model, batch)
             losses.append(float(problem.loss(outputs, batch)))
             sizes.append(problem.size(batch))
             wrong += int(problem.zero_one_loss(outputs, batch))

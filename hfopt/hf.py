@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hfopt import report, resume, runfile
-from hfopt.experiment import Problem, chosen_batches, closure, evaluate, norm
+from hfopt.experiment import Forward, Problem, chosen_batches, closure, evaluate, norm, on_inputs
 from hfopt.interrupt import Interrupt
 from hfopt.runfile import Row, RunError
 from hfopt.runlog import RunLog
@@ -33,8 +33,9 @@ class HF:
     Args:
         path: name of the run, then its folder is `runs/logs/<name>`; or the folder, as a Path or with a
             separator.
-        model: called with `batch.inputs`; returns what the problem's losses take.
+        model: returns what the problem's losses take.
         problem: the data object.
+        forward: outputs of (model, batch); default `model(batch.inputs)`.
         optimizer: over the model's parameters, or a function that makes one of them (`torch.optim.Adam`,
             say); default `hfopt.HessianFree`.
         gradient_batches: training batches of the gradient; default all.
@@ -67,6 +68,7 @@ class HF:
         problem: Problem,
         *,
         optimizer: torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        forward: Forward = on_inputs,
         gradient_batches: Sequence[int] | None = None,
         curvature_batches: Sequence[int] | None = None,
         evaluation_batches: Sequence[int] | None = None,
@@ -84,7 +86,7 @@ class HF:
     ) -> None:
         name_only = isinstance(path, str) and Path(path).name == path
         self.path = Path("runs", "logs", path) if name_only else Path(path)
-        self.model, self.problem = model, problem
+        self.model, self.problem, self.forward = model, problem, forward
         if optimizer is None:
             from hfopt.optimizer import HessianFree
 
@@ -118,6 +120,7 @@ class HF:
         self.hints = hints or {}
         self.step = 0
         self.totals: dict[str, float] = {"seconds": 0.0, "cg_iterations": 0, "products": 0, "evaluations": 0}
+        self._error_rate = math.nan  # the latest
         self._log: RunLog | None = None
         self._serial: int | None = None  # the checkpoint that the present state goes on from; None before a run
         self._newest = 0
@@ -227,9 +230,12 @@ class HF:
             last = self.step >= limit
             tested = last or self.step % self.test_freq == 0
             test_loss, error_rate = (
-                evaluate(self.model, self.problem, self.problem.test_batches) if tested else (math.nan, math.nan)
+                evaluate(self.model, self.problem, self.problem.test_batches, self.forward)
+                if tested
+                else (math.nan, math.nan)
             )
             success = tested and self._succeeded(test_loss, error_rate)
+            self._error_rate = error_rate if tested else self._error_rate
             row: Row = {"step": self.step, "test_loss": test_loss, "error_rate": error_rate}
             if last or success:
                 row |= {"updated": False, "train_loss": self._closing_train_loss()}
@@ -254,10 +260,10 @@ class HF:
         if self.batches_per_step < len(chosen):
             first = self.step * self.batches_per_step
             chosen = [chosen[(first + i) % len(chosen)] for i in range(self.batches_per_step)]
-        gradient = closure(self.model, self.problem, chosen, self.optimizer)
+        gradient = closure(self.model, self.problem, chosen, self.forward, self.optimizer)
         others = {"curvature": self.curvature_batches, "evaluation": self.evaluation_batches}
         roles = {
-            role: None if batches == chosen else closure(self.model, self.problem, batches)
+            role: None if batches == chosen else closure(self.model, self.problem, batches, self.forward)
             for role, batches in others.items()
             if role in self._roles
         }
@@ -290,7 +296,7 @@ class HF:
         """The training loss on the draws that the next step would see; the generators stay as they were."""
         problem, generators = self.problem.state_dict(), resume.generators()
         self.problem.forget()
-        loss, _ = evaluate(self.model, self.problem, self.gradient_batches[: self.batches_per_step])
+        loss, _ = evaluate(self.model, self.problem, self.gradient_batches[: self.batches_per_step], self.forward)
         self.problem.load_state_dict(problem)
         resume.set_generators(generators)
         return loss
@@ -309,7 +315,9 @@ class HF:
             self.totals[name] += max(0, row.get(name, 0))
         row |= {"total_seconds": self.totals["seconds"], "finished": time.time()}
         shown = self.step % self.test_freq == 0 or not row["updated"]
-        block, detailed = (report.block(row), report.block(row, checks=checks)) if shown else ("", "")
+        block, detailed = (
+            (report.block(row, self.totals), report.block(row, self.totals, checks)) if shown else ("", "")
+        )
         self._log.append(row, checks, block, detailed)
         if shown:
             self._say(progress.line(row))
@@ -378,7 +386,7 @@ class HF:
         if outcome == "diverged":
             self._log.save(None)
             self._broken = "the training loss is nan"
-        sentence = report.ending(outcome, self.step, self.totals["seconds"], self._saved_step)
+        sentence = report.ending(outcome, self.step, self.totals["seconds"], self._error_rate, self._saved_step)
         self._log.note(sentence + "\n")
         self._say("\n".join([sentence, *report.hints(self.path, self.hints)]))
 

@@ -130,6 +130,7 @@ def draw_sequence(
                 color=colour,
                 label=f"target{name}",
             )
+            below.plot(steps, predictions[steps, output], ".", color=colour)
             if steps.size == 1:
                 step = int(steps[0])
                 reached, wanted = predictions[step, output], targets[step, output]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,12 +73,13 @@ def introduction(
     )
 
 
-def ending(outcome: str, step: int, seconds: float, saved_step: int | None) -> str:
+def ending(outcome: str, step: int, seconds: float, error_rate: float, saved_step: int | None) -> str:
     """One sentence on how a run ended."""
     took = f"{step} steps, {duration(seconds)}"
+    wrong = "" if math.isnan(error_rate) else f": {100 * error_rate:.2f}% of the test cases are wrong"
     return {
-        "success": f"success after {took}",
-        "max_steps": f"no success within the limit: {took}",
+        "success": f"success after {took}{wrong}",
+        "max_steps": f"no success within {took}{wrong}",
         "interrupted": f"interrupted and saved after {took}",
         "diverged": f"the training loss is nan: given up after {took}; the last checkpoint is that of "
         f"step {saved_step}",
@@ -88,10 +91,22 @@ def hints(path: Path, more: Mapping[str, str]) -> list[str]:
     where = short(path)
     known = {
         "logs": f"{where}: {RESULTS}, {DETAILED}, {RUN}",
-        "to look": f"hfopt show {where}    hfopt plot {where}",
+        "table": f"{command('hfopt')} show {where}",
+        "curves": f"{command('hfopt')} plot {where}",
         "to go on": "hf.load(); hf.optimize(max_steps=...)",
     }
-    return [f"  {what:<12} {command}" for what, command in {**known, **more}.items()]
+    return [f"  {what:<14} {line}" for what, line in {**known, **more}.items()]
+
+
+def command(name: str) -> str:
+    """How to call `python` or `hfopt` of this environment from here: by name if the shell would find them."""
+    folder = Path(sys.executable).parent
+    found = shutil.which(name)
+    if found is not None and Path(found).parent == folder:
+        return name
+    if (folder / name).exists():
+        return short(folder / name)
+    return f"{short(Path(sys.executable))} -m {name}" if name != "python" else short(Path(sys.executable))
 
 
 def short(path: Path) -> str:
@@ -100,8 +115,8 @@ def short(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def block(row: Row, *, checks: Iterable[Row] | None = None) -> str:
-    """One step for the text logs; `checks` adds the table of CG checks."""
+def block(row: Row, totals: Mapping[str, float], checks: Iterable[Row] | None = None) -> str:
+    """One step for the text logs; `totals` are those of the run up to it, `checks` adds the table of CG checks."""
     row = complete(row, STEP_TYPE)
     lines = [f"step {row['step']}"]
 
@@ -113,7 +128,7 @@ def block(row: Row, *, checks: Iterable[Row] | None = None) -> str:
         say("test loss", f"{row['test_loss']:.6e}  (test - train {row['test_loss'] - row['train_loss']:+.3e})")
         say("error rate", f"{100 * row['error_rate']:.3f}%")
     if not row["updated"]:
-        say("seconds", f"{row['seconds']:.3f}  (total {row['total_seconds']:.1f})")
+        say("seconds", f"{row['seconds']:.3f}")
         return "\n".join([*lines, ""]) + "\n"
     say("gradient norm", f"{row['gradient_norm']:.6e}")
     if math.isfinite(row["damping"]):
@@ -140,10 +155,9 @@ def block(row: Row, *, checks: Iterable[Row] | None = None) -> str:
     say("parameter norm", f"{row['parameter_norm']:.6e}")
     if not row["accepted"]:
         say("step", "rejected, the parameters are unchanged")
-    say(
-        "seconds",
-        f"{row['seconds']:.3f}, optimizer {row['optimizer_seconds']:.3f}  (total {row['total_seconds']:.1f})",
-    )
+    say("seconds", f"{row['seconds']:.3f}, optimizer {row['optimizer_seconds']:.3f}")
+    work = f"; {totals['cg_iterations']} CG iterations, {totals['products']} products" if totals["products"] else ""
+    say("in all", f"{row['step'] + 1} steps, {duration(totals['seconds'])}{work}")
     return "\n".join([*lines, ""]) + "\n"
 
 
