@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +32,21 @@ NOT_FINITE = (
 _CALIBRATION_TRIES = 8
 
 
+@dataclass(frozen=True)
 class Candidate:
-    """A step p that backtracking settled on, and how it was judged."""
+    """A step p that backtracking settled on, and how it was judged.
 
-    def __init__(
-        self, solution: Solution, chosen: Iterate, p: Tensor, value: float, quadratic: float, rho: float
-    ) -> None:
-        self.solution, self.chosen, self.p = solution, chosen, p
-        self.value, self.quadratic, self.rho = value, quadratic, rho
+    ``value`` is the loss there, ``quadratic`` the undamped model's change, ``evaluated`` the loss at every iterate that
+    was looked at, by its iteration.
+    """
+
+    solution: Solution
+    chosen: Iterate
+    p: Tensor
+    value: float
+    quadratic: float
+    rho: float
+    evaluated: dict[int, float]
 
 
 class Step:
@@ -61,7 +68,6 @@ class Step:
         self.rate = self._per_parameter([float(g["lr"]) for g, _ in groups_params])
         self.gradients = self.evaluations = self.products = 0
         self.differentiates = False
-        self.evaluated: dict[int, float] = {}
 
     def _per_parameter(self, values: list[float]) -> float | Tensor:
         """A number if all parameters share it, else a flat vector (P,)."""
@@ -178,11 +184,11 @@ class Step:
             o.preconditioner.damp(damping, self.decay)
         solution = o.cg.solve(system, -self.g, x0, o.preconditioner)
         self.products += solution.products
-        chosen, p, value = self.backtrack(solution)
+        chosen, p, value, evaluated = self.backtrack(solution)
         quadratic = self.quadratic(p, chosen, damping)
         change = value - self.f0
         rho = change / quadratic if quadratic < 0 and math.isfinite(change) else math.nan
-        return Candidate(solution, chosen, p, value, quadratic, rho)
+        return Candidate(solution, chosen, p, value, quadratic, rho, evaluated)
 
     def scaled(self, x: Tensor) -> Tensor:
         """The longest step along an iterate: ``lr x``."""
@@ -190,23 +196,23 @@ class Step:
             return x * self.rate
         return x if self.rate == 1.0 else x * self.rate
 
-    def backtrack(self, solution: Solution) -> tuple[Iterate, Tensor, float]:
-        """The iterate that the evaluation loss prefers, its step and loss."""
+    def backtrack(self, solution: Solution) -> tuple[Iterate, Tensor, float, dict[int, float]]:
+        """The iterate that the evaluation loss prefers, its step and loss, and the losses of all that were tried."""
         iterates = solution.iterates
         best, p = iterates[-1], self.scaled(iterates[-1].x)
         value = self.f(p)
-        self.evaluated = {best.iteration: value}
+        evaluated = {best.iteration: value}
         if self.o.backtracking == "none":
-            return best, p, value
+            return best, p, value, evaluated
         for iterate in reversed(iterates[:-1]):
             trial = self.scaled(iterate.x)
             other = self.f(trial)
-            self.evaluated[iterate.iteration] = other
+            evaluated[iterate.iteration] = other
             if other < value or not math.isfinite(value):
                 best, p, value = iterate, trial, other
             elif self.o.backtracking == "walk" and value < self.f0:
                 break
-        return best, p, value
+        return best, p, value, evaluated
 
     def quadratic(self, p: Tensor, chosen: Iterate, damping: float) -> float:
         """``q(p) = g'p + p'(G + c)p/2``, without lambda and mu."""
@@ -269,7 +275,8 @@ class Step:
             for p in self.vector.params:
                 torch.autograd.graph.increment_version(p)
         # A decrease below the rounding error of the loss says nothing about the model: the minimum is reached.
-        if accepted or -candidate.quadratic > 4 * torch.finfo(self.vector.dtype).eps * abs(self.f0):
+        rounding = 4 * torch.finfo(self.vector.dtype).eps * abs(self.f0)
+        if accepted or not abs(candidate.quadratic) <= rounding:
             rule.update(candidate.rho, accepted)
         self._keep_start(candidate.solution.x if accepted else None)
         self._record(damping, rule.value or 0.0, candidate, found)
@@ -286,7 +293,7 @@ class Step:
         moved = self.theta + found.length * c.p if self._decays() and accepted else self.theta
         new_loss = found.value - self.penalty(moved) if accepted else self.f0_plain
         rows = tuple(
-            replace(row, evaluation=self.evaluated[row.iteration] - self.f0) if row.iteration in self.evaluated else row
+            replace(row, evaluation=c.evaluated[row.iteration] - self.f0) if row.iteration in c.evaluated else row
             for row in c.solution.checks
         )
         self.stats = StepStats(

@@ -98,3 +98,8 @@ def experiment(
     options = {"threshold": 0.0, "max_steps": 12, "quiet": True, **options}
     model = Running(hidden)
     return HF(path, model, Sums(T=T, seed=seed), optimizer=OPTIMIZERS[optimizer], seed=seed, **options)
+
+
+def bits(hf: HF) -> dict[str, bytes]:
+    """The model's state, to be compared."""
+    return {name: value.numpy().tobytes() for name, value in hf.model.state_dict().items()}
