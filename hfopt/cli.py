@@ -84,7 +84,7 @@ def _facts(run: Run) -> dict[str, str]:
     group = {key: value for key, value in c["optimizer"]["groups"][0].items() if key != "tensors"}
     facts = {
         "problem": f"{c['problem']['class']}  {_pairs(problem)}",
-        "model": f"{c['model']['class']}  {len(shapes)} tensors",
+        "model": f"{c['model']['printed'].splitlines()[0].rstrip('(')}  {len(shapes)} tensors",
         "optimizer": f"{c['optimizer']['class']}  {_pairs({**group, **optimizer})}",
         "batches": f"{batches}, test {len(c['problem']['test_batches'])}",
         "versions": _pairs({key: v[key] for key in ("hfopt", "torch", "numpy", "python", "device", "threads")}),

@@ -41,7 +41,7 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
     figure, grid = plt.subplots(
         len(drawn),
         2,
-        figsize=(10.0, 0.9 + 1.75 * len(drawn)),
+        figsize=(11.0, 0.9 + 1.75 * len(drawn)),
         sharex="col",
         sharey="row",
         squeeze=False,
@@ -61,11 +61,9 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
                 column.axhspan(0.25, 0.75, color="#eeeeee", zorder=0)
     grid[-1, 0].set_xlabel("step")
     grid[-1, 1].set_xlabel("seconds")
-    if len(runs) > 1 or len(grid[0, 0].get_lines()) > 1:
-        grid[0, 1].legend(frameon=False, fontsize="small")
-    for axes, (label, names, _) in zip(grid[1:], drawn[1:], strict=True):
+    for axes, (_, names, _) in zip(grid, drawn, strict=True):
         if len(names) > 1:
-            axes[1].legend(frameon=False, fontsize="small", title=None if label else label)
+            axes[1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(", ".join(run.name for run in runs), color=_INK)
     return figure
 
@@ -101,19 +99,19 @@ def draw_sequence(
     length = T if length is None else length
     outputs = predictions.shape[1]
     classes = targets.ndim == 1
-    figure, axes = plt.subplots(
-        3,
-        1,
-        figsize=(9.0, 6.5),
-        sharex=True,
-        layout="constrained",
-        height_ratios=[min(2.0, 0.35 * V + 0.3), 3.2, 1.6],
-    )
-    above, middle, below = axes
-    _image(figure, above, inputs.T, "input", signed=bool((inputs < 0).any()))
-    _image(figure, middle, hidden.T, "hidden unit", signed=True)
+    figure = plt.figure(figsize=(9.0, 6.5), layout="constrained")
+    heights = [min(2.0, 0.35 * V + 0.3), 3.2, 1.6]
+    grid = figure.add_gridspec(3, 2, width_ratios=[45, 1], height_ratios=heights)
+    above = figure.add_subplot(grid[0, 0])
+    middle = figure.add_subplot(grid[1, 0], sharex=above)
+    below = figure.add_subplot(grid[2, 0], sharex=above)
+    bars = [figure.add_subplot(grid[i, 1]) for i in range(3)]
+    for axes in (above, middle):
+        axes.tick_params(labelbottom=False)
+    _image(above, bars[0], inputs.T, "input", signed=bool((inputs < 0).any()))
+    _image(middle, bars[1], hidden.T, "hidden unit", signed=True)
     if classes:
-        _image(figure, below, predictions.T, "class", signed=False)
+        _image(below, bars[2], predictions.T, "class (○ target)", signed=False)
         steps = np.flatnonzero(scored)
         below.plot(steps, targets[steps], "o", markerfacecolor="none", color="tab:red", label="target")
     else:
@@ -131,28 +129,20 @@ def draw_sequence(
                 label=f"target{name}",
             )
             below.plot(steps, predictions[steps, output], ".", color=colour)
-            if steps.size == 1:
-                step = int(steps[0])
-                reached, wanted = predictions[step, output], targets[step, output]
-                below.annotate(
-                    f"predicted {reached:.3f}\ntarget {wanted:.3f}",
-                    (step, wanted),
-                    xytext=(-10, 0),
-                    textcoords="offset points",
-                    ha="right",
-                    va="center",
-                    fontsize="small",
-                    color=_INK,
-                )
         below.set_ylabel("output")
         below.margins(y=0.15)
         below.spines[["top", "right"]].set_visible(False)
-    if outputs <= 4:
-        below.legend(frameon=False, fontsize="small", loc="upper left", ncols=2 * outputs)
+        bars[2].axis("off")
+        if outputs == 1 and scored.sum() == 1:
+            (step,) = np.flatnonzero(scored)
+            numbers = f"predicted {predictions[step, 0]:.3f}\ntarget {targets[step, 0]:.3f}"
+            bars[2].text(0.0, 0.02, numbers, transform=bars[2].transAxes, fontsize="small", color=_INK)
+        if outputs <= 8:
+            bars[2].legend(*below.get_legend_handles_labels(), frameon=False, fontsize="small", loc="upper left")
     below.set_xlabel("step")
     below.set_xlim(-0.5, T - 0.5)
     if length < T:
-        for panel in axes:
+        for panel in (above, middle, below):
             panel.axvspan(length - 0.5, T - 0.5, color="white", alpha=0.7, linewidth=0)
             panel.axvline(length - 0.5, color=_SOFT, linewidth=0.8, linestyle=":")
     figure.suptitle(title, color=_INK)
@@ -164,7 +154,7 @@ def _array(values: Any) -> Array:
     return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
 
 
-def _image(figure: Figure, axes: Axes, values: Array, label: str, *, signed: bool) -> None:
+def _image(axes: Axes, bar: Axes, values: Array, label: str, *, signed: bool) -> None:
     """A picture of `values (rows, T)` with its colour bar."""
     top = float(np.abs(values).max()) or 1.0
     if signed:
@@ -174,27 +164,29 @@ def _image(figure: Figure, axes: Axes, values: Array, label: str, *, signed: boo
     if values.shape[0] <= 10:
         axes.set_yticks(range(values.shape[0]))
     axes.set_ylabel(label)
-    figure.colorbar(image, ax=axes, pad=0.01, aspect=max(4.0, 8.0 * values.shape[0] ** 0.2))
+    axes.figure.colorbar(image, cax=bar)
 
 
 def _curves(axes: Axes, runs: Sequence[Run], names: Sequence[str], time: str) -> None:
     """Columns of each run against `time`: a colour per run, or per column if there is one run."""
     for i, run in enumerate(runs):
+        # A row's losses are those before its step, so they stand where the step began.
+        start = run.steps[time] - (run.steps["seconds"] if time == "total_seconds" else 0)
         for j, name in enumerate(names):
             known = _known(run, name)
-            values = run.steps[name][known] * (100.0 if name == "error_rate" else 1.0)
-            label = _LABELS.get(name, name)
-            # A row's losses are those before its step, so they stand where the step began.
-            start = run.steps[time] - (run.steps["seconds"] if time == "total_seconds" else 0)
+            if not known.any():
+                continue
+            label = _LABELS.get(name, "")
+            pale = len(names) > 1 and j == 0 and len(runs) > 1
             axes.plot(
                 start[known],
-                values,
+                run.steps[name][known] * (100.0 if name == "error_rate" else 1.0),
                 color=f"C{i if len(runs) > 1 else j}",
-                linestyle="-" if j == 0 else "--" if len(runs) > 1 else "-",
-                linewidth=1.2,
+                alpha=0.45 if pale else 1.0,
+                linewidth=0.8 if pale else 1.3,
                 marker="." if known.sum() < 40 else None,
                 markersize=4,
-                label=label if len(runs) == 1 else f"{run.name}, {label}",
+                label=label if len(runs) == 1 else f"{run.name} {label}".rstrip(),
             )
 
 

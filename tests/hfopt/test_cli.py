@@ -103,7 +103,7 @@ def test_the_curves(runs: dict[str, Path]) -> None:
         (damping,) = figure.axes[4 + column].get_lines()
         assert np.array_equal(damping.get_ydata(), run.steps["damping"][:-1])  # the closing row has none
     both = plot_runs([run, read_run(runs["adam"])])
-    assert [len(axes.get_lines()) for axes in both.axes] == [4, 4, 2, 2, 2, 2, 2, 2, 4, 4]
+    assert [len(axes.get_lines()) for axes in both.axes] == [4, 4, 2, 2, 1, 1, 1, 1, 2, 2]  # Adam has no curvature
     assert len(plot_runs([read_run(runs["adam"])]).axes) == 4
 
 
@@ -120,7 +120,7 @@ def test_a_sequence_of_classes() -> None:
         length=5,
     )
     labels = [axes.get_ylabel() for axes in figure.axes]
-    assert labels[:3] == ["input", "hidden unit", "class"]
+    assert labels[:3] == ["input", "hidden unit", "class (○ target)"]
     (points,) = [line for line in figure.axes[2].get_lines() if line.get_label() == "target"]
     assert np.array_equal(points.get_xdata(), [3, 4])
     assert np.array_equal(points.get_ydata(), [2, 1])

@@ -143,7 +143,7 @@ def test_visualize_batch(b: int) -> None:
     last = int(batch.lengths[b]) - 1
     assert lines["target"].get_xdata() == [last]
     assert lines["target"].get_ydata() == [float(batch.targets[last, b, 0])]
-    (text,) = outputs.texts
+    (text,) = figure.axes[5].texts
     assert text.get_text() == f"predicted {expected[last]:.3f}\ntarget {float(batch.targets[last, b, 0]):.3f}"
     assert f"sequence {b}" in figure.get_suptitle()
 
