@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +341,28 @@ def test_the_record_of_the_run(tmp_path: Path) -> None:
     checkpoint = run.checkpoint()
     assert set(checkpoint) >= {"step", "parameters", "optimizer", "problem", "generators", "totals"}
     assert torch.equal(checkpoint["generators"]["torch"], torch.get_rng_state())
+
+
+def test_outside_the_main_thread(tmp_path: Path) -> None:
+    hf, outcomes = experiment(tmp_path / "run", max_steps=2), []
+    thread = threading.Thread(target=lambda: outcomes.append(hf.optimize()))
+    thread.start()
+    thread.join()
+    assert outcomes == ["max_steps"]
+
+
+def test_the_forward_function_sees_the_batch(tmp_path: Path) -> None:
+    seen = []
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(int(batch.mask.sum()))
+        outputs: Tensor = model(batch.inputs)
+        return outputs
+
+    plain, given = experiment(tmp_path / "a", max_steps=3), experiment(tmp_path / "b", max_steps=3, forward=forward)
+    torch.manual_seed(1)
+    given.optimize()
+    torch.manual_seed(1)
+    plain.optimize()
+    assert bits(plain) == bits(given)
+    assert len(seen) == 3 * (2 + 3) + 2 + 3
