@@ -98,6 +98,7 @@ class GaussNewton(Local):
             *(h.preactivations for h in seen.hidden if h.preactivations.requires_grad),
         ]
         self._sites = self._where(seen)
+        self._versions = [p._version for p in self.params]
         self._count = len(self.space.outputs)
         self.linearisation, gradient = self._linearise(linearisation, heads, memory_budget)
         _refuse_independence(self.params, [*gradient, *self.space.direct])
@@ -111,6 +112,10 @@ class GaussNewton(Local):
         return kind, [seen.sites[id(z)] for z in self.space.outputs]
 
     def _again(self) -> list[Tensor]:
+        if [p._version for p in self.params] != self._versions:
+            raise RuntimeError(
+                "a parameter has changed since the operator was built; build another one at the new point"
+            )
         kind, sites = self._sites
         with self._frozen.again(), torch.enable_grad(), differentiable_attention():
             return outputs_again(self._closure, kind, sites, module=self._module, hidden=bool(self._hidden))
@@ -284,6 +289,10 @@ class Hessian(Local):
             seen.total, self.params, create_graph=True, allow_unused=True
         )
         _refuse_independence(self.params, grads)
+        try:
+            graph.refuse_once_differentiable(g for g in grads if g is not None)
+        except RuntimeError as error:
+            raise not_differentiable({"double-backward": error}) from error
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient = self.vector.flatten(grads)
 

@@ -60,6 +60,11 @@ class Fisher(GaussNewton):
             self._draws = [
                 (z, samples**-0.5 * g) for _ in range(samples) for z, g in self._drawn(self.space, generator)
             ]
+            if any(not bool(torch.isfinite(g).all()) for _, g in self._draws):
+                raise ClosureError(
+                    "a sampled Fisher matrix needs criteria with weights that are finite and not negative, but one of "
+                    "those found has not; use the Gauss-Newton matrix"
+                )
         else:
             cotangents = [
                 t * z.shape[batch_dim] ** 0.5 if z.dim() else t

@@ -31,6 +31,21 @@ def reached_leaves(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> set[
     return {id(n.variable) for n in nodes(roots, stop) if hasattr(n, "variable")}
 
 
+def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
+    """Raise for gradients whose graph was cut by a backward pass marked ``once_differentiable``.
+
+    Such a pass is replaced by a node that raises, but one without a way to the inputs, so that a derivative in them
+    never meets it and lacks a part without a word.
+
+    Raises:
+        RuntimeError: there is such a node.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in nodes(gradients)):
+        raise RuntimeError(
+            "a function of the model is marked once_differentiable, so that double backward is undefined"
+        )
+
+
 def directly_used(roots: Iterable[Tensor], among: Sequence[Tensor]) -> list[Tensor]:
     """Those of ``among`` that ``roots`` are computed from other than through another one of them; all leaves."""
     roots = list(roots)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from hfopt import graph
 from hfopt.errors import NotDifferentiable
 
 POLICIES = ("auto", "double-backward", "linearize", "recompute")
@@ -71,6 +72,7 @@ class DoubleBackward:
             self.outputs, self.params, self._u, create_graph=True, allow_unused=True
         )
         self._pulled = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        graph.refuse_once_differentiable(g for _, g in self._pulled)
         self.gradient: Maybe = [None if g is None else g.detach() for g in pulled]
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:

@@ -1,0 +1,165 @@
+"""Each way to linearise gives the same products; the automatic order and its warnings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+import hfopt
+from tests.hfopt.tools import dense_gauss_newton, matrix, mlp, randn, relative, theta
+
+X, Y = randn(6, 3, seed=1), randn(6, 2, seed=2)
+POLICIES = ["double-backward", "linearize", "recompute"]
+
+
+class OneWay(torch.autograd.Function):
+    """sin, with a forward mode, whose backward pass cannot be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t * ctx.saved_tensors[0].cos()
+
+
+class NoWay(torch.autograd.Function):
+    """sin with neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+
+class Wave(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.inner, self.function = mlp(3, 4, seed=3), function
+        self.outer = mlp(4, 2, seed=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.outer(self.function(self.inner(x)))
+        return z
+
+
+def model_with(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    kinds: dict[str, nn.Module] = {
+        "mlp": mlp(3, 4, 2, seed=5),
+        "norm": nn.Sequential(mlp(3, 4, seed=6), nn.LayerNorm(4, dtype=X.dtype), nn.GELU(), mlp(4, 2, seed=7)),
+        "batchnorm": nn.Sequential(mlp(3, 4, seed=8), nn.BatchNorm1d(4, dtype=X.dtype), nn.SiLU(), mlp(4, 2, seed=9)),
+        "linear": mlp(3, 2, seed=10),
+    }
+    return kinds[kind]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", ["mlp", "norm", "batchnorm", "linear"])
+def test_policies_agree_with_the_dense_matrix(kind: str, policy: str) -> None:
+    model = model_with(kind)
+    op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters(), linearisation=policy)
+    assert op.linearisation.name == policy
+    got = matrix(op)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    expected = dense_gauss_newton(model, lambda m: m(X), lambda z: F.mse_loss(z, Y))
+    assert relative(got, expected) < 1e-9
+    plain = torch.autograd.grad(F.mse_loss(model(X), Y), list(model.parameters()))
+    assert relative(op.gradient, torch.cat([g.reshape(-1) for g in plain])) < 1e-10
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_train_alike(policy: str) -> None:
+    model, reference = mlp(3, 4, 2, seed=11), mlp(3, 4, 2, seed=11)
+    a = hfopt.HessianFree(model.parameters(), linearisation=policy)
+    b = hfopt.HessianFree(reference.parameters())
+    for _ in range(4):
+        a.step(lambda: F.mse_loss(model(X), Y))
+        b.step(lambda: F.mse_loss(reference(X), Y))
+    assert torch.allclose(theta(model), theta(reference), rtol=1e-6, atol=1e-8)
+    assert {s.linearisation for s in a.stats} == {policy}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_part_that_does_not_reach_the_loss(policy: str) -> None:
+    """Parameters without influence have zero rows, whichever policy."""
+    model = nn.ModuleList([mlp(3, 2, seed=12), mlp(3, 2, seed=13)])
+    op = hfopt.GaussNewton(lambda: F.mse_loss(model[0](X), Y), model.parameters(), linearisation=policy)
+    got = matrix(op)
+    assert not got[8:].any()
+    assert not got[:, 8:].any()
+    assert got[:8, :8].any()
+
+
+def test_double_backward_comes_first() -> None:
+    model = mlp(3, 4, 2, seed=14)
+    op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
+    assert op.linearisation.name == "double-backward"
+
+
+def test_linearize_where_double_backward_fails() -> None:
+    model = Wave(OneWay.apply)
+    with pytest.warns(UserWarning, match=r"'linearize'.*double backward failed.*once_differentiable"):
+        op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
+    assert op.linearisation.name == "linearize"
+    twin = Wave(torch.sin)
+    expected = dense_gauss_newton(twin, lambda m: m(X), lambda z: F.mse_loss(z, Y))
+    assert relative(matrix(op), expected) < 1e-10
+
+
+def test_a_model_without_any_way() -> None:
+    model = Wave(NoWay.apply)
+    with pytest.raises(hfopt.NotDifferentiable, match=r"double-backward:.*linearize:.*Replace.*freeze"):
+        hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
+
+
+def test_memory_budget() -> None:
+    model = mlp(3, 4, 2, seed=15)
+    with pytest.warns(UserWarning, match=r"over the budget.*runs the model again.*memory_budget"):
+        op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters(), memory_budget=100)
+    assert op.linearisation.name == "recompute"
+    expected = dense_gauss_newton(model, lambda m: m(X), lambda z: F.mse_loss(z, Y))
+    assert relative(matrix(op), expected) < 1e-10
+    optimizer = hfopt.HessianFree(model.parameters(), memory_budget=100)
+    with pytest.warns(UserWarning, match="over the budget"):
+        optimizer.step(lambda: F.mse_loss(model(X), Y))
+    assert optimizer.stats[0].accepted
+
+
+def test_the_estimate_of_memory_counts_what_the_graph_saves() -> None:
+    """Three saved activations of (N, 100) in float64, at the double-backward factor less the forward graph itself."""
+    model = nn.Sequential(nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh()).double()
+    x, y = randn(1000, 100, seed=16), randn(1000, 100, seed=17)
+    activations = 1000 * 100 * 8
+    for budget, name in ((3 * activations, "recompute"), (8 * activations, "double-backward")):
+        if name == "recompute":
+            with pytest.warns(UserWarning, match="over the budget"):
+                op = hfopt.GaussNewton(lambda: F.mse_loss(model(x), y), model.parameters(), memory_budget=budget)
+        else:
+            op = hfopt.GaussNewton(lambda: F.mse_loss(model(x), y), model.parameters(), memory_budget=budget)
+        assert op.linearisation.name == name
