@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hfopt.recurrences import NONLINEARITIES, simple_rnn
+from hfopt.recurrences import NONLINEARITIES, simple_rnn_layer
 from models.initialisation import generator_of, sparse_
 
 
@@ -24,8 +24,8 @@ class TorchParts(NamedTuple):
 class RNN(nn.Module):
     """Simple recurrent network: h_t = f(h_{t-1} W_hh + v_t W_vh + b_h), o_t = h_t W_ho + b_o, h_{-1} = h_init.
 
-    The whole sequence is one operator (`hfopt.recurrences.simple_rnn`); an optimizer with structural damping finds the
-    hidden units by itself.
+    The whole sequence is one operator (`hfopt.recurrences.simple_rnn_layer`); an optimizer with structural damping
+    finds the hidden units by itself.
 
     Args:
         inputs: V, number of inputs.
@@ -175,9 +175,8 @@ class RNN(nn.Module):
         if lengths is not None:
             last = _checked_lengths(lengths, steps, batch).to(inputs.device) - 1
             mask = torch.arange(steps, device=inputs.device).unsqueeze(1) <= last
-        projected = F.linear(inputs, self.W_vh.t(), self.b_h)
         start = self.h_init if h0 is None else h0
-        return simple_rnn(projected, self.W_hh, start, self.nonlinearity, mask), last
+        return simple_rnn_layer(inputs, self.W_vh, self.W_hh, start, self.b_h, self.nonlinearity, mask), last
 
     @classmethod
     def from_torch(cls, recurrent: nn.RNN, readout: nn.Linear | None = None, *, output: str = "all") -> RNN:

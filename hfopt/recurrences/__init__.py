@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
-from hfopt.recurrences.simple import simple_rnn
+from hfopt.recurrences.simple import simple_rnn, simple_rnn_layer
 
-__all__ = ["NONLINEARITIES", "simple_rnn"]
+__all__ = ["NONLINEARITIES", "simple_rnn", "simple_rnn_layer"]

@@ -17,54 +17,65 @@ from hfopt.recurrences.nonlinearities import NONLINEARITIES
 
 
 @torch.library.custom_op("hfopt::rnn_forward", mutates_args=())
-def rnn_forward(P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
-    """H (T, B, h) of h_t = f(p_t + h_{t-1} W); P (T, B, h), W (h, h), h0 (B, h)."""
-    return loops.forward(P, W, h0, NONLINEARITIES[nonlinearity])
+def rnn_forward(P: Tensor | None, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
+    """H (T, B, h) of h_t = f(p_t + [h_{t-1}, x_t] K); P (T, B, h) or None, X (T, B, V), K (h + V, h), h0 (B, h)."""
+    return loops.forward(P, X, K, h0, NONLINEARITIES[nonlinearity])
 
 
 @torch.library.custom_op("hfopt::rnn_tangent", mutates_args=())
 def rnn_tangent(
     dP: Tensor | None,
-    dW: Tensor | None,
+    dK: Tensor | None,
     dh0: Tensor | None,
+    X: Tensor,
     H: Tensor,
     h0: Tensor,
-    W: Tensor,
+    K: Tensor,
     nonlinearity: str,
     preactivations: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(R_h, R_a), both (T, B, h), or (T, K, B, h) for K tangents; R_a is empty unless `preactivations`.
+    """(R_h, R_a), both (T, B, h), or (T, N, B, h) for N tangents; R_a is empty unless `preactivations`.
 
-    R_a,t = dp_t + h_{t-1} dW + R_h,{t-1} W, R_h,t = f'(a_t) R_a,t, R_h,{-1} = dh0; a None is zero.
+    R_a,t = dp_t + [h_{t-1}, x_t] dK + R_h,{t-1} W, R_h,t = f'(a_t) R_a,t, R_h,{-1} = dh0; a None is zero.
     """
-    R, Ra = loops.tangent(dP, dW, dh0, H, h0, W, NONLINEARITIES[nonlinearity], preactivations)
+    R, Ra = loops.tangent(dP, dK, dh0, X, H, h0, K, NONLINEARITIES[nonlinearity], preactivations)
     return R, H.new_empty(0) if Ra is None else Ra
 
 
 @torch.library.custom_op("hfopt::rnn_adjoint", mutates_args=())
 def rnn_adjoint(
-    U: Tensor | None, Ua: Tensor | None, H: Tensor, h0: Tensor, W: Tensor, nonlinearity: str
+    U: Tensor | None,
+    Ua: Tensor | None,
+    X: Tensor,
+    H: Tensor,
+    h0: Tensor,
+    K: Tensor,
+    nonlinearity: str,
+    inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dP, dW, dh0) of cotangents U of H and Ua of the pre-activations, (T, B, h) or (T, K, B, h).
+    """(dP, dK, dh0) of cotangents U of H and Ua of the pre-activations, (T, B, h) or (T, N, B, h).
 
-    dp_t = f'(a_t) (u_t + dp_{t+1} W') + ua_t, dW = sum_t h_{t-1}' dp_t, dh0 = dp_0 W'; one of U, Ua may be None (zero).
+    dp_t = f'(a_t) (u_t + dp_{t+1} W') + ua_t, dK = sum_t [h_{t-1}, x_t]' dp_t, dh0 = dp_0 W'; one of U, Ua may be None
+    (zero); dP is empty unless `inputs`.
     """
-    return loops.adjoint(U, Ua, H, h0, W, NONLINEARITIES[nonlinearity])
+    dP, dK, dh0 = loops.adjoint(U, Ua, X, H, h0, K, NONLINEARITIES[nonlinearity], inputs)
+    return H.new_empty(0) if dP is None else dP, dK, dh0
 
 
 @rnn_forward.register_fake
-def _(P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
-    return torch.empty_like(P, memory_format=torch.contiguous_format)
+def _(P: Tensor | None, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
+    return K.new_empty(*X.shape[:2], K.shape[1])
 
 
 @rnn_tangent.register_fake
 def _(
     dP: Tensor | None,
-    dW: Tensor | None,
+    dK: Tensor | None,
     dh0: Tensor | None,
+    X: Tensor,
     H: Tensor,
     h0: Tensor,
-    W: Tensor,
+    K: Tensor,
     nonlinearity: str,
     preactivations: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -74,15 +85,22 @@ def _(
 
 @rnn_adjoint.register_fake
 def _(
-    U: Tensor | None, Ua: Tensor | None, H: Tensor, h0: Tensor, W: Tensor, nonlinearity: str
+    U: Tensor | None,
+    Ua: Tensor | None,
+    X: Tensor,
+    H: Tensor,
+    h0: Tensor,
+    K: Tensor,
+    nonlinearity: str,
+    inputs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = Ua if U is None else U
     assert given is not None
-    vectors = given.shape[1:-2]
-    return H.new_empty(given.shape), W.new_empty(*vectors, *W.shape), H.new_empty(given.shape[1:])
+    dP = H.new_empty(given.shape if inputs else (0,))
+    return dP, K.new_empty(*given.shape[1:-2], *K.shape), H.new_empty(given.shape[1:])
 
 
-# Many vectors at once: where only the vectors are batched, they ride along in one pass over time, (T, K, B, h); where
+# Many vectors at once: where only the vectors are batched, they ride along in one pass over time, (T, N, B, h); where
 # the point itself is (an ensemble of networks), there is a pass for each.
 
 
@@ -105,48 +123,50 @@ def _batched(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:
 
 @rnn_forward.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    P, W, h0, nonlinearity = args
-    if in_dims[1] is not None:
+    P, X, K, h0, nonlinearity = args
+    if in_dims[2] is not None:
         return _one_by_one(rnn_forward, info, in_dims, args)
     size = info.batch_size
-    P, h0 = _batched(P, in_dims[0], size, 1), _batched(h0, in_dims[2], size, 0)
-    H = rnn_forward(P.flatten(1, 2), W, h0.flatten(0, 1), nonlinearity)
-    return H.unflatten(1, (size, -1)), 1
+    P = None if P is None else _batched(P, in_dims[0], size, 1).flatten(1, 2)
+    X, h0 = _batched(X, in_dims[1], size, 1).flatten(1, 2), _batched(h0, in_dims[3], size, 0).flatten(0, 1)
+    return rnn_forward(P, X, K, h0, nonlinearity).unflatten(1, (size, -1)), 1
 
 
 @rnn_tangent.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    dP, dW, dh0, H, h0, W, nonlinearity, preactivations = args
+    dP, dK, dh0, X, H, h0, K, nonlinearity, preactivations = args
     if _at_many_points(in_dims[3:]) or _carries_vectors(dP, in_dims[0]):
         return _one_by_one(rnn_tangent, info, in_dims, args)
     size = info.batch_size
     inputs = None if dP is None else _batched(dP, in_dims[0], size, 1)
-    if dW is not None:
-        lagged = torch.cat((h0.unsqueeze(0), H[:-1])).unsqueeze(1)
-        moved = lagged @ _batched(dW, in_dims[1], size, 0)
+    if dK is not None:
+        z = torch.cat((torch.cat((h0.unsqueeze(0), H[:-1])), X), -1)
+        moved = z.unsqueeze(1) @ _batched(dK, in_dims[1], size, 0)
         inputs = moved if inputs is None else moved + inputs
     if inputs is None:
         inputs = H.new_zeros(()).expand(H.shape[0], size, *H.shape[1:])
     start = None if dh0 is None else _batched(dh0, in_dims[2], size, 0)
-    R, Ra = rnn_tangent(inputs, None, start, H, h0, W, nonlinearity, preactivations)
+    R, Ra = rnn_tangent(inputs, None, start, X, H, h0, K, nonlinearity, preactivations)
     return (R, Ra if preactivations else H.new_empty(size, 0)), (1, 1 if preactivations else 0)
 
 
 @rnn_adjoint.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    U, Ua, H, h0, W, nonlinearity = args
+    U, Ua, X, H, h0, K, nonlinearity, inputs = args
     given, dim = (Ua, in_dims[1]) if U is None else (U, in_dims[0])
     if _at_many_points(in_dims[2:]) or _carries_vectors(given, dim):
         return _one_by_one(rnn_adjoint, info, in_dims, args)
-    U, Ua = (None if c is None else _batched(c, d, info.batch_size, 1) for c, d in ((U, in_dims[0]), (Ua, in_dims[1])))
-    return rnn_adjoint(U, Ua, H, h0, W, nonlinearity), (1, 0, 0)
+    size = info.batch_size
+    U, Ua = (None if c is None else _batched(c, d, size, 1) for c, d in ((U, in_dims[0]), (Ua, in_dims[1])))
+    dP, dK, dh0 = rnn_adjoint(U, Ua, X, H, h0, K, nonlinearity, inputs)
+    return (dP if inputs else H.new_empty(size, 0), dK, dh0), (1 if inputs else 0, 0, 0)
 
 
 def _at_many_points(dims: tuple[int | None, ...]) -> bool:
-    """Whether any of (H, h0, W, ...) is batched."""
+    """Whether any of (X, H, h0, K, ...) is batched."""
     return any(d is not None for d in dims)
 
 
 def _carries_vectors(given: Tensor | None, dim: int | None) -> bool:
-    """Whether a tangent or cotangent is (T, K, B, h) already, besides the dimension mapped over."""
+    """Whether a tangent or cotangent is (T, N, B, h) already, besides the dimension mapped over."""
     return given is not None and given.dim() - (dim is not None) != 3

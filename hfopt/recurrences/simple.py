@@ -8,50 +8,79 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
-from hfopt.recurrences.linear import Maybe, adjoint, apply, before, tangent
+from hfopt.recurrences.linear import Maybe, adjoint, apply, seen, tangent
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
 from hfopt.recurrences.operators import rnn_forward
 
 
 class _Recurrence(torch.autograd.Function):
-    """(P, W, h0, f, preactivations) -> (H,), or (H, A) with a_t = p_t + h_{t-1} W if `preactivations`."""
+    """(P, X, K, h0, f, preactivations) -> (H,), or (H, A) with a_t = p_t + [h_{t-1}, x_t] K if `preactivations`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str, preactivations: bool) -> tuple[Tensor, ...]:
-        H = rnn_forward(P, W, h0, nonlinearity)
-        return (H, P + before(H, h0) @ W) if preactivations else (H,)
+    def forward(
+        P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str, preactivations: bool
+    ) -> tuple[Tensor, ...]:
+        H = rnn_forward(P, X, K, h0, nonlinearity)
+        if not preactivations:
+            return (H,)
+        moved = seen(X, H, h0) @ K
+        return H, moved if P is None else P + moved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, W, h0, ctx.nonlinearity, ctx.preactivations = inputs
+        _, X, K, h0, ctx.nonlinearity, ctx.preactivations = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[0], h0, W)
-        ctx.save_for_forward(output[0], h0, W)
+        ctx.save_for_backward(X, output[0], h0, K)
+        ctx.save_for_forward(X, output[0], h0, K)
 
     @staticmethod
     def backward(ctx: Any, U: Maybe, Ua: Maybe = None) -> tuple[Maybe, ...]:
         if U is None and Ua is None:
-            return (None,) * 5
-        return (*adjoint((U, Ua), ctx.saved_tensors, ctx.nonlinearity), None, None)
+            return (None,) * 6
+        return (*_pulled_back(ctx, U, Ua), None, None)
 
     @staticmethod
-    def jvp(ctx: Any, dP: Maybe, dW: Maybe, dh0: Maybe, *_: None) -> tuple[Tensor, ...]:
-        return tangent((dP, dW, dh0), ctx.saved_tensors, ctx.nonlinearity, ctx.preactivations)
+    def jvp(ctx: Any, dP: Maybe, dX: Maybe, dK: Maybe, dh0: Maybe, *_: None) -> tuple[Tensor, ...]:
+        return tangent((dP, dX, dK, dh0), ctx.saved_tensors, ctx.nonlinearity, ctx.preactivations)
+
+
+def _pulled_back(ctx: Any, U: Maybe, Ua: Maybe) -> tuple[Maybe, Maybe, Tensor, Tensor]:
+    """Cotangents of (P, X, K, h0)."""
+    on_P, on_X = ctx.needs_input_grad[:2]
+    K = ctx.saved_tensors[3]
+    dP, dK, dh0 = adjoint((U, Ua), ctx.saved_tensors, ctx.nonlinearity, on_P or on_X)
+    return dP if on_P else None, dP @ K[K.shape[1] :].t() if on_X else None, dK, dh0
 
 
 def _setup_compiled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, W, h0, ctx.nonlinearity = inputs
-    ctx.save_for_backward(output, h0, W)
+    _, X, K, h0, ctx.nonlinearity = inputs
+    ctx.save_for_backward(X, output, h0, K)
 
 
 def _backward_compiled(ctx: Any, U: Tensor) -> tuple[Maybe, ...]:
-    return (*adjoint((U, None), ctx.saved_tensors, ctx.nonlinearity), None)
+    return (*_pulled_back(ctx, U, None), None)
 
 
 # torch.compile traces no function with a forward mode of its own; it takes the operator with this backward pass.
 rnn_forward.register_autograd(_backward_compiled, setup_context=_setup_compiled)
+
+
+def _run(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str, mask: Maybe) -> Tensor:
+    """H (T, B, h); marks the pre-activations if an optimizer looks for them."""
+    if h0.dim() == 1:
+        h0 = h0.expand(X.shape[1], -1)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = rnn_forward(P, X, K, h0, nonlinearity)
+        return compiled
+    wanted = structural.wanted()
+    H, *A = apply(_Recurrence, P, X, K, h0, nonlinearity, wanted)
+    if wanted:
+        curvature = NONLINEARITIES[nonlinearity].distance(H.detach())
+        structural.mark(A[0], curvature, batch_dim=1, mask=mask)
+    states: Tensor = H
+    return states
 
 
 def simple_rnn(
@@ -87,19 +116,66 @@ def simple_rnn(
     """
     _check_types(inputs_projected=inputs_projected, weight_hh=weight_hh, h0=h0)
     P, W, h0 = _same_precision(inputs_projected, weight_hh, h0)
-    _check(P, W, h0, nonlinearity, mask)
-    if h0.dim() == 1:
-        h0 = h0.expand(P.shape[1], -1)
-    if torch.compiler.is_compiling():
-        compiled: Tensor = rnn_forward(P, W, h0, nonlinearity)
-        return compiled
-    wanted = structural.wanted()
-    H, *A = apply(_Recurrence, P, W, h0, nonlinearity, wanted)
-    if wanted:
-        curvature = NONLINEARITIES[nonlinearity].distance(H.detach())
-        structural.mark(A[0], curvature, batch_dim=1, mask=mask)
-    states: Tensor = H
-    return states
+    _check({"inputs_projected": P, "weight_hh": W, "h0": h0}, nonlinearity)
+    if P.dim() != 3 or P.numel() == 0:
+        raise ValueError(
+            f"inputs_projected has shape {tuple(P.shape)}; it is (T, B, h), steps, sequences and units, none of them 0"
+        )
+    steps, batch, hidden = P.shape
+    _check_shapes(steps, batch, hidden, W, h0, mask)
+    return _run(P, P.new_empty(*P.shape[:2], 0), W, h0, nonlinearity, mask)
+
+
+def simple_rnn_layer(
+    inputs: Tensor,
+    weight_vh: Tensor,
+    weight_hh: Tensor,
+    h0: Tensor,
+    bias: Tensor | None = None,
+    nonlinearity: str = "tanh",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Hidden states of a simple recurrent network from its inputs: h_t = f(h_{t-1} W_hh + v_t W_vh + b), h_{-1} = h0.
+
+    `simple_rnn(inputs @ weight_vh + bias, weight_hh, h0, ...)` with the projection inside the operator, where it never
+    goes through memory; the same in all else.
+
+    Args:
+        inputs: v (T, B, V).
+        weight_vh: W_vh (V, h).
+        weight_hh: W_hh (h, h); W_hh[i, j] leads from unit i to unit j.
+        h0: (B, h), or (h,) for the same start of every sequence.
+        bias: b (h,), or None.
+        nonlinearity: f, one of "tanh", "relu", "sigmoid", "identity".
+        mask: (T, B) bool, False beyond a sequence's end; as in `simple_rnn`.
+
+    Returns:
+        H (T, B, h).
+
+    Raises:
+        ValueError, TypeError: as `simple_rnn`.
+    """
+    named = {"inputs": inputs, "weight_vh": weight_vh, "weight_hh": weight_hh, "h0": h0}
+    if bias is not None:
+        named["bias"] = bias
+    _check_types(**named)
+    X, Wx, W, h0, *biases = _same_precision(*named.values())
+    _check(dict(zip(named, (X, Wx, W, h0, *biases), strict=True)), nonlinearity)
+    if X.dim() != 3 or X.numel() == 0:
+        raise ValueError(
+            f"inputs has shape {tuple(X.shape)}; it is (T, B, V): steps, sequences and inputs, none of them 0"
+        )
+    if Wx.dim() != 2 or Wx.shape[0] != X.shape[2]:
+        raise ValueError(f"weight_vh has shape {tuple(Wx.shape)}; with the {X.shape[2]} inputs it is ({X.shape[2]}, h)")
+    steps, batch, hidden = X.shape[0], X.shape[1], Wx.shape[1]
+    _check_shapes(steps, batch, hidden, W, h0, mask)
+    for b in biases:
+        if b.shape != (hidden,):
+            raise ValueError(f"bias has shape {tuple(b.shape)}; with the {hidden} units of weight_vh it is ({hidden},)")
+    if biases:
+        X = torch.cat((X, X.new_ones(*X.shape[:2], 1)), -1)
+    K = torch.cat((W, Wx, *(b.unsqueeze(0) for b in biases)))
+    return _run(None, X, K, h0, nonlinearity, mask)
 
 
 def _check_types(**named: object) -> None:
@@ -119,24 +195,21 @@ def _same_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
 
 
-def _check(P: Tensor, W: Tensor, h0: Tensor, nonlinearity: str, mask: Tensor | None) -> None:
-    for name, tensor in {"weight_hh": W, "h0": h0}.items():
-        if tensor.dtype != P.dtype or tensor.device != P.device:
+def _check(named: dict[str, Tensor], nonlinearity: str) -> None:
+    name, given = next(iter(named.items()))
+    for other, tensor in named.items():
+        if tensor.dtype != given.dtype or tensor.device != given.device:
             raise TypeError(
-                f"{name} is {tensor.dtype} on {tensor.device}, but inputs_projected is {P.dtype} on {P.device}; "
+                f"{other} is {tensor.dtype} on {tensor.device}, but {name} is {given.dtype} on {given.device}; "
                 "bring them together with .to()"
             )
     if nonlinearity not in NONLINEARITIES:
         raise ValueError(f"nonlinearity is {nonlinearity!r}; it is one of {', '.join(map(repr, NONLINEARITIES))}")
-    if P.dim() != 3:
-        raise ValueError(f"inputs_projected has shape {tuple(P.shape)}; it is (T, B, h): steps, sequences, units")
-    steps, batch, hidden = P.shape
-    if P.numel() == 0:
-        raise ValueError(f"inputs_projected has shape {tuple(P.shape)}: no step, no sequence or no unit is in it")
+
+
+def _check_shapes(steps: int, batch: int, hidden: int, W: Tensor, h0: Tensor, mask: Maybe) -> None:
     if W.shape != (hidden, hidden):
-        raise ValueError(
-            f"weight_hh has shape {tuple(W.shape)}; with the {hidden} units of inputs_projected it is {hidden, hidden}"
-        )
+        raise ValueError(f"weight_hh has shape {tuple(W.shape)}; with {hidden} hidden units it is {hidden, hidden}")
     if h0.shape not in ((batch, hidden), (hidden,)):
         raise ValueError(f"h0 has shape {tuple(h0.shape)}; here it is {batch, hidden} or ({hidden},)")
     if mask is not None and (mask.shape != (steps, batch) or mask.dtype != torch.bool):

@@ -20,8 +20,8 @@ P, W, H0 = problem(5, 3, 4)
     ("arguments", "error", "message"),
     [
         ((P[0], W, H0), ValueError, r"inputs_projected has shape \(3, 4\)"),
-        ((P[:0], W, H0), ValueError, r"inputs_projected has shape \(0, 3, 4\): no step"),
-        ((P[:, :0], W, H0[:0]), ValueError, "inputs_projected .*no sequence"),
+        ((P[:0], W, H0), ValueError, r"inputs_projected has shape \(0, 3, 4\).*none of them 0"),
+        ((P[:, :0], W, H0[:0]), ValueError, "inputs_projected .*none of them 0"),
         ((P, W[:3], H0), ValueError, r"weight_hh has shape \(3, 4\).*\(4, 4\)"),
         ((P, W, H0[:2]), ValueError, r"h0 has shape \(2, 4\).*\(3, 4\) or \(4,\)"),
         ((P, W, H0, "gelu"), ValueError, "nonlinearity is 'gelu'.*'tanh', 'sigmoid', 'relu', 'identity'"),

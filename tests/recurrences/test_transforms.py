@@ -17,6 +17,7 @@ from hfopt.recurrences.operators import rnn_adjoint, rnn_forward, rnn_tangent
 from tests.recurrences.plain import NAMES, Calls, like, plain_rnn, problem
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
+NO_INPUTS = torch.empty(4, 2, 0, dtype=torch.float64)
 
 
 # torch's own folding of constants warns of the constants that it has just folded.
@@ -65,7 +66,7 @@ def test_gradient_of_a_compiled_function() -> None:
 
 def test_the_bare_operator_can_be_differentiated_twice() -> None:
     point = tuple(x.requires_grad_() for x in problem(4, 2, 3))
-    assert torch.autograd.gradgradcheck(lambda *x: rnn_forward(*x, "tanh"), point)
+    assert torch.autograd.gradgradcheck(lambda *x: rnn_forward(x[0], NO_INPUTS, *x[1:], "tanh"), point)
 
 
 def test_many_tangents_are_one_pass() -> None:
@@ -146,19 +147,24 @@ def test_nested_vmap() -> None:
 
 def test_operators_keep_torchs_rules() -> None:
     P, W, h0 = problem(3, 2, 2)
+    X, none = torch.linspace(-1, 1, 18, dtype=W.dtype).view(3, 2, 3), NO_INPUTS[:3]
+    K = torch.cat((W, torch.linspace(-1, 1, 6, dtype=W.dtype).view(3, 2)))
     H = plain_rnn(P, W, h0)
-    dP, dW, dh0 = like((P, W, h0), 1)
+    dP, dK, dh0 = like((P, K, h0), 1)
     many, starts = torch.stack((dP, 2 * dP), 1), torch.stack((dh0, -dh0))
-    point = (H, h0, W, "tanh")
-    torch.library.opcheck(rnn_forward, (*(x.clone().requires_grad_() for x in (P, W, h0)), "relu"))
+    P_, X_, K_, h0_ = (x.clone().requires_grad_() for x in (P, X, K, h0))
+    torch.library.opcheck(rnn_forward, (P_, X_, K_, h0_, "relu"))
     shapes = ("test_schema", "test_faketensor")
     for nonlinearity in NAMES:
-        torch.library.opcheck(rnn_forward, (P, W, h0, nonlinearity), test_utils=shapes)
-    for tangents in ((dP, dW, dh0), (None, dW, None), (dP, None, None), (None, None, dh0), (many, None, starts)):
+        torch.library.opcheck(rnn_forward, (P, none, W, h0, nonlinearity), test_utils=shapes)
+        torch.library.opcheck(rnn_forward, (None, X, K, h0, nonlinearity), test_utils=shapes)
+    point = (X, H, h0, K, "tanh")
+    for tangents in ((dP, dK, dh0), (None, dK, None), (dP, None, None), (None, None, dh0), (many, None, starts)):
         for preactivations in (False, True):
             torch.library.opcheck(rnn_tangent, (*tangents, *point, preactivations), test_utils=shapes)
     for cotangents in ((dP, None), (None, dP), (dP, 2 * dP), (many, many), (None, many)):
-        torch.library.opcheck(rnn_adjoint, (*cotangents, *point), test_utils=shapes)
+        for inputs in (False, True):
+            torch.library.opcheck(rnn_adjoint, (*cotangents, *point, inputs), test_utils=shapes)
 
 
 def test_autocast_runs_in_the_low_precision() -> None:
