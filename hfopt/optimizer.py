@@ -99,6 +99,7 @@ class HessianFree(Optimizer):
         self.line_search = LineSearch(max_tries=1) if line_search is None else line_search
         self.stats = []
         self.steps = 0
+        self.chosen: tuple[str, int] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own ``lr`` and ``weight_decay`` if given; its CG start is zero."""
@@ -143,9 +144,12 @@ class HessianFree(Optimizer):
         return [(g, p) for g in self.param_groups for p in g["params"] if p.requires_grad]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on: the parameters' CG start, lambda and the number of steps."""
+        """All that the next step depends on: the parameters' CG start, lambda, the number of steps, and which
+        linearisation ``"auto"`` has chosen for how many outputs.
+        """
         state = super().state_dict()
-        state["hessian_free"] = {"steps": self.steps, "damping": self.damping.state_dict()}
+        chosen = None if self.chosen is None else list(self.chosen)
+        state["hessian_free"] = {"steps": self.steps, "damping": self.damping.state_dict(), "chosen": chosen}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -158,6 +162,13 @@ class HessianFree(Optimizer):
             raise ValueError("state_dict is not that of a HessianFree optimizer: the entry 'hessian_free' is missing")
         own = state_dict["hessian_free"]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "hessian_free"})
+        # torch brings states to the precision of their parameters; CG's start has that of the flat vector.
+        own_params = [p for g in self.param_groups for p in g["params"]]
+        indices = [i for g in state_dict["param_groups"] for i in g["params"]]
+        for i, p in zip(indices, own_params, strict=True):
+            start = state_dict["state"].get(i, {}).get("cg_start")
+            if start is not None:
+                self.state[p]["cg_start"] = start.to(p.device, copy=True)
         for _, p in self.trainable():
             start = self.state[p].get("cg_start")
             if start is not None and start.shape != p.shape:
@@ -165,6 +176,7 @@ class HessianFree(Optimizer):
                     f"state_dict has a CG start of shape {tuple(start.shape)} for a parameter of shape {tuple(p.shape)}"
                 )
         self.steps = int(own["steps"])
+        self.chosen = None if own["chosen"] is None else (str(own["chosen"][0]), int(own["chosen"][1]))
         self.damping.load_state_dict(own["damping"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,7 +190,7 @@ class HessianFree(Optimizer):
             "batch_dim",
             "loss",
         )
-        more = ("outputs", "damping", "cg", "preconditioner", "line_search", "stats", "steps")
+        more = ("outputs", "damping", "cg", "preconditioner", "line_search", "stats", "steps", "chosen")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in (*kept, *more)}}
 
 

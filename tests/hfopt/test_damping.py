@@ -177,7 +177,7 @@ def test_rho_with_a_learning_rate_of_its_own_per_group() -> None:
     model = mlp(3, 4, 2, seed=4)
     groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters(), "weight_decay": 0.1}]
     optimizer = hfopt.HessianFree(groups, line_search=None, damping=0.1)
-    decay = torch.cat([torch.zeros(16), 0.1 * torch.ones(10)]).double()
+    decay = 0.1 * (torch.arange(26) >= 16).double()
     before = theta(model)
     gradient = flat(torch.autograd.grad(criterion(model(X)), list(model.parameters()))) + decay * before
     matrix = dense_gauss_newton(model, lambda m: m(X), criterion) + decay.diag()
