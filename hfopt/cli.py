@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hfopt import report
+from hfopt.measure import Measure
 from hfopt.runfile import RunError
 from hfopt.runreader import Run, read_run
 
@@ -95,9 +96,10 @@ def _facts(run: Run) -> dict[str, str]:
         facts["so far"] = f"{int(run.steps['updated'].sum())} updates, {report.duration(float(last['total_seconds']))}"
         if len(tested):
             best = tested[tested["error_rate"].argmin()]
-            facts["wrong"] = (
-                f"{100 * tested[-1]['error_rate']:.2f}% at step {tested[-1]['step']}, "
-                f"least {100 * best['error_rate']:.2f}% at step {best['step']}"
+            measure = Measure.of(c)
+            facts[measure.name or "wrong"] = (
+                f"{measure.quantity(tested[-1]['error_rate'])} at step {tested[-1]['step']}, "
+                f"least {measure.quantity(best['error_rate'])} at step {best['step']}"
             )
     else:
         facts["so far"] = "no step has ended"
@@ -107,11 +109,12 @@ def _facts(run: Run) -> dict[str, str]:
 def _steps(run: Run, count: int) -> Table:
     """The last steps; columns that the run does not have are left out."""
     rows = run.steps[-count:] if count > 0 else run.steps[:0]
-    columns = [
+    measure = Measure.of(run.configuration)
+    columns: list[tuple[str, str, str | Measure]] = [
         ("step", "step", "d"),
         ("train loss", "train_loss", ".4e"),
         ("test loss", "test_loss", ".4e"),
-        ("wrong %", "error_rate", "%"),
+        (measure.title, "error_rate", measure),
         ("λ", "damping", ".2e"),
         ("ρ", "rho", ".3f"),
         ("taken", "backtracked", "d"),
@@ -128,13 +131,13 @@ def _steps(run: Run, count: int) -> Table:
     return table
 
 
-def _text(value: Any, form: str) -> str:
+def _text(value: Any, form: str | Measure) -> str:
     """A number as text; empty if it is absent."""
+    if isinstance(form, Measure):
+        return form.number(float(value))
     if form in ("d", "/"):
         return "" if value < 0 else f"{'/' if form == '/' else ''}{int(value)}"
-    if math.isnan(value):
-        return ""
-    return f"{100 * value:.2f}" if form == "%" else format(float(value), form)
+    return "" if math.isnan(value) else format(float(value), form)
 
 
 def _nan(values: Any) -> Any:

@@ -18,8 +18,8 @@ class Batch(Protocol):
     def inputs(self) -> Tensor: ...
 
 
-class Problem(Protocol):
-    """A data object: batches by index, drawn anew after `forget()`, their loss and their error measure."""
+class Data(Protocol):
+    """A data object: batches by index, drawn anew after `forget()`, and their loss."""
 
     @property
     def train_batches(self) -> Sequence[int]: ...
@@ -29,9 +29,25 @@ class Problem(Protocol):
     def size(self, batch: Any, /) -> int: ...
     def forget(self) -> None: ...
     def loss(self, outputs: Tensor, batch: Any, /) -> Tensor: ...
-    def zero_one_loss(self, outputs: Tensor, batch: Any, /) -> Tensor: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+class Counted(Data, Protocol):
+    """A data object whose answers are right or wrong: `zero_one_loss` is the number of wrong sequences."""
+
+    def zero_one_loss(self, outputs: Tensor, batch: Any, /) -> Tensor: ...
+
+
+class Measured(Data, Protocol):
+    """A data object whose answers are more or less wrong: `errors (N,)` of the cases, and what they are called."""
+
+    @property
+    def error_name(self) -> str: ...
+    def errors(self, outputs: Tensor, batch: Any, /) -> Tensor: ...
+
+
+Problem = Counted | Measured
 
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -91,18 +107,29 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss over the scored outputs of some batches, and the share of their cases that are wrong.
 
-    The model is in evaluation mode meanwhile.
+    If the problem measures errors instead of counting them, the second is the mean error of the cases. The model is
+    in evaluation mode meanwhile.
     """
-    losses, sizes, wrong, cases = [], [], 0, 0
+    losses, sizes, wrong, cases = [], [], 0.0, 0
     with torch.no_grad(), _evaluating(model):
         for i in indices:
             batch = problem(i)
             outputs = forward(model, batch)
             losses.append(float(problem.loss(outputs, batch)))
             sizes.append(problem.size(batch))
-            wrong += int(problem.zero_one_loss(outputs, batch))
-            cases += batch.inputs.shape[1]
+            batch_wrong, batch_cases = _errors(problem, outputs, batch)
+            wrong, cases = wrong + batch_wrong, cases + batch_cases
     return sum(weight * loss for weight, loss in zip(_weights(sizes), losses, strict=True)), wrong / cases
+
+
+def _errors(problem: Problem, outputs: Tensor, batch: Any) -> tuple[float, int]:
+    """The sum of the cases' errors, a wrong case counting 1, and the number of cases."""
+    measured = getattr(problem, "errors", None)
+    if measured is None:
+        counted: Callable[[Tensor, Any], Tensor] = problem.zero_one_loss  # type: ignore[union-attr]
+        return int(counted(outputs, batch)), batch.inputs.shape[1]
+    errors: Tensor = measured(outputs, batch)
+    return float(errors.sum(dtype=torch.float64)), errors.numel()
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hfopt import report, resume, runfile
 from hfopt.experiment import Forward, Problem, chosen_batches, closure, evaluate, norm, on_inputs
 from hfopt.interrupt import Interrupt
+from hfopt.measure import Measure
 from hfopt.runfile import Row, RunError
 from hfopt.runlog import RunLog
 from hfopt.runreader import read_run
@@ -34,7 +35,8 @@ class HF:
         path: name of the run, then its folder is `runs/logs/<name>`; or the folder, as a Path or with a
             separator.
         model: returns what the problem's losses take.
-        problem: the data object.
+        problem: the data object. Its errors are counted (`zero_one_loss`), or measured (`errors`, `error_name`): then
+            "error rate" is the mean error of the test cases here.
         forward: outputs of (model, batch); default `model(batch.inputs)`.
         optimizer: over the model's parameters, or a function that makes one of them (`torch.optim.Adam`,
             say); default `hfopt.HessianFree`.
@@ -121,6 +123,7 @@ class HF:
         self.step = 0
         self.totals: dict[str, float] = {"seconds": 0.0, "cg_iterations": 0, "products": 0, "evaluations": 0}
         self._error_rate = math.nan  # the latest
+        self._measure = Measure(getattr(problem, "error_name", None))
         self._log: RunLog | None = None
         self._serial: int | None = None  # the checkpoint that the present state goes on from; None before a run
         self._newest = 0
@@ -224,7 +227,7 @@ class HF:
 
     def _loop(self, limit: int, interrupt: Interrupt) -> str:
         """Steps until something ends them."""
-        progress = report.Progress(second_order=bool(self._roles))
+        progress = report.Progress(self._measure, second_order=bool(self._roles))
         while True:
             started = time.perf_counter()
             last = self.step >= limit
@@ -315,9 +318,8 @@ class HF:
             self.totals[name] += max(0, row.get(name, 0))
         row |= {"total_seconds": self.totals["seconds"], "finished": time.time()}
         shown = self.step % self.test_freq == 0 or not row["updated"]
-        block, detailed = (
-            (report.block(row, self.totals), report.block(row, self.totals, checks)) if shown else ("", "")
-        )
+        block = report.block(row, self.totals, measure=self._measure) if shown else ""
+        detailed = report.block(row, self.totals, checks, self._measure) if shown else ""
         self._log.append(row, checks, block, detailed)
         if shown:
             self._say(progress.line(row))
@@ -386,7 +388,8 @@ class HF:
         if outcome == "diverged":
             self._log.save(None)
             self._broken = "the training loss is nan"
-        sentence = report.ending(outcome, self.step, self.totals["seconds"], self._error_rate, self._saved_step)
+        wrong = "" if math.isnan(self._error_rate) else f": {self._measure.sentence(self._error_rate)}"
+        sentence = report.ending(outcome, self.step, self.totals["seconds"], wrong, self._saved_step)
         self._log.note(sentence + "\n")
         self._say("\n".join([sentence, *report.hints(self.path, self.hints)]))
 

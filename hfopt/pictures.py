@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hfopt.measure import Measure
 from hfopt.runreader import Run
 
 if TYPE_CHECKING:
@@ -30,9 +31,15 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
     runs = [run for run in runs if len(run.steps)]
     if not runs:
         raise ValueError("there is nothing to draw: no run has finished a step")
+    measures = {Measure.of(run.configuration) for run in runs}
+    if len(measures) > 1:
+        raise ValueError(
+            f"these runs have different errors: {', '.join(sorted(m.title for m in measures))}; draw them apart"
+        )
+    (measure,) = measures
     panels = [
         ("loss", ("train_loss", "test_loss"), "log"),
-        ("wrong (%)", ("error_rate",), "linear"),
+        ("wrong (%)" if measure.name is None else measure.name, ("error_rate",), "log" if measure.name else "linear"),
         ("λ", ("damping",), "log"),
         ("ρ", ("rho",), "linear"),
         ("CG iterations", ("cg_iterations", "backtracked"), "linear"),
@@ -180,7 +187,7 @@ def _curves(axes: Axes, runs: Sequence[Run], names: Sequence[str], time: str) ->
             pale = len(names) > 1 and j == 0 and len(runs) > 1
             axes.plot(
                 start[known],
-                run.steps[name][known] * (100.0 if name == "error_rate" else 1.0),
+                run.steps[name][known] * (Measure.of(run.configuration).factor if name == "error_rate" else 1.0),
                 color=f"C{i if len(runs) > 1 else j}",
                 alpha=0.45 if pale else 1.0,
                 linewidth=0.8 if pale else 1.3,

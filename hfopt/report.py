@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from hfopt.measure import Measure
 from hfopt.runfile import CHECK_TYPE, DETAILED, RESULTS, RUN, STEP_TYPE, Row, complete
 
 _HEADING_EVERY = 20
-_PLAIN = f"{'step':>6} {'train loss':>12} {'test loss':>12} {'wrong %':>8}"
+_PLAIN = f"{'step':>6} {'train loss':>12} {'test loss':>12}"
 _CURVED = f" {'lambda':>9} {'rho':>7} {'CG':>9} {'length':>7}"
 _TIMES = f" {'seconds':>8} {'total':>8}"
 
@@ -23,13 +24,14 @@ _TIMES = f" {'seconds':>8} {'total':>8}"
 class Progress:
     """Aligned lines, one a step; `second_order` adds lambda, rho, CG iterations and step length."""
 
-    def __init__(self, *, second_order: bool) -> None:
-        self._second_order = second_order
+    def __init__(self, measure: Measure, *, second_order: bool) -> None:
+        self._measure, self._second_order = measure, second_order
+        self._width = max(8, len(measure.title))
         self._lines = 0
 
     def heading(self) -> str:
         """The titles of the columns."""
-        return _PLAIN + (_CURVED if self._second_order else "") + _TIMES
+        return f"{_PLAIN} {self._measure.title:>{self._width}}" + (_CURVED if self._second_order else "") + _TIMES
 
     def line(self, row: Row) -> str:
         """The line of one step, preceded by the heading when it is due."""
@@ -37,7 +39,7 @@ class Progress:
         heading = self.heading() + "\n" if self._lines % _HEADING_EVERY == 0 else ""
         self._lines += 1
         line = f"{row['step']:6d} {_loss(row['train_loss'])} {_loss(row['test_loss'])}"
-        line += f" {_percent(row['error_rate'])}"
+        line += f" {self._measure.number(row['error_rate']):>{self._width}}"
         if self._second_order:
             line += self._second(row) if row["updated"] else " " * len(_CURVED)
         line += f" {row['seconds']:8.2f} {row['total_seconds']:8.1f}"
@@ -65,7 +67,9 @@ def introduction(
     roles = f"{batches['per_step']} gradient"
     if len(batches["roles"]) > 1:
         roles += f", {len(batches['curvature'])} curvature, {len(batches['evaluation'])} evaluation"
-    success = f"below {100 * threshold:g}% wrong" if isinstance(threshold, float) else f"by {threshold}"
+    success = (
+        f"below {Measure.of(configuration).bound(threshold)}" if isinstance(threshold, float) else f"by {threshold}"
+    )
     return (
         f"{what}{length}: {type(model).__name__} with {count:,} parameters on {device}, "
         f"{type(optimizer).__name__}\n"
@@ -73,10 +77,9 @@ def introduction(
     )
 
 
-def ending(outcome: str, step: int, seconds: float, error_rate: float, saved_step: int | None) -> str:
-    """One sentence on how a run ended."""
+def ending(outcome: str, step: int, seconds: float, wrong: str, saved_step: int | None) -> str:
+    """One sentence on how a run ended; `wrong` is what the last test said."""
     took = f"{step} steps, {duration(seconds)}"
-    wrong = "" if math.isnan(error_rate) else f": {100 * error_rate:.2f}% of the test cases are wrong"
     return {
         "success": f"success after {took}{wrong}",
         "max_steps": f"no success within {took}{wrong}",
@@ -115,7 +118,12 @@ def short(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def block(row: Row, totals: Mapping[str, float], checks: Iterable[Row] | None = None) -> str:
+def block(
+    row: Row,
+    totals: Mapping[str, float],
+    checks: Iterable[Row] | None = None,
+    measure: Measure = Measure(),  # noqa: B008 - a frozen name
+) -> str:
     """One step for the text logs; `totals` are those of the run up to it, `checks` adds the table of CG checks."""
     row = complete(row, STEP_TYPE)
     lines = [f"step {row['step']}"]
@@ -126,7 +134,7 @@ def block(row: Row, totals: Mapping[str, float], checks: Iterable[Row] | None = 
     say("train loss", f"{row['train_loss']:.6e}")
     if math.isfinite(row["test_loss"]) or math.isfinite(row["error_rate"]):
         say("test loss", f"{row['test_loss']:.6e}  (test - train {row['test_loss'] - row['train_loss']:+.3e})")
-        say("error rate", f"{100 * row['error_rate']:.3f}%")
+        say(measure.name or "error rate", measure.quantity(row["error_rate"], 3))
     if not row["updated"]:
         say("seconds", f"{row['seconds']:.3f}")
         return "\n".join([*lines, ""]) + "\n"
@@ -185,10 +193,6 @@ def duration(seconds: float) -> str:
 
 def _loss(value: float) -> str:
     return " " * 12 if math.isnan(value) else f"{value:12.5e}"
-
-
-def _percent(value: float) -> str:
-    return " " * 8 if math.isnan(value) else f"{100 * value:8.2f}"
 
 
 def _ratio(value: float) -> str:

@@ -38,7 +38,7 @@ STEP_COLUMNS: dict[str, tuple[str, str]] = {
     "updated": ("?", "False in the closing row of a finished run: evaluated, not updated"),
     "train_loss": ("f8", "loss on the gradient batches before the update"),
     "test_loss": ("f8", "loss on the test batches before the update; nan where the test was not due"),
-    "error_rate": ("f8", "share of test cases that are wrong before the update"),
+    "error_rate": ("f8", "share of test cases that are wrong before the update, or their mean error"),
     "evaluation_loss": ("f8", "loss on the data that judge the step, before it"),
     "new_loss": ("f8", "the same after the step"),
     "rho": ("f8", "change of the loss over the change that the quadratic model predicted"),
