@@ -1,7 +1,8 @@
-"""Recurrent models whose hidden states an optimizer can see."""
+"""Recurrent models whose hidden states an optimizer can see, and deep feed-forward nets."""
 
 from __future__ import annotations
 
+from models.fnn import FNN
 from models.rnn import RNN
 
-__all__ = ["RNN"]
+__all__ = ["FNN", "RNN"]
