@@ -5,13 +5,17 @@ from hfopt.curvature import GaussNewton, Hessian
 from hfopt.damping import FixedDamping, LevenbergMarquardt
 from hfopt.errors import ClosureError, HfoptError, NotDifferentiable
 from hfopt.fisher import Fisher
+from hfopt.hf import HF
 from hfopt.linesearch import LineSearch
 from hfopt.operators import Damped
 from hfopt.optimizer import HessianFree
 from hfopt.preconditioner import EmpiricalFisherDiagonal
+from hfopt.runfile import RunError
+from hfopt.runreader import Run, read_run
 from hfopt.stats import StepStats
 
 __all__ = [
+    "HF",
     "CG",
     "ClosureError",
     "Damped",
@@ -25,5 +29,8 @@ __all__ = [
     "LevenbergMarquardt",
     "LineSearch",
     "NotDifferentiable",
+    "Run",
+    "RunError",
     "StepStats",
+    "read_run",
 ]
