@@ -18,6 +18,8 @@ def dot(a: Tensor, b: Tensor) -> float:
         return float(torch.dot(a, b))
     if a.device.type != "cpu" or a.numel() <= _BLOCK:
         return float(torch.dot(a.double(), b.double()))
+    if a is b:
+        return math.fsum(float(torch.dot(w, w)) for w in (x.double() for x in torch.split(a, _BLOCK)))
     return math.fsum(
         float(torch.dot(x.double(), y.double()))
         for x, y in zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True)
