@@ -96,15 +96,37 @@ class DoubleBackward:
 
 
 class _Swap(TorchFunctionMode):
-    """Replaces parameters by other tensors in every torch function that is called."""
+    """Replaces parameters by other tensors in every torch function that is called.
+
+    ``torch.autograd.Function.apply`` is not such a function: while this mode is on, it replaces its arguments itself.
+    Otherwise a parameter given straight to one would be a constant there, and its tangent silently lost.
+    """
 
     def __init__(self, replacement: dict[int, Tensor]) -> None:
         super().__init__()
         self.replacement = replacement
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Tensor, lambda t: self.replacement.get(id(t), t), (args, kwargs or {}))
+        args, kwargs = self._replaced((args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def _replaced(self, arguments: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: self.replacement.get(id(t), t), arguments)
+
+    def __enter__(self) -> Any:
+        self._apply: Any = torch.autograd.Function.__dict__["apply"]
+        plain, replaced = self._apply.__func__, self._replaced
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = replaced((args, kwargs))
+            return plain(cls, *args, **kwargs)
+
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
 
 class Linearize:

@@ -163,3 +163,20 @@ def test_the_estimate_of_memory_counts_what_the_graph_saves() -> None:
         else:
             op = hfopt.GaussNewton(lambda: F.mse_loss(model(x), y), model.parameters(), memory_budget=budget)
         assert op.linearisation.name == name
+
+
+def test_a_parameter_given_straight_to_an_autograd_function_has_its_tangent() -> None:
+    weight = nn.Parameter(randn(3, 2, seed=3))
+    apply = torch.autograd.Function.apply
+
+    def closure() -> Tensor:
+        return F.mse_loss(X @ OneWay.apply(weight), Y)
+
+    def outputs(w: Tensor) -> Tensor:
+        return (X @ w.view(3, 2).sin()).flatten()
+
+    op = hfopt.GaussNewton(closure, [weight], linearisation="linearize")
+    jacobian = torch.autograd.functional.jacobian(outputs, weight.detach().flatten())
+    dense = jacobian.T @ jacobian * (2 / Y.numel())
+    assert relative(matrix(op), dense) < 1e-12
+    assert torch.autograd.Function.apply == apply
