@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,8 @@ class Images:
         batch_size: images in a minibatch at most; None: all training images in one.
         seed: what the order of the training images is drawn from, a non-negative integer.
         shuffle_every: calls of `forget` that make a new order: 1 for optimizers that take all minibatches at a step,
-            the number of minibatches for those that take one, so that they see every image before one comes again.
+            None, the number of minibatches, for those that take one, so that they see every image before one comes
+            again.
         loss: "cross-entropy" (outputs are logits) or "squared-error" (outputs are linear).
         evaluate_on: "test"; or "train" for test minibatches that are the training images, in the order of the data. To
             follow the training error, which is what was published on deep autoencoders.
@@ -71,7 +73,7 @@ class Images:
         shape: tuple[int, int],
         batch_size: int | None = None,
         seed: int = 0,
-        shuffle_every: int = 1,
+        shuffle_every: int | None = 1,
         loss: str = "cross-entropy",
         evaluate_on: str = "test",
         device: torch.device | str = "cpu",
@@ -84,7 +86,7 @@ class Images:
         batch_size = len(train) if batch_size is None else batch_size
         for argument, number, least in (
             ("batch_size", batch_size, 1),
-            ("shuffle_every", shuffle_every, 1),
+            ("shuffle_every", 1 if shuffle_every is None else shuffle_every, 1),
             ("seed", seed, 0),
         ):
             if number < least:
@@ -92,7 +94,7 @@ class Images:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; choose a floating-point type such as torch.float32")
         self.name, self.shape = name, shape
-        self.white, self.seed, self.shuffle_every = white, seed, shuffle_every
+        self.white, self.seed = white, seed
         self.batch_size = min(batch_size, len(train))
         self.criterion, self.evaluate_on = loss, evaluate_on
         self.device, self.dtype = torch.device(device), dtype
@@ -100,10 +102,12 @@ class Images:
         self.recorded = recorded
         self.error_name = "squared error"
         self._train = self._pixels("train", train)
-        self._test = self._pixels("test", test) if evaluate_on == "test" else self._train
+        self._held_out = self._pixels("test", test)
+        self._test = self._held_out if evaluate_on == "test" else self._train
         self.train_images, self.test_images = len(train), len(test)
         self.train_batches = range(_parts(len(self._train), self.batch_size))
         self.test_batches = range(-1, -1 - _parts(len(self._test), self.batch_size), -1)
+        self.shuffle_every = len(self.train_batches) if shuffle_every is None else shuffle_every
         self.train_mem: dict[int, Batch] = {}
         self.test_mem: dict[int, Batch] = {}
         self._epoch = 0
@@ -115,6 +119,20 @@ class Images:
                 f"{role} has shape {images.shape} and dtype {images.dtype}; it is (N, {self.V}) uint8, N at least 1"
             )
         return torch.tensor(images, device=self.device)
+
+    def evaluated_on(self, role: str) -> Images:
+        """The same images with test minibatches that are the "test" images, or the "train" images.
+
+        Raises:
+            ValueError: another role.
+        """
+        if role not in EVALUATED:
+            raise ValueError(f"role is {role!r}; choose {' or '.join(map(repr, EVALUATED))}")
+        other = copy(self)
+        other.evaluate_on, other._test = role, self._held_out if role == "test" else self._train
+        other.test_batches = range(-1, -1 - _parts(len(other._test), self.batch_size), -1)
+        other.train_mem, other.test_mem = {}, {}
+        return other
 
     # -- minibatches ------------------------------------------------------------------------------------
 

@@ -8,27 +8,69 @@ from typing import Any
 import torch
 from torch import nn
 
+import hfopt
+from runs.nesterov import Nesterov
+from runs.settings import Training
+
 Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 # Learning rates for recurrent nets with long lags; every comparison should tune its own.
-FIRST_ORDER: dict[str, Callable[[Iterable[nn.Parameter], float | None], torch.optim.Optimizer]] = {
-    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr or 1e-3),
-    "rmsprop": lambda parameters, lr: torch.optim.RMSprop(parameters, lr=lr or 1e-3),
-    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr or 1e-2, momentum=0.9, nesterov=True),
-}
+LEARNING_RATES = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 1e-2, "nag": 1e-3, "lbfgs": 1.0}
+STOCHASTIC = ("adam", "rmsprop", "sgd", "nag")
 
 
-def first_order(name: str, lr: float | None) -> Factory:
-    """Adam, RMSprop, or SGD with Nesterov momentum."""
-    make = FIRST_ORDER[name]
-    return lambda parameters: make(parameters, lr)
+def optimizer(settings: Training, rates: dict[str, float] | None = None, **hessian_free: Any) -> Factory:
+    """What makes the optimizer that the settings ask for.
+
+    Args:
+        settings: of the run.
+        rates: learning rates, by optimizer, that suit the run better than those here.
+        hessian_free: further arguments of `hfopt.HessianFree`.
+    """
+    name, lr = settings.optimizer, settings.lr
+    if lr is None:
+        lr = (LEARNING_RATES | (rates or {})).get(name)
+    if name == "hf":
+        cg = hfopt.CG(max_iterations=settings.cg_iterations, tolerance=settings.cg_tolerance, decay=settings.cg_decay)
+        return lambda parameters: hfopt.HessianFree(
+            parameters,
+            lr=1.0 if lr is None else lr,
+            damping=settings.damping,
+            weight_decay=settings.weight_decay,
+            cg=cg,
+            **hessian_free,
+        )
+    assert lr is not None
+    if name == "lbfgs":
+        return lbfgs(lr, iterations=20)
+    if name == "nag":
+        last = steps(name, settings.max_steps)
+        lower_from = last - settings.final_steps if settings.final_steps else None
+        return lambda parameters: Nesterov(parameters, lr, settings.momentum, lower_from)
+    return first_order(name, lr)
 
 
-def lbfgs(lr: float | None, iterations: int) -> Factory:
+def first_order(name: str, lr: float) -> Factory:
+    """Adam, RMSprop, or SGD with Nesterov momentum 0.9."""
+    if name == "adam":
+        return lambda parameters: torch.optim.Adam(parameters, lr=lr)
+    if name == "rmsprop":
+        return lambda parameters: torch.optim.RMSprop(parameters, lr=lr)
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
+
+
+def lbfgs(lr: float, iterations: int) -> Factory:
     """L-BFGS with a strong Wolfe line search, `iterations` of it per step."""
     return lambda parameters: torch.optim.LBFGS(
-        parameters, lr=lr or 1.0, max_iter=iterations, history_size=20, line_search_fn="strong_wolfe"
+        parameters, lr=lr, max_iter=iterations, history_size=20, line_search_fn="strong_wolfe"
     )
+
+
+def steps(name: str, max_steps: int | None) -> int:
+    """Steps at most: those given, or 500, or 50,000 for stochastic optimizers."""
+    if max_steps is not None:
+        return max_steps
+    return 50_000 if name in STOCHASTIC else 500
 
 
 def pace(name: str, max_steps: int | None) -> dict[str, Any]:
@@ -36,11 +78,7 @@ def pace(name: str, max_steps: int | None) -> dict[str, Any]:
 
     Stochastic optimizers take one fresh batch a step and very many steps; the others all batches and few.
     """
-    if name in FIRST_ORDER:
-        return {
-            "batches_per_step": 1,
-            "test_freq": 100,
-            "save_freq": 500,
-            "max_steps": 50_000 if max_steps is None else max_steps,
-        }
-    return {"save_freq": 5, "max_steps": 500 if max_steps is None else max_steps}
+    chosen = {"max_steps": steps(name, max_steps)}
+    if name in STOCHASTIC:
+        return {"batches_per_step": 1, "test_freq": 100, "save_freq": 500, **chosen}
+    return {"save_freq": 5, **chosen}

@@ -1,0 +1,170 @@
+"""Deep autoencoders: a feed-forward net squeezes images through a few numbers, trained Hessian-free from the start.
+
+    python -m runs.autoencoder                            scikit-learn's digits, 64-100-50-10 and back
+    python -m runs.autoencoder mnist                      MNIST, 784-1000-500-250-30 and back
+    python -m runs.autoencoder curves                     generated curves, 784-400-200-100-50-25-6 and back
+    python -m runs.autoencoder mnist --optimizer nag --lr 0.001 --device cuda
+    python -m runs.autoencoder --resume                   go on with that run where it was last saved
+    python -m runs.autoencoder --picture images.png       look at images and their reconstructions
+    python -m runs.autoencoder curves --help              all settings, those of the preset as defaults
+
+and from Python, with the settings of the digits:
+
+    python -c "import runs.autoencoder as a; a.hf.optimize()"
+    python -c "import runs.autoencoder as a; a.hf.load(); a.visualize_batch().savefig('images.png')"
+
+What is optimised is the cross-entropy, summed over pixels; what is reported is the squared error, summed over pixels
+and averaged over images, as in Hinton & Salakhutdinov (Science 2006), Martens (ICML 2010) and Sutskever, Martens, Dahl
+& Hinton (ICML 2013), whose nets mnist and curves are. The last of them lists errors on the training images: with
+`--evaluate-on train` the run follows those. The images of curves are not the original ones, so that errors on them
+cannot be compared with the published ones. MNIST's files are read from HFOPT_DATA/mnist or --folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+import corpora
+from corpora.picture import draw_images
+from hfopt.experiment import evaluate
+from hfopt.hf import HF
+from models import FNN
+from runs.optimizers import STOCHASTIC, optimizer, pace
+from runs.settings import Action, Training, hints, main, parse, status
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the autoencoders, besides those of every run."""
+
+    data: Literal["digits", "mnist", "curves"] = "digits"
+    """The images."""
+    folder: Path | None = None
+    """Where MNIST's files are; by default HFOPT_DATA/mnist."""
+    loss: Literal["cross-entropy", "squared-error"] = "cross-entropy"
+    """What is optimised."""
+    evaluate_on: Literal["test", "train"] = "test"
+    """Images whose error is followed: held-out ones, or those that are trained on."""
+    batch_size: int = 500
+    """Images in a batch of hf and lbfgs, which take all batches for the gradient."""
+    minibatch: int = 100
+    """Images in a step of the stochastic optimizers."""
+    curvature_batches: int = 1
+    """How many batches the curvature products use; their images are others at every step."""
+    evaluation_batches: int | None = None
+    """How many batches judge the step: backtracking, line search and rho; by default all."""
+
+    sizes: tuple[int, ...] = (64, 100, 50, 10)
+    """Units from the inputs to the code; the decoder mirrors them."""
+    nonlinearity: Literal["logistic", "tanh", "relu"] = "logistic"
+    """Nonlinearity of the hidden units; those of the code are linear."""
+    connections: int = 15
+    """Incoming connections of a unit at the start; the other weights are 0."""
+    scale: float = 1.0
+    """Scale of the weights at the start."""
+
+    preconditioner: Literal["none", "empirical-fisher"] = "none"
+    """Preconditioner of conjugate gradients; empirical-fisher is the diagonal of 2010, to the power 0.75."""
+    threshold: float = 0.0
+    """Squared error below which the run ends with success; 0 for none."""
+
+
+@dataclass(frozen=True)
+class CommandLine(Action, Training, Settings):
+    """Deep autoencoders of images. Presets, as first word: digits (default), mnist, curves."""
+
+
+DIGITS = CommandLine(weight_decay=2e-5)
+LARGE = replace(DIGITS, minibatch=200)
+PRESETS = {
+    "digits": DIGITS,
+    "mnist": replace(LARGE, data="mnist", sizes=(784, 1000, 500, 250, 30), batch_size=7500),
+    "curves": replace(LARGE, data="curves", sizes=(784, 400, 200, 100, 50, 25, 6), batch_size=5000),
+}
+
+# The losses are sums over pixels, and so are their gradients. Every comparison should tune its own.
+RATES = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 1e-3, "nag": 1e-3}
+
+typed = sys.argv[1:] if __name__ == "__main__" else []
+preset = typed[0] if typed and typed[0] in PRESETS else None
+settings = parse(PRESETS[preset or "digits"], typed[preset is not None :], f"runs.autoencoder {preset or ''}".rstrip())
+
+# 0. Seed.
+torch.manual_seed(settings.seed)
+
+# 1. Images.
+stochastic = settings.optimizer in STOCHASTIC
+options: dict[str, Any] = {
+    "batch_size": settings.minibatch if stochastic else settings.batch_size,
+    "shuffle_every": None if stochastic else 1,
+    "loss": settings.loss,
+    "evaluate_on": settings.evaluate_on,
+    "seed": settings.seed,
+    "device": settings.device,
+}
+try:
+    if settings.data == "mnist":
+        problem = corpora.mnist(settings.folder, **options)
+    else:
+        problem = {"digits": corpora.digits, "curves": corpora.curves}[settings.data](**options)
+except (FileNotFoundError, ModuleNotFoundError) as error:
+    sys.exit(f"runs.autoencoder: {error}")
+
+# 2. Model and its initialisation.
+model = FNN.autoencoder(settings.sizes, nonlinearity=settings.nonlinearity)
+model.sparse_init(settings.seed, connections=settings.connections, scale=settings.scale)
+model.to(settings.device)
+
+# 3. Loss: the images bring their own, problem.loss(outputs, batch), and their measure of error, problem.errors.
+
+# 4. Optimizer and driver.
+name = settings.name or f"autoencoder-{settings.data}-{settings.optimizer}-seed{settings.seed}"
+driven = pace(settings.optimizer, settings.max_steps)
+if stochastic:  # a test costs about a third of a pass where it looks at the training images
+    driven["test_freq"] = max(driven["test_freq"], 5 * len(problem.train_batches))
+hf = HF(
+    Path(__file__).parent / "logs" / name,
+    model,
+    problem,
+    optimizer=optimizer(settings, RATES, preconditioner=settings.preconditioner),
+    curvature_batches=None if stochastic else range(settings.curvature_batches),
+    evaluation_batches=None if settings.evaluation_batches is None else range(settings.evaluation_batches),
+    threshold=settings.threshold,
+    seed=settings.seed,
+    settings=settings,
+    overwrite=settings.overwrite,
+    hints=hints("runs.autoencoder", typed, "images"),
+    **driven,
+)
+
+
+def visualize_batch(batch: Any = None, count: int = 12) -> Figure:
+    """Images above their reconstructions, the first `count` of a batch, by default of the first test batch."""
+    batch = problem(problem.test_batches[0]) if batch is None else batch
+    with torch.no_grad():
+        outputs = model(batch.inputs)
+    error = float(problem.errors(outputs, batch).mean())
+    rows = {"input": batch.inputs[:count], "reconstruction": problem.predictions(outputs)[:count]}
+    title = f"{problem.name}, code of {settings.sizes[-1]}, after {hf.step} steps: squared error {error:.4g}"
+    return draw_images(rows, problem.shape, title=title)
+
+
+def errors() -> dict[str, float]:
+    """The squared errors now, summed over pixels, averaged over all training and all test images."""
+    both = {role: problem.evaluated_on(role) for role in ("train", "test")}
+    return {role: evaluate(model, images, images.test_batches)[1] for role, images in both.items()}
+
+
+if __name__ == "__main__":
+    outcome = main("runs.autoencoder", settings, hf, visualize_batch)
+    if outcome is not None:
+        print("squared error: " + ", ".join(f"{value:.4g} on {role} images" for role, value in errors().items()))
+    sys.exit(status(outcome, wanted=settings.threshold > 0))
