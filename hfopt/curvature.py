@@ -112,10 +112,6 @@ class GaussNewton(Local):
         return kind, [seen.sites[id(z)] for z in self.space.outputs]
 
     def _again(self) -> list[Tensor]:
-        if [p._version for p in self.params] != self._versions:
-            raise RuntimeError(
-                "a parameter has changed since the operator was built; build another one at the new point"
-            )
         kind, sites = self._sites
         with self._frozen.again(), torch.enable_grad(), differentiable_attention():
             return outputs_again(self._closure, kind, sites, module=self._module, hidden=bool(self._hidden))
@@ -130,7 +126,7 @@ class GaussNewton(Local):
             return double, double.gradient
         lin: Linearisation
         if policy == "linearize":
-            lin = Linearize(heads, self.params, self._again)
+            lin = Linearize(heads, self.params, self._again, self._frozen.again, self._frozen.drew)
             return lin, lin.vjp(at)
         gradient = torch.autograd.grad(
             heads, self.params, at, allow_unused=True, retain_graph=not isinstance(self.space, Matching)
@@ -164,8 +160,13 @@ class GaussNewton(Local):
             return lin, gradient
         raise not_differentiable(attempts)
 
+    def _check_point(self) -> None:
+        if [p._version for p in self.params] != self._versions:
+            raise RuntimeError("a parameter has changed since the operator was built; build another at the new point")
+
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """``G v + structural * S v`` in one tangent and one adjoint pass."""
+        self._check_point()
         self.products += 1
         vs = self.vector.cast_views(v)
         u = self.linearisation.jvp(vs)
@@ -178,6 +179,7 @@ class GaussNewton(Local):
         Where an operation of the model has no batching rule, or a part of the loss is differentiated automatically,
         the columns are multiplied one by one.
         """
+        self._check_point()
         lin, space = self.linearisation, self.space
         closed = isinstance(space, Matching) and all(b.closed is not None for b in space.blocks)
         if not isinstance(lin, DoubleBackward) or not closed or any(d is not None for d in space.direct):

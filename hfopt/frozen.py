@@ -25,7 +25,10 @@ class _Buffer:
     before: Tensor
 
     def changed(self) -> bool:
-        return self.module._buffers.get(self.name) is not self.tensor or self.tensor._version != self.version
+        if self.module._buffers.get(self.name) is not self.tensor or self.tensor._version != self.version:
+            return True
+        # Batch normalisation updates its statistics without a new version.
+        return not torch.equal(self.tensor, self.before)
 
     def value(self) -> tuple[Tensor | None, Tensor]:
         current = self.module._buffers.get(self.name)
@@ -47,6 +50,7 @@ class Frozen:
         self._buffers: dict[tuple[int, str], _Buffer] = {}
         self._modules: dict[int, nn.Module] = {}
         self._started = False
+        self.drew = False  # whether any run so far has drawn random numbers
 
     def run(self) -> AbstractContextManager[None]:
         """The context of the next run of a closure: :meth:`first` for the first one, :meth:`again` for all others."""
@@ -71,6 +75,12 @@ class Frozen:
                     module, name, buffer, buffer._version, buffer.detach().clone()
                 )
 
+    def _note_draws(self) -> None:
+        cpu, cuda = self._random_state()
+        before, cuda_before = self._random
+        self.drew |= not torch.equal(cpu, before)
+        self.drew |= cuda is not None and cuda_before is not None and not torch.equal(cuda, cuda_before)
+
     @contextmanager
     def _watching(self) -> Iterator[None]:
         handle = nn.modules.module.register_module_forward_pre_hook(self._see)
@@ -85,6 +95,7 @@ class Frozen:
         self._started = True
         with self._watching():
             yield
+        self._note_draws()
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -99,6 +110,7 @@ class Frozen:
             with self._watching():
                 yield
         finally:
+            self._note_draws()
             self._set_random_state(random)
             fresh = [b for b in self._buffers.values() if b.changed() and not any(b is k for k in known)]
             for b in fresh:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -135,10 +136,21 @@ class Linearize:
     name = "linearize"
 
     def __init__(
-        self, outputs: Sequence[Tensor], params: Sequence[Tensor], run: Callable[[], Sequence[Tensor]]
+        self,
+        outputs: Sequence[Tensor],
+        params: Sequence[Tensor],
+        run: Callable[[], Sequence[Tensor]],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        draws: bool = False,
     ) -> None:
-        """``run`` computes the outputs again; the parameters in it are swapped for torch.func's."""
+        """``run`` computes the outputs again; the parameters in it are swapped for torch.func's.
+
+        ``around`` is the context of a product, since the traced graph writes to the model's buffers each time. A model
+        that ``draws`` random numbers would draw others each time, so it is not traced but run in forward mode for
+        every product.
+        """
         self.outputs, self.params = list(outputs), list(params)
+        self._around = around
 
         def function(*values: Tensor) -> tuple[Tensor, ...]:
             swapped = {id(p): t for p, t in zip(self.params, values, strict=True)}
@@ -146,14 +158,20 @@ class Linearize:
                 # An output that is a parameter itself has passed no function that could swap it.
                 return tuple(swapped.get(id(z), z) for z in run())
 
+        primals = tuple(p.detach() for p in self.params)
+        if draws:
+            self._jvp: Callable[..., tuple[Tensor, ...]] = lambda *v: torch.func.jvp(function, primals, v)[1]
+            self.jvp([torch.zeros_like(p) for p in primals])  # raises where there is no forward mode
+            return
         with warnings.catch_warnings():
             # torch's own constant folding warns about its internals, which a user can do nothing about.
             warnings.simplefilter("ignore", UserWarning)
-            _, self._jvp = torch.func.linearize(function, *(p.detach() for p in self.params))
+            _, self._jvp = torch.func.linearize(function, *primals)
 
     def jvp(self, v: Sequence[Tensor]) -> Maybe:
         """``J v`` by the traced tangent graph."""
-        return list(self._jvp(*v))
+        with self._around():
+            return list(self._jvp(*v))
 
     def vjp(self, w: Sequence[Tensor | None]) -> Maybe:
         """``J' w`` on the forward graph."""

@@ -18,7 +18,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+    return torch.randn(shape, generator=generator(seed), dtype=dtype)
 
 
 def mlp(*sizes: int, seed: int = 0, dtype: torch.dtype = torch.float64, last: nn.Module | None = None) -> Any:
