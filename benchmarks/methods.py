@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,8 @@ def jvp_and_vjp(form: Form, case: Case) -> Product:
     def multiply(v: Vector) -> Tensors:
         with differentiable_attention():
             _, u = torch.func.jvp(outputs, (named,), (dict(zip(named, v.tensors, strict=True)),))
-            z, pull = torch.func.vjp(outputs, named)  # type: ignore[misc]
+            primal: tuple[Any, ...] = torch.func.vjp(outputs, named)
+            z, pull = primal[0], primal[1]
             return list(pull(_loss_curvature(case, z, u))[0].values())
 
     return multiply
