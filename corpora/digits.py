@@ -27,7 +27,7 @@ def digits(**options: Any) -> Images:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        if error.name != "sklearn":
+        if (error.name or "").partition(".")[0] != "sklearn":
             raise
         raise ModuleNotFoundError(
             "corpora.digits needs scikit-learn, which brings the images along; pip install scikit-learn", name="sklearn"

@@ -63,6 +63,8 @@ class Images:
         ValueError: an argument is out of its range.
     """
 
+    error_name = "squared error"
+
     def __init__(
         self,
         name: str,
@@ -100,7 +102,6 @@ class Images:
         self.device, self.dtype = torch.device(device), dtype
         self.V = self.O = shape[0] * shape[1]
         self.recorded = recorded
-        self.error_name = "squared error"
         self._train = self._pixels("train", train)
         self._held_out = self._pixels("test", test)
         self._test = self._held_out if evaluate_on == "test" else self._train

@@ -46,7 +46,7 @@ class HF:
             gradient's. These two concern optimizers whose `step` takes `curvature=` and `evaluation=`.
         batches_per_step: take only so many of the gradient batches at a step, in turn (stochastic
             optimizers).
-        threshold: success is an error rate below it; or a function of (test loss, error rate) that says.
+        threshold: success is an error rate below it, 0 for none; or a function of (test loss, error rate) that says.
         max_steps: updates in all, those before `load()` included.
         test_freq: evaluate the test batches before every so many updates. The terminal and the text logs
             show these steps; run.h5 has all.
@@ -123,7 +123,6 @@ class HF:
         self.step = 0
         self.totals: dict[str, float] = {"seconds": 0.0, "cg_iterations": 0, "products": 0, "evaluations": 0}
         self._error_rate = math.nan  # the latest
-        self._measure = Measure(getattr(problem, "error_name", None))
         self._log: RunLog | None = None
         self._serial: int | None = None  # the checkpoint that the present state goes on from; None before a run
         self._newest = 0
@@ -141,6 +140,7 @@ class HF:
                 "roles": ["gradient", *sorted(self._roles)],
             },
         }
+        self._measure = Measure.of(self._compared)
         self._configuration = {
             **self._compared,
             "driver": resume.describe(
@@ -389,7 +389,8 @@ class HF:
             self._log.save(None)
             self._broken = "the training loss is nan"
         wrong = "" if math.isnan(self._error_rate) else f": {self._measure.sentence(self._error_rate)}"
-        sentence = report.ending(outcome, self.step, self.totals["seconds"], wrong, self._saved_step)
+        said = "no threshold" if outcome == "max_steps" and self.threshold == 0 else outcome
+        sentence = report.ending(said, self.step, self.totals["seconds"], wrong, self._saved_step)
         self._log.note(sentence + "\n")
         self._say("\n".join([sentence, *report.hints(self.path, self.hints)]))
 

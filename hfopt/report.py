@@ -67,13 +67,15 @@ def introduction(
     roles = f"{batches['per_step']} gradient"
     if len(batches["roles"]) > 1:
         roles += f", {len(batches['curvature'])} curvature, {len(batches['evaluation'])} evaluation"
-    success = (
-        f"below {Measure.of(configuration).bound(threshold)}" if isinstance(threshold, float) else f"by {threshold}"
-    )
+    if threshold == 0:  # which no error is below
+        goal = "no threshold"
+    else:
+        bound = Measure.of(configuration).bound
+        goal = f"success below {bound(threshold)}" if isinstance(threshold, float) else f"success by {threshold}"
     return (
         f"{what}{length}: {type(model).__name__} with {count:,} parameters on {device}, "
         f"{type(optimizer).__name__}\n"
-        f"batches: {roles}, {len(problem.test_batches)} test; success {success}; logs in {where}"
+        f"batches: {roles}, {len(problem.test_batches)} test; {goal}; logs in {where}"
     )
 
 
@@ -83,6 +85,7 @@ def ending(outcome: str, step: int, seconds: float, wrong: str, saved_step: int 
     return {
         "success": f"success after {took}{wrong}",
         "max_steps": f"no success within {took}{wrong}",
+        "no threshold": f"ended after {took}{wrong}",
         "interrupted": f"interrupted and saved after {took}",
         "diverged": f"the training loss is nan: given up after {took}; the last checkpoint is that of "
         f"step {saved_step}",

@@ -42,8 +42,12 @@ def describe(value: Any) -> Any:
 
 
 def describe_problem(problem: Any) -> dict[str, Any]:
-    """Class, indices of the test batches, and public scalar attributes of a problem, its device left out."""
-    return {"class": class_name(problem), **_scalars(problem), "test_batches": list(problem.test_batches)}
+    """Class, indices of the test batches, and public scalar attributes of a problem, its device left out.
+
+    `error_name` is among them if the problem measures its errors.
+    """
+    measured = {"error_name": problem.error_name} if hasattr(problem, "errors") else {}
+    return {"class": class_name(problem), **_scalars(problem), **measured, "test_batches": list(problem.test_batches)}
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:
