@@ -133,9 +133,10 @@ def jvp_and_vjp(form: Form, case: Case) -> Product:
 
     def multiply(v: Vector) -> Tensors:
         with differentiable_attention():
-            _, u = torch.func.jvp(outputs, (named,), (dict(zip(named, v.tensors, strict=True)),))
-            primal: tuple[Any, ...] = torch.func.vjp(outputs, named)
-            z, pull = primal[0], primal[1]
+            pushed: Any = torch.func.jvp(outputs, (named,), (dict(zip(named, v.tensors, strict=True)),))
+            u = pushed[1]
+            found: Any = torch.func.vjp(outputs, named)
+            z, pull = found
             return list(pull(_loss_curvature(case, z, u))[0].values())
 
     return multiply

@@ -46,14 +46,15 @@ class Prepared:
     method: Method
     run: Callable[[], Tensors]
     difference: float
-    peak: int
-    kept: int
+    peak: int | None
+    kept: int | None
 
 
-def measure(case: Case, rounds: int, budget: float) -> list[Row]:
+def measure(case: Case, rounds: int, budget: float, memory: bool = True) -> list[Row]:
     """Rows of one case: gradients first, then the methods, then the yardstick.
 
     A method that is not possible, or whose product is :data:`WRONG`, is not timed; its row tells why.
+    Without `memory`, bytes are not measured: the profiler takes a third of a second for each.
     """
     device = case.inputs.device
     plain = Form(case.plain)
@@ -68,11 +69,11 @@ def measure(case: Case, rounds: int, budget: float) -> list[Row]:
     for name, form in forms.items():
         tasks[name] = gradient(form.model, case)
         difference = _difference(form.to_plain(tasks[name]()), exact_gradient)
-        peak, _ = allocated(tasks[name], device)
+        peak = allocated(tasks[name], device)[0] if memory else None
         rows[name] = Row(name, difference=difference, peak=peak)
     prepared: dict[str, Prepared] = {}
     for method in methods(case):
-        found = _prepare(method, v, exact_product, device)
+        found = _prepare(method, v, exact_product, device if memory else None)
         if isinstance(found, Row):
             rows[method.name] = found
             continue
@@ -118,8 +119,8 @@ def _in_float64(case: Case, v: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
     return gradient(model, exact)(), product
 
 
-def _prepare(method: Method, v: Tensors, exact: Tensors, device: torch.device) -> Prepared | Row:
-    """A method ready to be timed, or the row that says why it is skipped."""
+def _prepare(method: Method, v: Tensors, exact: Tensors, device: torch.device | None) -> Prepared | Row:
+    """A method ready to be timed, its memory measured on `device` if given, or the row that says why it is skipped."""
     vector = Vector.of(method.form.from_plain(v))
     try:
         with warnings.catch_warnings():
@@ -133,9 +134,12 @@ def _prepare(method: Method, v: Tensors, exact: Tensors, device: torch.device) -
         return Row(method.name, difference=difference, skipped=WRONG)
     del product, result
     gc.collect()
-    _, kept = allocated(method.prepare, device) if method.cached else (0, 0)
+    peak = kept = None
+    if device is not None:
+        _, kept = allocated(method.prepare, device) if method.cached else (0, 0)
     product = method.prepare()
-    peak, _ = allocated(lambda: product(vector), device)
+    if device is not None:
+        peak, _ = allocated(lambda: product(vector), device)
     return Prepared(method, lambda: product(vector), difference, peak, kept)
 
 

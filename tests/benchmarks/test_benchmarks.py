@@ -17,11 +17,11 @@ from benchmarks.methods import closure
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", list(cases.all_cases(toy=True)))
+@pytest.mark.parametrize("name", ["autoencoder", "cnn", "transformer"])
 def test_every_method_that_is_possible_agrees_with_float64(name: str) -> None:
     torch.manual_seed(0)
     case = cases.all_cases(toy=True)[name]()
-    rows = {row.method: row for row in products.measure(case, rounds=1, budget=1.0)}
+    rows = {row.method: row for row in products.measure(case, rounds=1, budget=1.0, memory=name == "autoencoder")}
     assert [row.method for row in rows.values() if row.skipped == products.WRONG] == []
     for method in ("gradient", "hfopt, auto", "hfopt, double-backward", "hfopt, recompute", "double backward, re-run"):
         row = rows[method]
@@ -31,9 +31,10 @@ def test_every_method_that_is_possible_agrees_with_float64(name: str) -> None:
         assert row.gradients is not None
         assert row.gradients.median > 0
     cached, again = rows["hfopt, double-backward"], rows["hfopt, recompute"]
-    assert cached.kept
-    assert again.kept == 0
     assert cached.set_up
+    if name == "autoencoder":
+        assert cached.kept
+        assert again.kept == 0
     text = report.product_table(case.about, list(rows.values()))
     for method, row in rows.items():
         assert row.method in text, method
@@ -45,7 +46,7 @@ def test_a_wrong_product_is_found() -> None:
     assert case.ours is not None
     with torch.no_grad():
         next(case.ours.model.parameters()).add_(1.0)
-    rows = {row.method: row for row in products.measure(case, rounds=1, budget=1.0)}
+    rows = {row.method: row for row in products.measure(case, rounds=1, budget=1.0, memory=False)}
     assert rows["hfopt, double-backward"].skipped == products.WRONG
     assert rows["double backward, re-run"].skipped is None
 
@@ -53,7 +54,7 @@ def test_a_wrong_product_is_found() -> None:
 def test_what_a_model_does_not_allow_is_listed_with_the_reason() -> None:
     torch.manual_seed(0)
     case = cases.all_cases(toy=True)["lstm"]()
-    rows = {row.method: row for row in products.measure(case, rounds=1, budget=1.0)}
+    rows = {row.method: row for row in products.measure(case, rounds=1, budget=1.0, memory=False)}
     skipped = rows["func.jvp + vjp, re-run"].skipped
     assert skipped is not None
     assert "forward AD" in skipped
