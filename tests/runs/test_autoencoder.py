@@ -1,0 +1,159 @@
+"""The autoencoders, typed and imported: they learn, resume, and show their reconstructions."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+import runs.autoencoder as a
+from hfopt.runreader import read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--sizes", "64", "30", "6", "--batch-size", "750")
+
+
+@pytest.fixture(autouse=True)
+def no_windows() -> Iterator[None]:
+    mpl.use("agg")
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`python -m runs.autoencoder ...` in this process: its exit status."""
+
+    def run(*arguments: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["autoencoder", *arguments])
+        try:
+            runpy.run_path(str(ROOT / "runs" / "autoencoder.py"), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+        return None
+
+    return run
+
+
+def principal_components(train: torch.Tensor, test: torch.Tensor, count: int) -> float:
+    """The squared error of `count` principal components, the best linear autoencoder."""
+    mean = train.mean(0)
+    directions = torch.linalg.svd(train - mean, full_matrices=False).Vh[:count]
+    rest = (test - mean) - (test - mean) @ directions.T @ directions
+    return float(rest.square().sum(1).mean())
+
+
+def test_it_learns(tmp_path: Path, typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond what a linear code of the same size could do, on images that it has not seen."""
+    folder = tmp_path / "run"
+    arguments = ("--name", str(folder), *SMALL, "--nonlinearity", "tanh")
+    assert typed(*arguments, "--max-steps", "5") == 0  # there is no threshold that it could miss
+    assert "ended after 5 steps" in capsys.readouterr().out
+    problem = a.problem
+    linear = principal_components(
+        torch.cat([problem(i).inputs for i in problem.train_batches]),
+        torch.cat([problem(i).inputs for i in problem.test_batches]),
+        6,
+    )
+    threshold = ("--threshold", f"{linear:.3f}", "--max-steps", "40")
+    assert typed(*arguments, *threshold, "--resume") == 0
+    printed = capsys.readouterr().out
+    assert "success after" in printed
+    run = read_run(folder)
+    error = run.steps["error_rate"][-1]
+    assert error < linear < run.steps["error_rate"][5]
+    assert f"{error:.4g} on test images" in printed
+    assert typed(*arguments, "--picture", str(tmp_path / "images.png")) == 0
+    assert (tmp_path / "images.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "sgd", "nag", "lbfgs"])
+def test_other_optimizers(tmp_path: Path, typed: Any, optimizer: str) -> None:
+    arguments = ("--name", str(tmp_path / "run"), "--optimizer", optimizer, *SMALL)
+    assert typed(*arguments, "--max-steps", "40" if optimizer != "lbfgs" else "2", "--threshold", "0.01") == 1
+    run = read_run(tmp_path / "run")
+    stochastic = optimizer != "lbfgs"
+    assert run.configuration["optimizer"]["class"].lower() == {"nag": "nesterov"}.get(optimizer, optimizer)
+    assert run.configuration["problem"]["batch_size"] == (100 if stochastic else 750)
+    assert run.configuration["problem"]["shuffle_every"] == (15 if stochastic else 1)
+    assert run.configuration["batches"]["per_step"] == (1 if stochastic else 2)
+    assert run.steps["error_rate"][-1] < 0.8 * run.steps["error_rate"][0]
+
+
+def test_presets_are_the_published_nets() -> None:
+    assert a.PRESETS["mnist"].sizes == (784, 1000, 500, 250, 30)
+    assert a.PRESETS["curves"].sizes == (784, 400, 200, 100, 50, 25, 6)
+    assert [a.PRESETS[name].data for name in a.PRESETS] == ["digits", "mnist", "curves"]
+    assert a.model.sizes == (64, 100, 50, 10, 50, 100, 64)
+    assert a.model.nonlinearities.count("logistic") == 4
+    assert a.hf.path == ROOT / "runs" / "logs" / "autoencoder-digits-hf-seed0"
+    (group,) = a.hf.optimizer.param_groups
+    assert group["weight_decay"] == 2e-5
+
+
+def test_preset_by_word(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert typed("curves", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "python -m runs.autoencoder curves" in shown
+    assert "784 400 200 100 50 25 6" in " ".join(shown.replace("│", " ").split())
+
+
+def test_missing_files_are_a_sentence(tmp_path: Path, typed: Any) -> None:
+    said = typed("mnist", "--folder", str(tmp_path))
+    assert "runs.autoencoder: there is no train-images-idx3-ubyte.gz in" in said
+    assert "there is no run at" in typed("--name", str(tmp_path / "run"), "--resume")
+
+
+HERE = os.environ.get("HFOPT_DATA")
+
+
+@pytest.mark.skipif(not HERE or not Path(HERE, "mnist").is_dir(), reason="HFOPT_DATA has no MNIST")
+def test_mnist(tmp_path: Path, typed: Any) -> None:
+    """A small net takes twenty steps of Adam on MNIST."""
+    sizes = ("--sizes", "784", "20", "5")
+    optimizer = ("--optimizer", "adam", "--lr", "0.01", "--max-steps", "20")
+    assert typed("mnist", "--name", str(tmp_path / "run"), *sizes, *optimizer) == 0
+    run = read_run(tmp_path / "run")
+    assert run.configuration["problem"]["train_images"] == 60_000
+    assert len(run.configuration["problem"]["test_batches"]) == 50
+    assert run.steps["error_rate"][-1] < 0.7 * run.steps["error_rate"][0]
+
+
+def test_visualize_batch() -> None:
+    batch = a.problem(-1)
+    figure = a.visualize_batch(batch, count=3)
+    above, below = (axes.get_images()[0].get_array() for axes in figure.axes)
+    with torch.no_grad():
+        outputs = a.model(batch.inputs).sigmoid()
+    for shown, expected in ((above, batch.inputs), (below, outputs)):
+        assert shown.shape == (8, 3 * 8 + 2)
+        assert np.array_equal(shown[:, 9:17], expected[1].view(8, 8).numpy())
+    error = float((outputs - batch.inputs).square().sum(1).mean())
+    assert f"squared error {error:.4g}" in figure.get_suptitle()
+    assert [axes.get_ylabel() for axes in figure.axes] == ["input", "reconstruction"]
+
+
+def test_errors_are_those_of_both_sets() -> None:
+    errors = a.errors()
+    train = torch.cat([a.problem(i).inputs for i in a.problem.train_batches])
+    with torch.no_grad():
+        reconstructed = a.model(train).sigmoid()
+    assert errors["train"] == pytest.approx(float((reconstructed - train).square().sum(1).mean()), rel=1e-5)
+    assert list(errors) == ["train", "test"]
