@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +127,8 @@ class GaussNewton(Local):
             return double, double.gradient
         lin: Linearisation
         if policy == "linearize":
-            lin = Linearize(heads, self.params, self._again, self._frozen.again, self._frozen.drew)
+            around = partial(self._frozen.again, watch=False)
+            lin = Linearize(heads, self.params, self._again, around, self._frozen.drew)
             return lin, lin.vjp(at)
         gradient = torch.autograd.grad(
             heads, self.params, at, allow_unused=True, retain_graph=not isinstance(self.space, Matching)

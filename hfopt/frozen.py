@@ -8,7 +8,7 @@ and puts both back around each further run, so that a step draws once and update
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +98,12 @@ class Frozen:
         self._note_draws()
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """A further run: starts from the state before the first one, and leaves no trace."""
+    def again(self, watch: bool = True) -> Iterator[None]:
+        """A further run: starts from the state before the first one, and leaves no trace.
+
+        ``watch=False`` for runs of a traced graph, whose constants are no buffers of the model: among them are the
+        parameters.
+        """
         random = self._random_state()
         known = [b for b in self._buffers.values() if b.changed()]
         now = [b.value() for b in known]
@@ -107,7 +111,7 @@ class Frozen:
         for b in known:
             b.set(b.tensor, b.before)
         try:
-            with self._watching():
+            with self._watching() if watch else nullcontext():
                 yield
         finally:
             self._note_draws()
