@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hfopt.recurrences.nonlinearities import Nonlinearity
 
-_BLOCK_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 20
 
 
 def blocks(H: Tensor) -> list[tuple[int, int]]:
@@ -123,7 +123,9 @@ def adjoint(
     given = Ua if U is None else U
     assert given is not None
     hidden = K.shape[1]
-    H, X, Wt = H.contiguous(), X.contiguous(), K[:hidden].t()
+    # BLAS is a third slower on small matrices when one of them is a transposed view.
+    # A copy: BLAS is slower on a transposed view, and it is read at every step.
+    H, X, Wt = H.contiguous(), X.contiguous(), K[:hidden].t().contiguous().contiguous()
     steps, *vectors = given.shape[:-2]
     dA = given.new_empty(given.shape) if inputs else None
     dK = K.new_zeros(*vectors, *K.shape)

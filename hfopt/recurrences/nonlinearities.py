@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_aten = torch.ops.aten
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+_threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,15 @@ class Nonlinearity:
 
 
 def _tanh_scale(g: Tensor, h: Tensor, out: Tensor) -> None:
-    _aten.tanh_backward.grad_input(g, h, grad_input=out)
+    _tanh_backward(g, h, grad_input=out)
 
 
 def _sigmoid_scale(g: Tensor, h: Tensor, out: Tensor) -> None:
-    _aten.sigmoid_backward.grad_input(g, h, grad_input=out)
+    _sigmoid_backward(g, h, grad_input=out)
 
 
 def _relu_scale(g: Tensor, h: Tensor, out: Tensor) -> None:
-    _aten.threshold_backward.grad_input(g, h, 0, grad_input=out)
+    _threshold_backward(g, h, 0, grad_input=out)
 
 
 def _identity_scale(g: Tensor, h: Tensor, out: Tensor) -> None:
