@@ -92,9 +92,9 @@ def simple_rnn(
 ) -> Tensor:
     """Hidden states of a simple recurrent network: h_t = f(h_{t-1} W + p_t) for t = 0..T-1, with h_{-1} = h0.
 
-    A Jacobian-vector product is one tangent pass, a vector-Jacobian product one adjoint pass over the stored states, and
-    both can be differentiated again: any number of times in reverse mode, also under forward mode (third derivatives by
-    two nested forward modes excepted, which torch does not carry). While an optimizer looks for hidden states
+    A Jacobian-vector product is one tangent pass, a vector-Jacobian product one adjoint pass over the stored states.
+    Both can be differentiated again, any number of times in reverse mode and also in forward mode (third derivatives
+    by two nested forward modes excepted, which torch does not carry). While an optimizer looks for hidden states
     (structural damping), the pre-activations a_t = h_{t-1} W + p_t are marked with D'', the curvature of their
     distance: 1 - h^2 for tanh, h (1 - h) for sigmoid, 1 for identity, f'(a)^2 (squared distance of h) for relu.
 
