@@ -15,8 +15,8 @@ from hfopt.runreader import Run, read_run
 from hfopt.stats import StepStats
 
 __all__ = [
-    "HF",
     "CG",
+    "HF",
     "ClosureError",
     "Damped",
     "EmpiricalFisherDiagonal",

@@ -8,22 +8,25 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-# Conversion to float64 happens block by block so that the copies stay in the processor's second-level cache.
-_BLOCK = 1 << 16
+# Up to this length every product of an inner product is formed in float64; beyond it, that would cost as much as
+# everything else in a CG iteration, and products within blocks are summed in the vectors' own precision. The sum of the
+# blocks is exact, so that the relative error (of sum |a_i b_i|) is that of one short block, some 1e-9 in float32.
+_EXACT = 1 << 16
+_BLOCK = 1 << 14
+# Below this sum, single products may have been lost to float32's least numbers (as beyond its largest, to infinity).
+_FAITHFUL = 1e-25
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """``a'b`` of two flat vectors (P,), with every product and sum in float64."""
+    """``a'b`` of two flat vectors (P,), summed in float64."""
     if a.dtype == torch.float64:
         return float(torch.dot(a, b))
-    if a.device.type != "cpu" or a.numel() <= _BLOCK:
-        return float(torch.dot(a.double(), b.double()))
-    if a is b:
-        return math.fsum(float(torch.dot(w, w)) for w in (x.double() for x in torch.split(a, _BLOCK)))
-    return math.fsum(
-        float(torch.dot(x.double(), y.double()))
-        for x, y in zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True)
-    )
+    if a.device.type == "cpu" and a.numel() > _EXACT:
+        blocks = zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True)
+        total = math.fsum(float(torch.dot(x, y)) for x, y in blocks)
+        if _FAITHFUL < abs(total) < math.inf:
+            return total
+    return float(torch.dot(a.double(), b.double()))
 
 
 def norm(a: Tensor) -> float:

@@ -124,8 +124,7 @@ def adjoint(
     assert given is not None
     hidden = K.shape[1]
     # BLAS is a third slower on small matrices when one of them is a transposed view.
-    # A copy: BLAS is slower on a transposed view, and it is read at every step.
-    H, X, Wt = H.contiguous(), X.contiguous(), K[:hidden].t().contiguous().contiguous()
+    H, X, Wt = H.contiguous(), X.contiguous(), K[:hidden].t().contiguous()
     steps, *vectors = given.shape[:-2]
     dA = given.new_empty(given.shape) if inputs else None
     dK = K.new_zeros(*vectors, *K.shape)
