@@ -23,7 +23,7 @@ def dot(a: Tensor, b: Tensor) -> float:
         return float(torch.dot(a, b))
     if a.device.type == "cpu" and a.numel() > _EXACT:
         blocks = zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True)
-        total = math.fsum(float(torch.dot(x, y)) for x, y in blocks)
+        total = sum((float(torch.dot(x, y)) for x, y in blocks), 0.0)
         if _FAITHFUL < abs(total) < math.inf:
             return total
     return float(torch.dot(a.double(), b.double()))
