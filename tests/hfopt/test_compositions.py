@@ -216,7 +216,7 @@ def test_outputs_may_be_the_parameters_themselves() -> None:
         assert relative(matrix(op), 2 / 3 * torch.eye(3, dtype=torch.float64)) < 1e-14
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     cases=st.integers(1, 5),

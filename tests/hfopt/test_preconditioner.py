@@ -24,12 +24,12 @@ def squares(model: torch.nn.Module) -> Tensor:
 def test_the_diagonal_is_unbiased() -> None:
     model = mlp(3, 4, 2, seed=3)
     op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
-    m = EmpiricalFisherDiagonal(exponent=1.0, probes=4000)
+    m = EmpiricalFisherDiagonal(exponent=1.0, probes=1000)
     m.refresh(op, 0)
     m.damp(0.0, 0.0)
     diagonal = 1 / m(torch.ones(26, dtype=torch.float64))
     # An entry's relative error is at most sqrt(2 / probes).
-    assert float((diagonal / squares(model) - 1).abs().max()) < 4.5 * (2 / 4000) ** 0.5
+    assert float((diagonal / squares(model) - 1).abs().max()) < 4.5 * (2 / 1000) ** 0.5
 
 
 def test_the_mean_over_steps_is_unbiased_and_steps_draw_anew() -> None:
@@ -37,11 +37,11 @@ def test_the_mean_over_steps_is_unbiased_and_steps_draw_anew() -> None:
     op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
     m = EmpiricalFisherDiagonal(exponent=1.0, probes=2)
     seen = []
-    for step in range(1500):
+    for step in range(400):
         m.refresh(op, step)
         m.damp(0.0, 0.0)
         seen.append(1 / m(torch.ones(26, dtype=torch.float64)))
-    assert float((torch.stack(seen).mean(0) / squares(model) - 1).abs().max()) < 4.5 * (2 / 3000) ** 0.5
+    assert float((torch.stack(seen).mean(0) / squares(model) - 1).abs().max()) < 4.5 * (2 / 800) ** 0.5
     assert not torch.equal(seen[0], seen[1])
     m.refresh(op, 0)
     m.damp(0.0, 0.0)
