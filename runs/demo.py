@@ -48,12 +48,12 @@ class Settings:
     """Definition of the problem: that of the papers, or that of the program released in 2011."""
     batch_size: int = 1000
     """Sequences in a batch."""
-    gradient_batches: int = 10
+    gradient_batches: int = 1
     """Batches of the gradient, drawn anew at every step."""
-    curvature_batches: int = 1
-    """How many of them the curvature products use."""
-    evaluation_batches: int = 1
-    """How many of them judge the step: backtracking, line search and rho."""
+    curvature_batches: int | None = None
+    """How many of them the curvature products use; by default all."""
+    evaluation_batches: int | None = None
+    """How many of them judge the step (backtracking, line search and rho); by default all."""
     test_batches: int = 10
     """Batches of the test, the same throughout."""
 
@@ -65,10 +65,10 @@ class Settings:
     """Incoming connections of a unit at the start; the other weights are 0."""
     scale: float = 1.0
     """Scale of the recurrent weights at the start."""
-    input_scale: float = 0.25
+    input_scale: float = 1.0
     """Scale of the input weights at the start."""
 
-    structural: float = 0.0
+    structural: float = 1 / 30
     """Mu, the weight of structural damping relative to lambda."""
     threshold: float = 0.01
     """Share of wrong test sequences below which the run ends with success."""
@@ -77,6 +77,12 @@ class Settings:
 @dataclass(frozen=True)
 class CommandLine(Action, Training, Settings):
     """The demo: a recurrent net learns long lags by Hessian-free optimization."""
+
+    # Short solves: the batches are new at every step, so what CG finds late is mostly particular to this one.
+    cg_iterations: int = 30
+    """Iterations of conjugate gradients at most."""
+    weight_decay: float = 2e-5
+    """Coefficient c of the penalty c/2 |theta|^2, for hf."""
 
 
 typed = sys.argv[1:] if __name__ == "__main__" else []
@@ -114,8 +120,8 @@ hf = HF(
     model,
     problem,
     optimizer=optimizer(settings, structural=settings.structural),
-    curvature_batches=range(settings.curvature_batches),
-    evaluation_batches=range(settings.evaluation_batches),
+    curvature_batches=range(settings.curvature_batches or settings.gradient_batches),
+    evaluation_batches=range(settings.evaluation_batches or settings.gradient_batches),
     threshold=settings.threshold,
     seed=settings.seed,
     settings=settings,
