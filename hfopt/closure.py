@@ -205,6 +205,26 @@ def _called_loss(loss: Callable[..., Any], arguments: Any) -> Tensor:
     return value
 
 
+def _called(closure: Closure, mode: _Mode) -> Any:
+    """The closure's result; what fails because ``backward()`` is put off is explained."""
+    try:
+        return closure()
+    except (AttributeError, TypeError) as error:
+        if mode.roots and "NoneType" in str(error):
+            raise ClosureError(
+                f"the closure failed after backward() ({error}): inside a step, backward() is only noted, and p.grad is "
+                "set when the step is done. Take what reads or changes p.grad out of the closure"
+            ) from error
+        raise
+    except RuntimeError as error:
+        if not mode.roots and ("not require grad" in str(error) or "differentiated Tensor" in str(error)):
+            raise ClosureError(
+                f"the closure differentiates the loss itself ({error}), which is cut from the network inside a step. Call "
+                "loss.backward() instead, or only return the loss"
+            ) from error
+        raise
+
+
 def trace(
     closure: Closure,
     *,
@@ -234,7 +254,7 @@ def trace(
         cuts.at(outputs if cut else None),
         mode,
     ):
-        result = closure()
+        result = _called(closure, mode)
         if loss is not None:
             result = _called_loss(loss, cuts.tree(result) if cut else result)
     total = _total(mode.roots, result)
@@ -324,7 +344,7 @@ def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, dif
     """
     mode = _Mode(cut_criteria=False)
     with torch.set_grad_enabled(differentiates), structural.collecting(False), mode:
-        result = closure()
+        result = _called(closure, mode)
         if loss is not None:
             result = _called_loss(loss, result)
     if not mode.roots and isinstance(result, float):

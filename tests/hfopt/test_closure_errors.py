@@ -301,3 +301,39 @@ def test_bad_parameters() -> None:
         hfopt.HessianFree([])
     with pytest.raises(TypeError, match=r"\[tensor\]"):
         hfopt.GaussNewton(lambda: None, torch.zeros(2, requires_grad=True))
+
+
+def clamped(model: nn.Module) -> Tensor:
+    loss = F.mse_loss(model(X), Y)
+    loss.backward()
+    for p in model.parameters():
+        p.grad.clamp_(-1, 1)  # type: ignore[union-attr]
+    return loss
+
+
+def backward_as_a_function(model: nn.Module) -> Tensor:
+    loss = F.mse_loss(model(X), Y)
+    torch.autograd.backward(loss)
+    return loss
+
+
+def differentiated(model: nn.Module) -> Tensor:
+    loss = F.mse_loss(model(X), Y)
+    torch.autograd.grad(loss, list(model.parameters()))
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("closure", "advice"),
+    [
+        (clamped, "p.grad is set when the step is done"),
+        (backward_as_a_function, "loss.backward"),
+        (differentiated, "loss.backward"),
+    ],
+)
+def test_closures_that_count_on_backward_at_once_are_told(closure: Callable[[nn.Module], Tensor], advice: str) -> None:
+    model = Net()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ClosureError, match=advice):
+        hfopt.HessianFree(model.parameters()).step(lambda: closure(model))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
