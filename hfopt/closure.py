@@ -212,15 +212,15 @@ def _called(closure: Closure, mode: _Mode) -> Any:
     except (AttributeError, TypeError) as error:
         if mode.roots and "NoneType" in str(error):
             raise ClosureError(
-                f"the closure failed after backward() ({error}): inside a step, backward() is only noted, and p.grad is "
-                "set when the step is done. Take what reads or changes p.grad out of the closure"
+                f"the closure failed after backward() ({error}): inside a step, backward() is only noted, and p.grad "
+                "is set when the step is done. Take what reads or changes p.grad out of the closure"
             ) from error
         raise
     except RuntimeError as error:
         if not mode.roots and ("not require grad" in str(error) or "differentiated Tensor" in str(error)):
             raise ClosureError(
-                f"the closure differentiates the loss itself ({error}), which is cut from the network inside a step. Call "
-                "loss.backward() instead, or only return the loss"
+                f"the closure differentiates the loss itself ({error}), which is cut from the network inside a step. "
+                "Call loss.backward() instead, or only return the loss"
             ) from error
         raise
 
