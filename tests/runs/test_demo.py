@@ -47,14 +47,6 @@ def no_windows() -> Iterator[None]:
     plt.close("all")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`python -m runs.demo ...` in this process: the exit status and the module's names."""
