@@ -33,7 +33,8 @@ class HessianFree(Optimizer):
     the same data.
 
     Args:
-        params: parameters or parameter groups; groups may have their own ``lr`` and ``weight_decay``.
+        params: parameters or parameter groups; groups may have their own ``lr`` and ``weight_decay``. A group
+            with ``lr`` 0 is left out of a step, its ``p.grad`` too.
         lr: the longest step, as a multiple of CG's solution.
         weight_decay: c of a penalty ``c/2 |theta|^2``, part of loss, gradient and curvature.
         curvature: ``"gauss-newton"``, ``"hessian"``, ``"fisher"`` (targets sampled from the model) or

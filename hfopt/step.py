@@ -58,7 +58,11 @@ class Step:
         self, optimizer: HessianFree, closure: Closure, curvature: Closure | None, evaluation: Closure | None
     ) -> None:
         self.o = optimizer
-        groups_params = optimizer.trainable()
+        trainable = optimizer.trainable()
+        # A group with lr 0 stays where it is: the model is one of the others alone, as if it were frozen.
+        moving = [(g, p) for g, p in trainable if float(g["lr"]) != 0.0]
+        self.at_rest = not moving
+        groups_params = moving or trainable
         self.vector = ParameterVector(p for _, p in groups_params)
         self.closure, self.curvature = closure, curvature
         self.evaluation = closure if evaluation is None else evaluation
@@ -96,6 +100,8 @@ class Step:
             self._stay("not finite")
         elif size == 0.0:
             self._stay("zero gradient")
+        elif self.at_rest:
+            self._stay("zero learning rate")
         else:
             self._solve_and_move()
         for p, g in zip(self.vector.params, self.vector.cast_views(gradient), strict=True):

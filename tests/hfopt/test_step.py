@@ -67,6 +67,27 @@ def test_a_group_with_lr_zero_stays() -> None:
         optimizer.step(mse(model))
     assert torch.equal(flat(model[0].parameters()), still)
     assert optimizer.stats[-1].new_loss < optimizer.stats[0].loss
+    frozen = mlp(3, 4, 2, seed=7)
+    frozen[0].requires_grad_(False)
+    other = hfopt.HessianFree(frozen.parameters())
+    for _ in range(3):
+        other.step(mse(frozen))
+    assert torch.equal(theta(model), theta(frozen))
+
+
+def test_a_warm_up_from_lr_zero_does_not_disturb() -> None:
+    """The first step with another lr finds lambda as the first step of all would."""
+    model, other = mlp(3, 4, 2, seed=7), mlp(3, 4, 2, seed=7)
+    optimizer = hfopt.HessianFree(model.parameters(), lr=0.0)
+    g = gradient(model, X, Y)
+    optimizer.step(mse(model))
+    s = optimizer.stats[0]
+    assert (s.cg_reason, s.accepted, s.evaluations) == ("zero learning rate", False, 0)
+    assert torch.allclose(flat(p.grad for p in model.parameters() if p.grad is not None), g)
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step(mse(model))
+    hfopt.HessianFree(other.parameters()).step(mse(other))
+    assert torch.equal(theta(model), theta(other))
 
 
 class Liar(nn.Module):
