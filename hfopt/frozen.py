@@ -40,6 +40,18 @@ class _Buffer:
             tensor.data.copy_(value)
 
 
+@contextmanager
+def _own_casts() -> Iterator[None]:
+    """Keeps no cast of a parameter from or for another run: in a step under ``torch.autocast`` they would outlive a
+    move of the parameters.
+    """
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
 class Frozen:
     """The random state and the module buffers that belong to one step."""
 
@@ -93,7 +105,7 @@ class Frozen:
     def first(self) -> Iterator[None]:
         """The run whose draws and buffer updates stay."""
         self._started = True
-        with self._watching():
+        with _own_casts(), self._watching():
             yield
         self._note_draws()
 
@@ -111,7 +123,7 @@ class Frozen:
         for b in known:
             b.set(b.tensor, b.before)
         try:
-            with self._watching() if watch else nullcontext():
+            with _own_casts(), self._watching() if watch else nullcontext():
                 yield
         finally:
             self._note_draws()

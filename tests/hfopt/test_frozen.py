@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -192,3 +193,28 @@ def test_an_error_in_the_closure_restores_everything() -> None:
     assert torch.is_grad_enabled()
     optimizer.step(lambda: F.mse_loss(model(X), Y))
     assert optimizer.stats[-1].accepted
+
+
+@pytest.mark.parametrize("roles", [False, True])
+def test_autocast_around_a_step_keeps_no_cast_of_parameters(roles: bool) -> None:
+    """The same losses as with autocast inside the closure."""
+
+    def run(outside: bool) -> list[float]:
+        model = mlp(3, 4, 2, seed=3, dtype=torch.float32)
+        optimizer = hfopt.HessianFree(model.parameters())
+        x, y = X.float(), Y.float()
+
+        def closure() -> Tensor:
+            with nullcontext() if outside else torch.autocast("cpu", dtype=torch.bfloat16):
+                z = model(x)
+            return F.mse_loss(z.float(), y)
+
+        options = {"curvature": closure, "evaluation": closure} if roles else {}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+            losses = [float(optimizer.step(closure, **options)) for _ in range(3)]
+        assert all(s.accepted for s in optimizer.stats)
+        return losses
+
+    inside = run(False)
+    assert inside[2] < inside[0]
+    assert run(True) == inside
