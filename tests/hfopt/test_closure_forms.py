@@ -312,6 +312,20 @@ def test_product_with_tied_and_odd_parameters() -> None:
     assert torch.allclose(op @ v, j.T @ (2 / Y.numel() * (j @ v)), rtol=1e-10)
 
 
+def test_embeddings_with_sparse_gradients() -> None:
+    words, classes = torch.arange(30) % 7, torch.arange(30) % 3
+    ends = []
+    for sparse in (False, True):
+        embedding = nn.Embedding(7, 4, sparse=sparse, _weight=randn(7, 4, seed=22))
+        model = nn.Sequential(embedding, nn.Tanh(), mlp(4, 3, seed=23))
+        optimizer = hfopt.HessianFree(model.parameters())
+        for curvature in (None, lambda net=model: F.cross_entropy(net(words), classes)):
+            optimizer.step(lambda net=model: F.cross_entropy(net(words), classes), curvature=curvature)
+        assert optimizer.stats[-1].accepted
+        ends.append(theta(model))
+    assert torch.allclose(ends[0], ends[1], rtol=1e-12)
+
+
 def test_nothing_to_optimize_is_an_error() -> None:
     model = mlp(3, 2)
     model.requires_grad_(False)
