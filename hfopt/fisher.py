@@ -60,7 +60,8 @@ class Fisher(GaussNewton):
             self._draws = [
                 (z, samples**-0.5 * g) for _ in range(samples) for z, g in self._drawn(self.space, generator)
             ]
-            if any(not bool(torch.isfinite(g).all()) for _, g in self._draws):
+            # With a loss that is not finite itself there is nothing to tell of the weights.
+            if bool(self.loss.isfinite()) and any(not bool(g.isfinite().all()) for _, g in self._draws):
                 raise ClosureError(
                     "a sampled Fisher matrix needs criteria with weights that are finite and not negative, but one of "
                     "those found has not; use the Gauss-Newton matrix"

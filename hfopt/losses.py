@@ -195,9 +195,9 @@ def _cross_entropy(call: Call) -> OutputCurvature | None:
 
 
 def _normalised(z: Tensor, dims: Sequence[int], name: str) -> int:
-    """The one of ``dims`` along which ``exp(z)`` sums to one."""
+    """The one of ``dims`` along which ``exp(z)`` sums to one. A sum that is NaN says nothing: the loss is NaN, too."""
     for dim in dims:
-        if bool((z.logsumexp(dim).abs() < 1e-3).all()):
+        if not bool((z.logsumexp(dim).abs() >= 1e-3).any()):
             return dim
     raise ClosureError(
         f"found {name} on an input that is not normalised log-probabilities (exp(input) does not sum to one): it is "

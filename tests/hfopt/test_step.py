@@ -172,6 +172,27 @@ def test_a_bad_batch_at_the_first_step() -> None:
     assert optimizer.stats[-1].accepted
 
 
+@pytest.mark.parametrize(
+    ("criterion", "curvature"),
+    [
+        (lambda z: F.nll_loss(z, torch.zeros(len(z), dtype=torch.long)), "gauss-newton"),
+        (lambda z: F.kl_div(z, Y.softmax(1), reduction="batchmean"), "gauss-newton"),
+        (lambda z: F.cross_entropy(z, Y.softmax(1)), "fisher"),
+    ],
+)
+def test_bad_data_are_passed_over_behind_every_criterion(criterion: Callable[[Tensor], Tensor], curvature: str) -> None:
+    model = nn.Sequential(mlp(3, 4, 2, seed=9), nn.LogSoftmax(1))
+    optimizer = hfopt.HessianFree(model.parameters(), curvature=curvature)
+    before = theta(model)
+    broken = X.clone()
+    broken[3, 1] = math.nan
+    with pytest.warns(UserWarning, match="not finite before the step"):
+        optimizer.step(lambda: criterion(model(broken)))
+    assert torch.equal(theta(model), before)
+    optimizer.step(lambda: criterion(model(X)))
+    assert optimizer.stats[-1].accepted
+
+
 def test_a_minimum_is_left_alone() -> None:
     model = Point(torch.zeros(3))
     optimizer = hfopt.HessianFree(model.parameters(), damping=0.5)
