@@ -93,14 +93,14 @@ class EmpiricalFisherDiagonal(Preconditioner):
         return r * self._inverse
 
 
-def as_preconditioner(preconditioner: str | Preconditioner | None) -> Preconditioner | None:
-    """A preconditioner from what a user gives."""
+def as_preconditioner(preconditioner: str | Preconditioner | None, batch_dim: int = 0) -> Preconditioner | None:
+    """A preconditioner from what a user gives; ``batch_dim`` is for one given by name."""
     if preconditioner is None or isinstance(preconditioner, Preconditioner):
         return preconditioner
     if preconditioner == "none":
         return None
     if preconditioner == "empirical-fisher":
-        return EmpiricalFisherDiagonal()
+        return EmpiricalFisherDiagonal(batch_dim=batch_dim)
     raise ValueError(
         f"preconditioner is {preconditioner!r}, but must be None, 'none', 'empirical-fisher' or a Preconditioner"
     )

@@ -108,3 +108,16 @@ def test_refusals() -> None:
         EmpiricalFisherDiagonal(exponent=1.5)
     with pytest.raises(ValueError, match="probes"):
         EmpiricalFisherDiagonal(probes=0)
+
+
+def test_the_optimizer_tells_where_the_cases_stand() -> None:
+    """Outputs (T, B, O) with batch_dim=1 are preconditioned as the same outputs (B, T, O) with batch_dim=0."""
+    x, y = randn(5, 4, 3, seed=30), randn(5, 4, 2, seed=31)
+    ends = []
+    for batch_dim in (0, 1):
+        model = mlp(3, 4, 2, seed=32)
+        optimizer = hfopt.HessianFree(model.parameters(), preconditioner="empirical-fisher", batch_dim=batch_dim)
+        a, b = (t.transpose(0, batch_dim) for t in (x, y))
+        optimizer.step(lambda net=model, a=a, b=b: F.mse_loss(net(a), b))
+        ends.append(theta(model))
+    assert torch.allclose(ends[0], ends[1], rtol=1e-6)
