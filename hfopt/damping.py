@@ -125,8 +125,9 @@ class LevenbergMarquardt(Damping):
         return {"value": self.value, "reference": self._reference}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Restore :meth:`state_dict`."""
-        self.value, self._reference = state["value"], state["reference"]
+        """Restore :meth:`state_dict`; that of a rule without bounds begins them at its lambda."""
+        self.value = state["value"]
+        self._reference = state.get("reference", self.value)
 
 
 def _check(**numbers: float | None) -> None:

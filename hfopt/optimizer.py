@@ -49,7 +49,8 @@ class HessianFree(Optimizer):
         structural: mu of structural damping (Martens & Sutskever 2011); needs models that mark their hidden states.
         linearisation: see :mod:`hfopt.linearisation`.
         memory_budget: bytes for the kept graph; default: 80% of what is free.
-        batch_dim: the outputs' dimension along which cases stand, for the Fisher matrices and preconditioner.
+        batch_dim: the outputs' dimension along which cases stand, for the Fisher matrices and a preconditioner
+            given by name.
         loss: a function of what the closure returns, if the loss is not a criterion of torch.nn.functional.
         outputs: the module whose result is the network's output, everything after it being the loss.
 
@@ -96,7 +97,7 @@ class HessianFree(Optimizer):
         self.batch_dim, self.loss, self.outputs = batch_dim, loss, outputs
         self.damping = as_damping(damping)
         self.cg = CG() if cg is None else cg
-        self.preconditioner = as_preconditioner(preconditioner)
+        self.preconditioner = as_preconditioner(preconditioner, batch_dim)
         self.line_search = LineSearch(max_tries=1) if line_search is None else line_search
         self.stats = []
         self.steps = 0
@@ -106,10 +107,14 @@ class HessianFree(Optimizer):
         """Add a group, with its own ``lr`` and ``weight_decay`` if given; its CG start is zero."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "weight_decay"):
-            if not float(group[name]) >= 0:
-                raise ValueError(f"{name} is {group[name]}, but must not be negative")
-        ParameterVector(p for g in self.param_groups for p in g["params"])
+        try:
+            for name in ("lr", "weight_decay"):
+                if not float(group[name]) >= 0:
+                    raise ValueError(f"{name} is {group[name]}, but must not be negative")
+            ParameterVector(p for g in self.param_groups for p in g["params"])
+        except Exception:
+            del self.param_groups[-1]  # a group that is refused is not added
+            raise
 
     def step(  # type: ignore[override]
         self, closure: Closure, *, curvature: Closure | None = None, evaluation: Closure | None = None

@@ -170,3 +170,16 @@ def test_a_group_added_later_starts_from_zero() -> None:
     assert not torch.equal(theta(model[3]), before)
     with pytest.raises(ValueError, match="lr"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1, dtype=torch.float64))], "lr": -1.0})
+    assert len(optimizer.param_groups) == 2
+    train(model, optimizer, 1)
+
+
+def test_a_run_with_fixed_damping_may_go_on_with_an_adaptive_one() -> None:
+    model = model_of(12)
+    optimizer = hfopt.HessianFree(model.parameters(), damping=hfopt.FixedDamping(0.3))
+    train(model, optimizer, 1)
+    other = hfopt.HessianFree(model.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    train(model, other, 3)
+    assert other.stats[0].damping == 0.3
+    assert other.damping.value != 0.3
