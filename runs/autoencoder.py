@@ -99,6 +99,8 @@ settings = parse(PRESETS[preset or "digits"], typed[preset is not None :], f"run
 
 # 0. Seed.
 torch.manual_seed(settings.seed)
+if settings.threads is not None:
+    torch.set_num_threads(settings.threads)
 
 # 1. Images.
 stochastic = settings.optimizer in STOCHASTIC

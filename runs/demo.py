@@ -83,6 +83,9 @@ class CommandLine(Action, Training, Settings):
     """Iterations of conjugate gradients at most."""
     weight_decay: float = 2e-5
     """Coefficient c of the penalty c/2 |theta|^2, for hf."""
+    # A second thread gains a third on products of these sizes, and costs many times that beside another busy process.
+    threads: int | None = 1
+    """Threads of torch on the CPU; None: as torch chooses."""
 
 
 typed = sys.argv[1:] if __name__ == "__main__" else []
@@ -90,8 +93,10 @@ settings = parse(CommandLine(), typed, "runs.demo")
 if settings.problem not in PROBLEMS:
     sys.exit(f"runs.demo: there is no problem {settings.problem!r}; choose from {', '.join(PROBLEMS)}")
 
-# 0. Seed.
+# 0. Seed, and threads, which sums are divided among.
 torch.manual_seed(settings.seed)
+if settings.threads is not None:
+    torch.set_num_threads(settings.threads)
 
 # 1. Problem.
 problem = PROBLEMS[settings.problem](

@@ -47,6 +47,8 @@ class Training:
     """Steps at most; by default 500, for stochastic optimizers 50,000."""
     seed: int = 0
     """Seed of the initial parameters and of all data."""
+    threads: int | None = None
+    """Threads of torch on the CPU; by default as torch chooses."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, ..."""
     name: str | None = None
