@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hfopt import graph
-from hfopt.closure import Closure, Trace, outputs_again, trace
+from hfopt.closure import Closure, Site, outputs_again, trace
 from hfopt.errors import ClosureError
 from hfopt.frozen import Frozen
 from hfopt.linearisation import (
@@ -80,13 +80,13 @@ class GaussNewton(Local):
         super().__init__(params)
         if linearisation not in POLICIES:
             raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
-        self._closure, self._loss, self._module = closure, loss, outputs
         self._frozen = Frozen(self.device) if frozen is None else frozen
         with self._frozen.run(), differentiable_attention():
             seen = trace(closure, loss=loss, outputs=outputs, hidden=structural)
         self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
         self.space: Matching | Joint = output_space(seen, self.params)
-        self._hidden = [h.weight for h in seen.hidden if h.preactivations.requires_grad]
+        marked = [i for i, h in enumerate(seen.hidden) if h.preactivations.requires_grad]
+        self._hidden = [seen.hidden[i].weight for i in marked]
         self.has_structural = bool(self._hidden)
         if structural and not self._hidden:
             raise ClosureError(
@@ -94,11 +94,11 @@ class GaussNewton(Local):
                 "recurrences or "
                 "call hfopt.structural.mark in the model, or set structural to 0"
             )
-        heads = [
-            *self.space.outputs,
-            *(h.preactivations for h in seen.hidden if h.preactivations.requires_grad),
-        ]
-        self._sites = self._where(seen)
+        heads = [*self.space.outputs, *(seen.hidden[i].preactivations for i in marked)]
+        kind = "module" if outputs else "loss" if loss else "criteria" if seen.calls else "result"
+        sites = [seen.sites[id(z)] for z in self.space.outputs]
+        # No method of this operator: a cycle would keep its graph alive until the next garbage collection.
+        self._again = partial(_heads_again, closure, self._frozen, kind, sites, outputs, marked)
         self._versions = [p._version for p in self.params]
         self._count = len(self.space.outputs)
         self.linearisation, gradient = self._linearise(linearisation, heads, memory_budget)
@@ -107,15 +107,6 @@ class GaussNewton(Local):
         self._add_into(self.gradient, self.space.direct)
         if self.linearisation.name == "recompute":
             self.space.outputs = [z.detach() for z in self.space.outputs]
-
-    def _where(self, seen: Trace) -> tuple[str, list[tuple[int, int]]]:
-        kind = "module" if self._module else "loss" if self._loss else "criteria" if seen.calls else "result"
-        return kind, [seen.sites[id(z)] for z in self.space.outputs]
-
-    def _again(self) -> list[Tensor]:
-        kind, sites = self._sites
-        with self._frozen.again(), torch.enable_grad(), differentiable_attention():
-            return outputs_again(self._closure, kind, sites, module=self._module, hidden=bool(self._hidden))
 
     def _linearise(self, policy: str, heads: list[Tensor], budget: int | None) -> tuple[Linearisation, Maybe]:
         """The linearisation and the gradient ``J' dL/dz``."""
@@ -257,6 +248,15 @@ class GaussNewton(Local):
     def pull(self, cotangents: Sequence[Tensor]) -> Tensor:
         """``J' w`` for one tensor per output, flat (P,)."""
         return self.vector.flatten(self.linearisation.vjp([*cotangents, *([None] * len(self._hidden))]))
+
+
+def _heads_again(
+    closure: Closure, frozen: Frozen, kind: str, sites: list[Site], module: nn.Module | None, marked: list[int]
+) -> list[Tensor]:
+    """The outputs at ``sites`` and the ``marked`` ones of the hidden states, from another run of the closure."""
+    with frozen.again(), torch.enable_grad(), differentiable_attention():
+        heads = outputs_again(closure, kind, sites, module=module, hidden=bool(marked))
+    return [*heads[: len(sites)], *(heads[len(sites) + i] for i in marked)]
 
 
 def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

@@ -150,10 +150,10 @@ class Linearize:
         every product.
         """
         self.outputs, self.params = list(outputs), list(params)
-        self._around = around
+        self._around, own = around, self.params  # `function` must not hold this object, which holds it
 
         def function(*values: Tensor) -> tuple[Tensor, ...]:
-            swapped = {id(p): t for p, t in zip(self.params, values, strict=True)}
+            swapped = {id(p): t for p, t in zip(own, values, strict=True)}
             with _Swap(swapped):
                 # An output that is a parameter itself has passed no function that could swap it.
                 return tuple(swapped.get(id(z), z) for z in run())

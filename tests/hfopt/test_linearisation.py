@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 import hfopt
+from hfopt.recurrences import simple_rnn_layer
 from tests.hfopt.tools import dense_gauss_newton, matrix, mlp, randn, relative, theta
 
 X, Y = randn(6, 3, seed=1), randn(6, 2, seed=2)
@@ -181,3 +184,33 @@ def test_a_parameter_given_straight_to_an_autograd_function_has_its_tangent() ->
     dense = jacobian.T @ jacobian * (2 / Y.numel())
     assert relative(matrix(op), dense) < 1e-12
     assert torch.autograd.Function.apply == apply
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_operator_is_freed_with_its_last_reference(policy: str) -> None:
+    """Its graph may take most of the memory there is: it must not wait for a garbage collection."""
+    model = mlp(3, 4, 2, seed=30)
+    gc.collect()
+    gc.disable()
+    try:
+        op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters(), linearisation=policy)
+        freed = weakref.ref(op)
+        del op
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_hidden_states_of_a_frozen_layer_are_left_out(policy: str) -> None:
+    weights = [randn(*shape, seed=31 + i) for i, shape in enumerate([(3, 4), (4, 4), (4,), (4, 2), (2, 2), (2,)])]
+    first, second = weights[:3], [w.requires_grad_() for w in weights[3:]]
+    inputs, targets = randn(5, 6, 3, seed=40), randn(5, 6, 2, seed=41)
+
+    def closure() -> Tensor:
+        return F.mse_loss(simple_rnn_layer(simple_rnn_layer(inputs, *first), *second), targets)
+
+    op = hfopt.GaussNewton(closure, second, structural=True, linearisation=policy)
+    hidden = simple_rnn_layer(inputs, *first)
+    alone = hfopt.GaussNewton(lambda: F.mse_loss(simple_rnn_layer(hidden, *second), targets), second, structural=True)
+    assert relative(matrix(op.damped(0.3, 0.5)), matrix(alone.damped(0.3, 0.5))) < 1e-12
