@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import os
-import runpy
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 
 import runs.autoencoder as a
 from hfopt.runreader import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
+RUN = "autoencoder"
 SMALL = ("--sizes", "64", "30", "6", "--batch-size", "750")
-
-
-@pytest.fixture(autouse=True)
-def no_windows() -> Iterator[None]:
-    mpl.use("agg")
-    yield
-    plt.close("all")
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`python -m runs.autoencoder ...` in this process: its exit status."""
-
-    def run(*arguments: str) -> int | str | None:
-        monkeypatch.setattr(sys, "argv", ["autoencoder", *arguments])
-        try:
-            runpy.run_path(str(ROOT / "runs" / "autoencoder.py"), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-        return None
-
-    return run
 
 
 def principal_components(train: torch.Tensor, test: torch.Tensor, count: int) -> float:

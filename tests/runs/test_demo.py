@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 
 import runs.demo as d
 from hfopt.runreader import read_run
 from pathological import PROBLEMS
 
 ROOT = Path(__file__).resolve().parents[2]
+RUN = "demo"
 SMALL = [
     "--T",
     "10",
@@ -38,28 +35,6 @@ SMALL = [
     "--threshold",
     "0.1",
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_windows() -> Iterator[None]:
-    mpl.use("agg")
-    yield
-    plt.close("all")
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`python -m runs.demo ...` in this process: the exit status and the module's names."""
-
-    def run(*arguments: str) -> int | str | None:
-        monkeypatch.setattr(sys, "argv", ["demo", *arguments])
-        try:
-            runpy.run_path(str(ROOT / "runs" / "demo.py"), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-        return None
-
-    return run
 
 
 @pytest.mark.parametrize("problem", ["addition", "multiplication"])
