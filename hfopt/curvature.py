@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -54,6 +55,8 @@ class GaussNewton(Local):
         memory_budget: bytes that the kept graph may take under ``"auto"``; default: 80% of what is free.
         loss: a function of what the closure returns, in place of a criterion of torch.nn.functional.
         outputs: the module whose results are the network's outputs.
+        known: the policy that ``"auto"`` took for an operator before, and for how many outputs: taken again without
+            another look at memory while there are no more of them and the model allows it.
 
     Attributes:
         gradient: of the loss, flat (P,).
@@ -75,6 +78,7 @@ class GaussNewton(Local):
         memory_budget: int | None = None,
         loss: Callable[..., Tensor] | None = None,
         outputs: nn.Module | None = None,
+        known: tuple[str, int] | None = None,
         frozen: Frozen | None = None,
     ) -> None:
         super().__init__(params)
@@ -101,17 +105,22 @@ class GaussNewton(Local):
         self._again = partial(_heads_again, closure, self._frozen, kind, sites, outputs, marked)
         self._versions = [p._version for p in self.params]
         self._count = len(self.space.outputs)
-        self.linearisation, gradient = self._linearise(linearisation, heads, memory_budget)
+        self.linearisation, gradient = self._linearise(linearisation, heads, memory_budget, known)
         _refuse_independence(self.params, [*gradient, *self.space.direct])
         self.gradient = self.vector.flatten(gradient)
         self._add_into(self.gradient, self.space.direct)
         if self.linearisation.name == "recompute":
             self.space.outputs = [z.detach() for z in self.space.outputs]
 
-    def _linearise(self, policy: str, heads: list[Tensor], budget: int | None) -> tuple[Linearisation, Maybe]:
+    def _linearise(
+        self, policy: str, heads: list[Tensor], budget: int | None, known: tuple[str, int] | None = None
+    ) -> tuple[Linearisation, Maybe]:
         """The linearisation and the gradient ``J' dL/dz``."""
         at = [*self.space.cotangents, *(torch.zeros_like(w) for w in self._hidden)]
         if policy == "auto":
+            if known is not None and sum(z.numel() for z in self.space.outputs) <= known[1]:
+                with suppress(RuntimeError, NotImplementedError):  # the model may have changed since
+                    return self._linearise(known[0], heads, budget)
             return self._automatic(heads, at, budget)
         if policy == "double-backward":
             double = DoubleBackward(heads, self.params, at)

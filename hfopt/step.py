@@ -130,20 +130,17 @@ class Step:
             return Hessian(closure, self.vector.params, loss=o.loss, frozen=self.frozen)
         options: dict[str, Any] = {
             "structural": o.structural > 0,
-            "linearisation": o.linearisation if o.chosen is None else o.chosen[0],
+            "linearisation": o.linearisation,
+            "known": o.chosen,
             "memory_budget": o.memory_budget,
             "loss": o.loss,
             "outputs": o.outputs,
             "frozen": self.frozen,
         }
         op = self._matrix(closure, options)
-        outputs = sum(z.numel() for z in op.space.outputs)
-        larger = o.chosen is None or outputs > o.chosen[1]
-        if o.linearisation == "auto" and o.chosen is not None and larger:
-            # Chosen for smaller batches: choose again, for memory may not suffice.
-            op = self._matrix(closure, {**options, "linearisation": "auto"})
-        if o.linearisation == "auto" and larger:
-            o.chosen = op.linearisation.name, outputs
+        outputs, name = sum(z.numel() for z in op.space.outputs), op.linearisation.name
+        if o.linearisation == "auto" and (o.chosen is None or name != o.chosen[0] or outputs > o.chosen[1]):
+            o.chosen = name, outputs
         return op
 
     def _matrix(self, closure: Closure, options: dict[str, Any]) -> GaussNewton:

@@ -214,3 +214,43 @@ def test_hidden_states_of_a_frozen_layer_are_left_out(policy: str) -> None:
     hidden = simple_rnn_layer(inputs, *first)
     alone = hfopt.GaussNewton(lambda: F.mse_loss(simple_rnn_layer(hidden, *second), targets), second, structural=True)
     assert relative(matrix(op.damped(0.3, 0.5)), matrix(alone.damped(0.3, 0.5))) < 1e-12
+
+
+def test_a_growing_batch_is_run_once() -> None:
+    model, runs = mlp(3, 4, 2, seed=50), [0]
+    optimizer = hfopt.HessianFree(model.parameters())
+    for n in (2, 4, 6):
+
+        def closure(n: int = n) -> Tensor:
+            runs[0] += torch.is_grad_enabled()
+            return F.mse_loss(model(X[:n]), Y[:n])
+
+        optimizer.step(closure)
+        assert optimizer.chosen == ("double-backward", 2 * n)
+    assert runs[0] == 3
+
+
+def test_the_choice_is_made_anew_where_the_model_has_changed() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.one_way = mlp(3, 4, seed=51), mlp(4, 2, seed=52), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            z: Tensor = self.second(OneWay.apply(h) if self.one_way else h.sin())  # type: ignore[no-untyped-call]
+            return z
+
+    model = Model()
+    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer.step(lambda: F.mse_loss(model(X), Y))
+    model.one_way = True
+    with pytest.warns(UserWarning, match="double backward failed"):
+        optimizer.step(lambda: F.mse_loss(model(X), Y))
+    assert [s.linearisation for s in optimizer.stats] == ["double-backward", "linearize"]
+    state = optimizer.state_dict()
+    asked = hfopt.HessianFree(model.parameters(), linearisation="recompute")
+    asked.load_state_dict(state)
+    model.one_way = False
+    asked.step(lambda: F.mse_loss(model(X), Y))
+    assert asked.stats[-1].linearisation == "recompute"
