@@ -14,6 +14,7 @@ coverage and
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,9 @@ POLICIES = ("auto", "double-backward", "linearize", "recompute")
 # What the graph of double backward holds, in units of the forward graph (measured: 2.6 on an autoencoder, 2.9 on an
 # RNN).
 DOUBLE_BACKWARD_MEMORY = 2.9
+
+# Tracing, and what is replaced for it, concern the whole process.
+_ONE_AT_A_TIME = threading.RLock()
 
 Maybe = list["Tensor | None"]
 
@@ -100,7 +104,8 @@ class _Swap(TorchFunctionMode):
     """Replaces parameters by other tensors in every torch function that is called.
 
     ``torch.autograd.Function.apply`` is not such a function: while this mode is on, it replaces its arguments itself.
-    Otherwise a parameter given straight to one would be a constant there, and its tangent silently lost.
+    Otherwise a parameter given straight to one would be a constant there, and its tangent silently lost. That holds for
+    the whole process, so only one thread at a time can be inside.
     """
 
     def __init__(self, replacement: dict[int, Tensor]) -> None:
@@ -115,6 +120,7 @@ class _Swap(TorchFunctionMode):
         return tree_map_only(Tensor, lambda t: self.replacement.get(id(t), t), arguments)
 
     def __enter__(self) -> Any:
+        _ONE_AT_A_TIME.acquire()
         self._apply: Any = torch.autograd.Function.__dict__["apply"]
         plain, replaced = self._apply.__func__, self._replaced
 
@@ -127,6 +133,7 @@ class _Swap(TorchFunctionMode):
 
     def __exit__(self, *raised: Any) -> None:
         torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
+        _ONE_AT_A_TIME.release()
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
 
@@ -163,7 +170,7 @@ class Linearize:
             self._jvp: Callable[..., tuple[Tensor, ...]] = lambda *v: torch.func.jvp(function, primals, v)[1]
             self.jvp([torch.zeros_like(p) for p in primals])  # raises where there is no forward mode
             return
-        with warnings.catch_warnings():
+        with _ONE_AT_A_TIME, warnings.catch_warnings():
             # torch's own constant folding warns about its internals, which a user can do nothing about.
             warnings.simplefilter("ignore", UserWarning)
             _, self._jvp = torch.func.linearize(function, *primals)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -254,3 +256,34 @@ def test_the_choice_is_made_anew_where_the_model_has_changed() -> None:
     model.one_way = False
     asked.step(lambda: F.mse_loss(model(X), Y))
     assert asked.stats[-1].linearisation == "recompute"
+
+
+def test_two_threads_that_linearise_leave_autograd_as_it_was() -> None:
+    before = torch.autograd.Function.__dict__["apply"]
+    entered, products = threading.Event(), {}
+
+    def run(name: str, meet: Callable[[], object]) -> None:
+        model = mlp(3, 4, 2, seed=60)
+
+        def closure() -> Tensor:
+            if torch.autograd.Function.__dict__["apply"] is not before:
+                meet()
+            return F.mse_loss(model(X), Y)
+
+        op = hfopt.GaussNewton(closure, model.parameters(), linearisation="linearize")
+        products[name] = op @ torch.ones(op.shape[0], dtype=torch.float64)
+
+    def second() -> None:
+        entered.wait(10)
+        run("second", lambda: None)
+
+    def wait_inside() -> None:
+        entered.set()
+        thread.join(0.2)  # long enough for the other one to come in as well
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    run("first", wait_inside)
+    thread.join()
+    assert torch.equal(products["first"], products["second"])
+    assert torch.autograd.Function.__dict__["apply"] is before
