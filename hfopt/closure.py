@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hfopt import structural
+from hfopt import graph, structural
 from hfopt.errors import ClosureError
 from hfopt.losses import CRITERIA
 
@@ -257,7 +257,7 @@ def trace(
         result = _called(closure, mode)
         if loss is not None:
             result = _called_loss(loss, cuts.tree(result) if cut else result)
-    total = _total(mode.roots, result)
+        total = _total(mode.roots, result)
     if not total.requires_grad:
         raise ClosureError(
             "the closure's loss does not depend on any parameter that requires a gradient (found a loss without a "
@@ -273,8 +273,12 @@ def trace(
             raise ClosureError(
                 f"no output depends on the parameters: {what} (or gave no tensor that requires a gradient)"
             )
-    elif mode.calls:
-        found.calls, found.sites = mode.calls, mode.sites
+        return found
+    reached = graph.reached_leaves([total]) | {id(total)}
+    # Criteria that the loss does not use are somebody's metrics.
+    found.calls = [call for call in mode.calls if id(call.leaf) in reached]
+    if found.calls:
+        found.sites = mode.sites
     else:
         shown, _ = _loss_of_result(result)
         flat = tree_flatten(shown)[0]
@@ -282,9 +286,12 @@ def trace(
         found.sites = {id(t): (0, i) for i, t in enumerate(flat)}
         if not found.outputs:
             node = total.grad_fn.name() if total.grad_fn is not None else "a leaf tensor"
-            raise ClosureError(
-                f"no known criterion was called in the closure; the loss was found to end in {node}. {WAYS_OUT}"
+            what = (
+                "the loss does not use the value of any criterion called in the closure"
+                if mode.calls
+                else "no known criterion was called in the closure"
             )
+            raise ClosureError(f"{what}; the loss was found to end in {node}. {WAYS_OUT}")
     return found
 
 
@@ -343,10 +350,18 @@ def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, dif
     ``differentiates`` keeps gradients enabled for closures that call ``torch.autograd.grad`` on their own.
     """
     mode = _Mode(cut_criteria=False)
-    with torch.set_grad_enabled(differentiates), structural.collecting(False), mode:
-        result = _called(closure, mode)
-        if loss is not None:
-            result = _called_loss(loss, result)
+    try:
+        with torch.set_grad_enabled(differentiates), structural.collecting(False), mode:
+            result = _called(closure, mode)
+            if loss is not None:
+                result = _called_loss(loss, result)
+    except (ClosureError, RuntimeError):
+        if differentiates or not mode.differentiates:
+            raise
+        return evaluate(closure, loss=loss, differentiates=True)
+    if not mode.roots and result is None and not differentiates:
+        # "if loss.requires_grad: loss.backward()" and no result: only with gradients is there anything to see.
+        return evaluate(closure, loss=loss, differentiates=True)
     if not mode.roots and isinstance(result, float):
         # "if loss.requires_grad: loss.backward()" and "return loss.item()": there is no graph here to show the loss.
         return torch.tensor(result, dtype=torch.float64)
@@ -367,7 +382,7 @@ def differentiate(
         result = closure()
         if loss is not None:
             result = _called_loss(loss, result)
-    total = _total(mode.roots, result)
+        total = _total(mode.roots, result)
     if not mode.roots:
         if not total.requires_grad:
             raise ClosureError("the closure's loss does not depend on any parameter that requires a gradient")

@@ -125,8 +125,9 @@ class HessianFree(Optimizer):
             closure: clears gradients, computes outputs, calls a criterion of torch.nn.functional (or its module), calls
                 ``backward()`` and returns the loss, as for LBFGS. ``backward()`` may be called several times, one
                 batch each (the loss is their sum), or not at all. It may also return ``(outputs, loss)``. It is run
-                several times a step and must then see the same data; random draws and running statistics are put back
-                by the optimizer.
+                several times a step and must then see the same data; torch's random draws and running statistics are
+                put back by the optimizer. Gradients are set when the step is done: clipping inside the closure has no
+                effect.
             curvature: a closure on the data of the curvature products; default: ``closure``.
             evaluation: a closure on the data that iterates, step lengths and rho are judged by; default: ``closure``.
 

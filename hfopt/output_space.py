@@ -95,8 +95,6 @@ class Matching:
                 continue
             block = self._block(call, c.detach(), places, cotangents)
             self.blocks.append(block)
-        if not self.outputs:
-            raise ClosureError(f"the loss does not use the value of any criterion called in the closure. {WAYS_OUT}")
         self.cotangents = [
             torch.zeros_like(z) if t is None else t for z, t in zip(self.outputs, cotangents, strict=True)
         ]

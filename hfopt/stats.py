@@ -32,7 +32,7 @@ class StepStats:
         update_norm: ``|theta_new - theta_old|``.
         quadratic: undamped model ``q(p)`` at the full step.
         gradients: gradient evaluations in this step.
-        products: curvature products in this step, calibration included.
+        products: curvature products in this step, calibration included (not the preconditioner's adjoint passes).
         evaluations: loss evaluations in this step besides those of the gradients.
         accepted: False if the parameters were left as they were.
         seconds: wall-clock time of the step.

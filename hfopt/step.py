@@ -96,7 +96,7 @@ class Step:
         self.loss = loss
         size = norm(self.g)
         if not (math.isfinite(self.f0) and math.isfinite(loss) and math.isfinite(size)):
-            warnings.warn(NOT_FINITE, stacklevel=3)
+            warnings.warn(NOT_FINITE, stacklevel=4)
             self._stay("not finite")
         elif size == 0.0:
             self._stay("zero gradient")
@@ -282,16 +282,19 @@ class Step:
         else:
             damping = rule.value or 0.0
             candidate = self.candidate(damping, self.cg_start())
-        found = self.o.line_search.search(
-            lambda s: self.f(candidate.p, s), self.f0, dot(self.g, candidate.p), candidate.value
-        )
+        # A decrease below the rounding error of the loss says nothing about the model: the minimum is reached.
+        rounding = 4 * torch.finfo(self.vector.dtype).eps * abs(self.f0)
+        if abs(candidate.quadratic) <= rounding and not candidate.value < self.f0:
+            found = LineSearchResult(0.0, self.f0, 1)
+        else:
+            found = self.o.line_search.search(
+                lambda s: self.f(candidate.p, s), self.f0, dot(self.g, candidate.p), candidate.value
+            )
         accepted = found.length > 0
         if accepted:
             self.vector.move(self.saved, candidate.p, found.length)
             for p in self.vector.params:
                 torch.autograd.graph.increment_version(p)
-        # A decrease below the rounding error of the loss says nothing about the model: the minimum is reached.
-        rounding = 4 * torch.finfo(self.vector.dtype).eps * abs(self.f0)
         if accepted or not abs(candidate.quadratic) <= rounding:
             rule.update(candidate.rho, accepted)
         self._keep_start(candidate.solution.x if accepted else None)

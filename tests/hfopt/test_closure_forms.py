@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hfopt
-from tests.hfopt.tools import flat, grads, mlp, randn, theta
+from tests.hfopt.tools import flat, grads, mlp, randn, relative, theta
 
 X, Y = randn(20, 3, seed=1), randn(20, 2, seed=2)
 Build = Callable[[nn.Module, torch.optim.Optimizer], Callable[[], Any]]
@@ -349,3 +349,44 @@ def test_parameters_frozen_in_the_course_of_training() -> None:
     assert not torch.equal(flat(model[0].parameters()), frozen)
     losses = [s.loss for s in optimizer.stats]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_criterion_that_only_measures_is_passed_over() -> None:
+    model, x, y = mlp(3, 2, seed=1), randn(6, 3, seed=1), randn(6, 2, seed=2)
+
+    def closure() -> Any:
+        z = model(x)
+        F.mse_loss(z, y)  # a metric, with its graph
+        return z, ((z - y) ** 4).mean()
+
+    op = hfopt.GaussNewton(closure, model.parameters())
+    assert relative(op.gradient, flat(torch.autograd.grad(closure()[1], list(model.parameters())))) < 1e-12
+
+
+def test_evaluation_that_differentiates_on_its_own() -> None:
+    model, x = mlp(1, 1, seed=1), torch.linspace(0, 1, 7, dtype=torch.float64).unsqueeze(1)
+
+    def slope() -> Any:
+        inputs = x.clone().requires_grad_()
+        (derivative,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        return F.mse_loss(model(x), x.sin()) + 1e-6 * F.mse_loss(derivative, x.cos())
+
+    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer.step(lambda: F.mse_loss(model(x), x.sin()), evaluation=slope)
+    assert optimizer.stats[-1].accepted
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_step_under_no_grad_and_a_closure_without_result(backwards: int) -> None:
+    model, x, y = mlp(3, 2, seed=1), randn(6, 3, seed=1), randn(6, 2, seed=2)
+
+    def closure() -> None:
+        for _ in range(backwards):
+            loss = F.mse_loss(model(x), y)
+            if loss.requires_grad:
+                loss.backward()
+
+    optimizer = hfopt.HessianFree(model.parameters())
+    with torch.no_grad():
+        before = optimizer.step(closure)
+    assert optimizer.stats[-1].new_loss < 0.9 * float(before)
