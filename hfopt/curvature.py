@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -95,8 +94,7 @@ class GaussNewton(Local):
         if structural and not self._hidden:
             raise ClosureError(
                 "structural damping is asked for, but no hidden state was marked in the closure: use hfopt's "
-                "recurrences or "
-                "call hfopt.structural.mark in the model, or set structural to 0"
+                "recurrences or call hfopt.structural.mark in the model, or set structural to 0"
             )
         heads = [*self.space.outputs, *(seen.hidden[i].preactivations for i in marked)]
         kind = "module" if outputs else "loss" if loss else "criteria" if seen.calls else "result"
@@ -118,10 +116,8 @@ class GaussNewton(Local):
         """The linearisation and the gradient ``J' dL/dz``."""
         at = [*self.space.cotangents, *(torch.zeros_like(w) for w in self._hidden)]
         if policy == "auto":
-            if known is not None and sum(z.numel() for z in self.space.outputs) <= known[1]:
-                with suppress(RuntimeError, NotImplementedError):  # the model may have changed since
-                    return self._linearise(known[0], heads, budget)
-            return self._automatic(heads, at, budget)
+            trusted = known is not None and sum(z.numel() for z in self.space.outputs) <= known[1]
+            return self._automatic(heads, budget, known[0] if known is not None and trusted else None)
         if policy == "double-backward":
             double = DoubleBackward(heads, self.params, at)
             return double, double.gradient
@@ -135,7 +131,11 @@ class GaussNewton(Local):
         )
         return Recompute(self.params, self._again), list(gradient)
 
-    def _automatic(self, heads: list[Tensor], at: list[Tensor], budget: int | None) -> tuple[Linearisation, Maybe]:
+    def _automatic(self, heads: list[Tensor], budget: int | None, trusted: str | None) -> tuple[Linearisation, Maybe]:
+        """The first policy that works: ``trusted``, which has worked before, then those that memory allows."""
+        attempts: dict[str, Exception] = {}
+        if trusted is not None and (found := self._attempt(trusted, heads, budget, attempts, probe=False)):
+            return found
         if budget is None:
             budget = int(0.8 * available_bytes(self.device))
         need = int((DOUBLE_BACKWARD_MEMORY - 1) * graph.saved_bytes(heads, self.params))
@@ -147,20 +147,32 @@ class GaussNewton(Local):
                 stacklevel=4,
             )
             return self._linearise("recompute", heads, budget)
-        attempts: dict[str, Exception] = {}
         for policy in ("double-backward", "linearize"):
-            try:
-                lin, gradient = self._linearise(policy, heads, budget)
-                if policy == "double-backward":
-                    # An operation without a second derivative shows only when the graph is used.
-                    lin.jvp([torch.zeros_like(p) for p in self.params])
-            except (RuntimeError, NotImplementedError) as error:
-                attempts[policy] = error
-                continue
-            if attempts:
-                warnings.warn(f"products use {policy!r}, since double backward failed: {attempts}", stacklevel=4)
-            return lin, gradient
+            if policy not in attempts and (found := self._attempt(policy, heads, budget, attempts)):
+                if attempts:
+                    warnings.warn(f"products use {policy!r}, since double backward failed: {attempts}", stacklevel=4)
+                return found
         raise not_differentiable(attempts)
+
+    def _attempt(
+        self, policy: str, heads: list[Tensor], budget: int | None, attempts: dict[str, Exception], probe: bool = True
+    ) -> tuple[Linearisation, Maybe] | None:
+        """The linearisation by ``policy``, or None with the reason in ``attempts`` if the model does not allow it.
+
+        torch has no exception of its own for an operation without a second derivative or a forward mode. Whatever the
+        reason, the next policy is tried, the warning or error quotes it, and lack of memory is passed on as it is.
+        """
+        try:
+            lin, gradient = self._linearise(policy, heads, budget)
+            if probe and policy == "double-backward":
+                # An operation without a second derivative shows only when the graph is used.
+                lin.jvp([torch.zeros_like(p) for p in self.params])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            attempts[policy] = error
+            return None
+        return lin, gradient
 
     def _check_point(self) -> None:
         if [p._version for p in self.params] != self._versions:

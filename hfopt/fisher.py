@@ -54,8 +54,7 @@ class Fisher(GaussNewton):
             if not isinstance(self.space, Matching) or any(b.closed is None for b in self.space.blocks):
                 raise ClosureError(
                     "a sampled Fisher matrix needs a criterion with a known distribution; use one of "
-                    "torch.nn.functional, "
-                    "kind='empirical', or the Gauss-Newton matrix"
+                    "torch.nn.functional, kind='empirical', or the Gauss-Newton matrix"
                 )
             self._draws = [
                 (z, samples**-0.5 * g) for _ in range(samples) for z, g in self._drawn(self.space, generator)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass
+@dataclass(eq=False)
 class _Buffer:
     module: nn.Module
     name: str
@@ -128,8 +128,8 @@ class Frozen:
         finally:
             self._note_draws()
             self._set_random_state(random)
-            fresh = [b for b in self._buffers.values() if b.changed() and not any(b is k for k in known)]
-            for b in fresh:
-                b.set(b.tensor, b.before)
+            for b in set(self._buffers.values()).difference(known):
+                if b.changed():
+                    b.set(b.tensor, b.before)
             for b, (tensor, value) in zip(known, now, strict=True):
                 b.set(tensor, value)

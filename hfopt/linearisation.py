@@ -3,13 +3,12 @@
 Three ways, in the order in which ``"auto"`` tries them:
 
 1. ``"double-backward"``: the graph of ``u -> J'u`` is built once; differentiated in u it gives ``J v``. Widest
-coverage and
-   about 1.3 gradients a product, but it holds 2.6 to 2.9 times the memory of the forward graph. The gradient of the
-   loss falls out of building it.
+   coverage and about 1.3 gradients a product, but it holds 2.6 to 2.9 times the memory of the forward graph. The
+   gradient of the loss falls out of building it.
 2. ``"linearize"``: ``torch.func.linearize`` for ``J v`` and the cached graph for ``J'w``; for models with an operation
    that cannot be differentiated twice but has a forward mode. Tracing Python loops is slow.
 3. ``"recompute"``: forward and backward passes are run again for every product (about 2.4 gradients); nothing but the
-   parameters is held. Taken when the graph would not fit the memory budget.
+   parameters is held, where the loss is a sum of criteria. Taken when the graph would not fit the memory budget.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from hfopt.errors import NotDifferentiable
 
 POLICIES = ("auto", "double-backward", "linearize", "recompute")
 
-# What the graph of double backward holds, in units of the forward graph (measured: 2.6 on an autoencoder, 2.9 on an
-# RNN).
+# What double backward's graph holds, in units of the forward graph (measured: 2.6 on an autoencoder, 2.9 on an RNN).
 DOUBLE_BACKWARD_MEMORY = 2.9
 
 # Tracing, and what is replaced for it, concern the whole process.

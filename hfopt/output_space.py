@@ -126,9 +126,8 @@ class Matching:
             node = trace.total.grad_fn.name() if trace.total.grad_fn is not None else "?"
             raise ClosureError(
                 f"the loss is not a weighted sum of criteria: it was found to depend on {', '.join(bad)} "
-                f"nonlinearly (it "
-                f"ends in {node}). Pass outputs=<the module whose result is the network's output>, so that everything "
-                "after it is differentiated as the loss, or loss=<function> with a closure that returns its arguments"
+                f"nonlinearly (it ends in {node}). Pass outputs=<the module whose result is the network's output>, so that "
+                "everything after it is differentiated as the loss, or loss=<function> with a closure that returns its arguments"
             )
 
     def _refuse_side_paths(self, trace: Trace) -> None:
@@ -143,6 +142,8 @@ class Matching:
             )
 
     def _refuse_feedback(self, trace: Trace) -> None:
+        if len(trace.calls) < 2:  # a walk over the whole network, at every step, for what takes two
+            return
         reached = graph.reached_leaves(z for call in trace.calls for z in call.outputs)
         used = [call.function.__name__ for call in trace.calls if id(call.leaf) in reached]
         if used:

@@ -56,8 +56,7 @@ class EmpiricalFisherDiagonal(Preconditioner):
         if not isinstance(op, GaussNewton):
             raise TypeError(
                 f"the empirical-Fisher preconditioner needs outputs, which a {type(op).__name__} operator does not "
-                f"have; "
-                "use curvature 'gauss-newton' or no preconditioner"
+                "have; use curvature 'gauss-newton' or no preconditioner"
             )
         generator = torch.Generator(device=op.device).manual_seed(step)
         total = torch.zeros(op.vector.size, dtype=op.dtype, device=op.device)
