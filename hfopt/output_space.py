@@ -126,8 +126,9 @@ class Matching:
             node = trace.total.grad_fn.name() if trace.total.grad_fn is not None else "?"
             raise ClosureError(
                 f"the loss is not a weighted sum of criteria: it was found to depend on {', '.join(bad)} "
-                f"nonlinearly (it ends in {node}). Pass outputs=<the module whose result is the network's output>, so that "
-                "everything after it is differentiated as the loss, or loss=<function> with a closure that returns its arguments"
+                f"nonlinearly (it ends in {node}). Pass outputs=<the module whose result is the network's output>, so "
+                "that everything after it is differentiated as the loss, or loss=<function> with a closure that "
+                "returns its arguments"
             )
 
     def _refuse_side_paths(self, trace: Trace) -> None:
