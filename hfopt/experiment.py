@@ -81,14 +81,14 @@ def closure(
     With an optimizer it clears the gradients first and makes one backward pass per batch, so that only one
     batch's graph is held at a time; without, the loss is returned with its graph.
     """
-    batches = [problem(i) for i in indices]
-    weights = _weights([problem.size(batch) for batch in batches])
+    weights = _weights([problem.size(problem(i)) for i in indices])
 
     def loss_of_batches() -> Tensor:
         if optimizer is not None:
             optimizer.zero_grad()
         total: Tensor | None = None
-        for batch, weight in zip(batches, weights, strict=True):
+        for i, weight in zip(indices, weights, strict=True):
+            batch = problem(i)  # held no longer than it is needed: a problem may keep few of large ones
             loss = problem.loss(forward(model, batch), batch)
             if weight != 1:
                 loss = loss * weight

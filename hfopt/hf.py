@@ -229,7 +229,7 @@ class HF:
         """Steps until something ends them."""
         progress = report.Progress(self._measure, second_order=bool(self._roles))
         while True:
-            started = time.perf_counter()
+            started = (time.perf_counter(), time.process_time())
             last = self.step >= limit
             tested = last or self.step % self.test_freq == 0
             test_loss, error_rate = (
@@ -309,10 +309,10 @@ class HF:
             return bool(self.threshold(test_loss, error_rate))
         return error_rate < self.threshold
 
-    def _record(self, row: Row, checks: list[Row], started: float, progress: report.Progress) -> None:
+    def _record(self, row: Row, checks: list[Row], started: tuple[float, float], progress: report.Progress) -> None:
         """Complete a row, log it, and only then show it."""
         assert self._log is not None
-        row["seconds"] = time.perf_counter() - started
+        row["seconds"], row["cpu_seconds"] = time.perf_counter() - started[0], time.process_time() - started[1]
         self.totals["seconds"] += row["seconds"]
         for name in ("cg_iterations", "products", "evaluations"):
             self.totals[name] += max(0, row.get(name, 0))

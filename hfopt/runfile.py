@@ -63,6 +63,7 @@ STEP_COLUMNS: dict[str, tuple[str, str]] = {
     "optimizer_seconds": ("f8", "seconds of the optimizer's step"),
     "seconds": ("f8", "seconds of the whole step with its tests"),
     "total_seconds": ("f8", "seconds of all steps up to this one"),
+    "cpu_seconds": ("f8", "processor time of the whole step with its tests, all threads together"),
     "finished": ("f8", "when the step ended, in seconds since 1970"),
 }
 # One row per check of conjugate gradients.

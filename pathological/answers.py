@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -61,5 +64,12 @@ class ClassAnswer(Problem):
 
     def _one_hot(self, symbols: Tensor, valid: Tensor) -> Tensor:
         """``(T, B, V)`` with a 1 at each symbol of ``symbols (T, B)`` where ``valid (T, B)`` is True."""
-        hot = torch.zeros(*symbols.shape, self.V, dtype=self.dtype, device=symbols.device)
+        hot = _zeros((*symbols.shape, self.V), self.dtype, symbols.device)
         return hot.scatter_(2, symbols.unsqueeze(2), valid.to(self.dtype).unsqueeze(2))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; large ones on the CPU lie in numpy's memory, which asks for huge pages: few page faults, not thousands."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -36,6 +36,11 @@ class Batch:
         steps = torch.arange(self.inputs.shape[0], device=self.lengths.device)
         return steps.unsqueeze(1) < self.lengths
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(x.nbytes for x in (self.inputs, self.targets, self.mask, self.lengths, self.scored))
+
     def select(self, x: Tensor) -> Tensor:
         """The scored steps of ``x (T, B, ...)`` as ``(N, ...)``; differentiable, in order of time.
 

@@ -25,8 +25,7 @@ class RandomPermutation(ClassAnswer):
     Paper form: T symbols, so T - 1 steps; the first is 0 or 1 with equal chance.
     Release form: T steps, T + 1 symbols; the first is ``row % 2``.
 
-    A minibatch's inputs take ``400 T B`` bytes in float32, and every minibatch drawn is kept: choose a
-    ``batch_size`` that fits.
+    A minibatch's inputs take ``400 T B`` bytes in float32, so that not all are kept where T is large (``memory``).
 
     Arguments: :class:`pathological.problem.Problem`; loss: :class:`pathological.answers.ClassAnswer`. Source:
     Martens & Sutskever (ICML 2011), problem 6.

@@ -22,7 +22,8 @@ class Problem(ABC):
     Training minibatches have the indices ``0 .. train_batches - 1``, test minibatches ``-1, -2, ..``.
     ``problem(i)`` draws a minibatch on first use and keeps it; :meth:`forget` drops the training draws, so
     that the next use draws new ones, while test draws stay. A minibatch is a function of ``(seed, i)`` and of
-    the number of calls of ``forget`` alone (see :mod:`pathological.stream`).
+    the number of calls of ``forget`` alone (see :mod:`pathological.stream`): one that is not kept because ``memory``
+    is used up is drawn again, the same, at each use.
 
     Args:
         T: the problem's length, as its definition uses it; the sequences have :attr:`steps` steps.
@@ -34,12 +35,13 @@ class Problem(ABC):
         seed: a non-negative integer.
         device: where the minibatches lie. They are drawn on the CPU: a seed gives the same on every device.
         dtype: floating-point type of inputs and real targets.
+        memory: bytes that the kept minibatches may take in all.
 
     Attributes:
         name: the name of the problem.
         V, O: the numbers of inputs and outputs at each step.
         train_batches, test_batches: the indices, as ranges.
-        train_mem, test_mem: the minibatches drawn so far, by index.
+        train_mem, test_mem: the minibatches kept so far, by index.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -60,6 +62,7 @@ class Problem(ABC):
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        memory: int = 2 << 30,
     ) -> None:
         if form not in self.shortest:
             forms = " or ".join(repr(known) for known in self.shortest)
@@ -74,6 +77,7 @@ class Problem(ABC):
         self.seed = _integer("seed", seed, 0)
         self.device = torch.device(device)
         self.dtype = dtype
+        self.memory = _integer("memory", memory, 0)
         self.train_mem: dict[int, Batch] = {}
         self.test_mem: dict[int, Batch] = {}
         self._epoch = 0
@@ -121,9 +125,13 @@ class Problem(ABC):
                 f"there is no minibatch {i}: training has 0 to {self.train_batches[-1]}, test -1 to "
                 f"{self.test_batches[-1]}; more come with train_batches= or test_batches="
             )
-        if i not in memory:
-            memory[i] = self._draw(Stream(self.seed, role, epoch, i))
-        return memory[i]
+        if i in memory:
+            return memory[i]
+        batch = self._draw(Stream(self.seed, role, epoch, i))
+        kept = sum(other.nbytes for mem in (self.train_mem, self.test_mem) for other in mem.values())
+        if kept + batch.nbytes <= self.memory:
+            memory[i] = batch
+        return batch
 
     def forget(self) -> None:
         """Drop all training minibatches: the next use of each draws a new one. Test minibatches stay."""

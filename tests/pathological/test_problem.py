@@ -126,6 +126,23 @@ def test_forgotten_minibatches_are_drawn_anew(name: str, form: str) -> None:
 
 
 @EVERY
+def test_minibatches_that_are_not_kept_are_the_same_at_each_use(name: str, form: str) -> None:
+    roomy = build(name, form)
+    size = roomy(0).nbytes
+    assert size >= roomy(0).inputs.numel() * 4
+    tight = build(name, form, memory=2 * size)
+    for i in (0, 5, -1, -2, 0, -2):
+        assert equal(tight(i), roomy(i))
+    held = [*tight.train_mem.values(), *tight.test_mem.values()]
+    assert 1 <= len(held) <= 2
+    assert sum(batch.nbytes for batch in held) <= 2 * size
+    tight.forget()
+    roomy.forget()
+    assert equal(tight(-2), roomy(-2))
+    assert equal(tight(3), roomy(3))
+
+
+@EVERY
 def test_state_restores_the_draws(name: str, form: str) -> None:
     problem = build(name, form)
     for _ in range(3):
@@ -231,6 +248,7 @@ def test_moving_a_batch(name: str, form: str) -> None:
         ({"batch_size": True}, "batch_size is True"),
         ({"train_batches": -1}, "train_batches is -1"),
         ({"test_batches": 0}, "test_batches is 0"),
+        ({"memory": -1}, "memory is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": None}, "seed is None"),
         ({"dtype": torch.int64}, "dtype is torch.int64"),
