@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hfopt import graph, structural
+from hfopt import graph, replaced, structural
 from hfopt.errors import ClosureError
 from hfopt.losses import CRITERIA
+from hfopt.replaced import Purpose
 
 Closure = Callable[[], Any]
 
@@ -30,10 +31,6 @@ WAYS_OUT = (
     "module whose result is the network's output>; or pass loss=<function> with a closure that returns that "
     "function's arguments"
 )
-
-# Functions of cuDNN's recurrent layers, whose backward pass cannot be differentiated.
-_RECURRENT = {getattr(torch._C._VariableFunctions, n) for n in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-
 
 # Where an output stands: the n-th criterion call, module call or result, and the place among its flattened tensors.
 Site = tuple[int, int]
@@ -78,8 +75,9 @@ def _cut(t: Tensor) -> Tensor:
 class _Mode(TorchFunctionMode):
     """Sees every torch function of the closure; ``backward`` is noted instead of run."""
 
-    def __init__(self, *, cut_criteria: bool, run_backward: bool = False) -> None:
+    def __init__(self, *, cut_criteria: bool, run_backward: bool = False, purpose: Purpose = "value") -> None:
         super().__init__()
+        self.purpose = purpose
         self.cut_criteria = cut_criteria
         self.run_backward = run_backward
         self.roots: list[Tensor] = []
@@ -96,9 +94,8 @@ class _Mode(TorchFunctionMode):
             self.differentiates = True
         if func in CRITERIA and self.cut_criteria:
             return self._criterion(func, args, kwargs)
-        if func in _RECURRENT and torch.is_grad_enabled():
-            with torch.backends.cudnn.flags(enabled=False):
-                return func(*args, **kwargs)
+        if func in replaced.RECURRENT:
+            return replaced.call(func, args, kwargs, self.purpose)
         return func(*args, **kwargs)
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -246,7 +243,7 @@ def trace(
         ClosureError: what was found and which keyword solves it.
     """
     declared = loss is not None or outputs is not None
-    mode = _Mode(cut_criteria=cut and not declared)
+    mode = _Mode(cut_criteria=cut and not declared, purpose="products" if cut else "hessian")
     cuts = _Cuts(cut=True)
     with (
         torch.enable_grad(),
@@ -308,6 +305,8 @@ class _Collect(TorchFunctionMode):
             return None
         if func in CRITERIA:
             self.flat.append(tree_flatten((args, kwargs))[0])
+        if func in replaced.RECURRENT:
+            return replaced.call(func, args, kwargs, "products")
         return func(*args, **kwargs)
 
 

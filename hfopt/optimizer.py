@@ -15,6 +15,7 @@ from hfopt.damping import Damping, as_damping
 from hfopt.linearisation import POLICIES
 from hfopt.linesearch import LineSearch
 from hfopt.preconditioner import Preconditioner, as_preconditioner
+from hfopt.replaced import replacing
 from hfopt.stats import StepStats
 from hfopt.step import Step
 from hfopt.vector import ParameterVector
@@ -49,6 +50,8 @@ class HessianFree(Optimizer):
         structural: mu of structural damping (Martens & Sutskever 2011); needs models that mark their hidden states.
         linearisation: see :mod:`hfopt.linearisation`.
         memory_budget: bytes for the kept graph; default: 80% of what is free.
+        replace_recurrences: compute ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU`` inside a step by hfopt's recurrences where
+            that is exact and faster (see :mod:`hfopt.replaced`).
         batch_dim: the outputs' dimension along which cases stand, for the Fisher matrices and a preconditioner
             given by name.
         loss: a function of what the closure returns, if the loss is not a criterion of torch.nn.functional.
@@ -78,6 +81,7 @@ class HessianFree(Optimizer):
         structural: float = 0.0,
         linearisation: str = "auto",
         memory_budget: int | None = None,
+        replace_recurrences: bool = True,
         batch_dim: int = 0,
         loss: Callable[..., Tensor] | None = None,
         outputs: nn.Module | None = None,
@@ -94,6 +98,7 @@ class HessianFree(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.curvature, self.backtracking = curvature, backtracking
         self.structural, self.linearisation, self.memory_budget = structural, linearisation, memory_budget
+        self.replace_recurrences = replace_recurrences
         self.batch_dim, self.loss, self.outputs = batch_dim, loss, outputs
         self.damping = as_damping(damping)
         self.cg = CG() if cg is None else cg
@@ -141,7 +146,8 @@ class HessianFree(Optimizer):
         if closure is None:
             raise ValueError("step() needs a closure that computes the loss, as torch.optim.LBFGS does")
         step = Step(self, closure, curvature, evaluation)
-        result = step.run()
+        with replacing(self.replace_recurrences):
+            result = step.run()
         self.steps += 1
         self.stats.append(dataclasses.replace(step.stats, step=self.steps))
         return result
@@ -194,6 +200,7 @@ class HessianFree(Optimizer):
             "structural",
             "linearisation",
             "memory_budget",
+            "replace_recurrences",
             "batch_dim",
             "loss",
         )
