@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfopt.recurrences import loops
-from hfopt.recurrences.nonlinearities import NONLINEARITIES
+from hfopt.recurrences import backends
 
 
 @torch.library.custom_op("hfopt::rnn_forward", mutates_args=())
 def rnn_forward(P: Tensor | None, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
     """H (T, B, h) of h_t = f(p_t + [h_{t-1}, x_t] K); P (T, B, h) or None, X (T, B, V), K (h + V, h), h0 (B, h)."""
-    return loops.forward(P, X, K, h0, NONLINEARITIES[nonlinearity])
+    return backends.forward(P, X, K, h0, nonlinearity)
 
 
 @torch.library.custom_op("hfopt::rnn_tangent", mutates_args=())
@@ -38,7 +37,7 @@ def rnn_tangent(
 
     R_a,t = dp_t + [h_{t-1}, x_t] dK + R_h,{t-1} W, R_h,t = f'(a_t) R_a,t, R_h,{-1} = dh0; a None is zero.
     """
-    R, Ra = loops.tangent(dP, dK, dh0, X, H, h0, K, NONLINEARITIES[nonlinearity], preactivations)
+    R, Ra = backends.tangent(dP, dK, dh0, X, H, h0, K, nonlinearity, preactivations)
     return R, H.new_empty(0) if Ra is None else Ra
 
 
@@ -58,7 +57,7 @@ def rnn_adjoint(
     dp_t = f'(a_t) (u_t + dp_{t+1} W') + ua_t, dK = sum_t [h_{t-1}, x_t]' dp_t, dh0 = dp_0 W'; one of U, Ua may be None
     (zero); dP is empty unless `inputs`.
     """
-    dP, dK, dh0 = loops.adjoint(U, Ua, X, H, h0, K, NONLINEARITIES[nonlinearity], inputs)
+    dP, dK, dh0 = backends.adjoint(U, Ua, X, H, h0, K, nonlinearity, inputs)
     return H.new_empty(0) if dP is None else dP, dK, dh0
 
 

@@ -1,0 +1,79 @@
+/* Passes over time in C, for float and double. Vector types of the compiler are used, so that the same source serves every
+   processor; the sizes of a block of registers follow from the instruction set that is compiled for. No fast-math: NaN and
+   infinity go through. */
+
+#include <stdlib.h>
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define NV 2
+#define MR 12
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#define NV 2
+#define MR 6
+#elif defined(__aarch64__)
+#define VECTOR_BYTES 16
+#define NV 4
+#define MR 6
+#else
+#define VECTOR_BYTES 16
+#define NV 2
+#define MR 6
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define FEW 4 /* outputs that are read out one by one, since panels would be nearly empty */
+#define LONGEST_BLOCK 32
+#define ROWS_OF_A_BLOCK 192 /* of a sum over rows: enough to make up for reading and writing the sums */
+
+/* How many steps the sums over steps and sequences are put off: at least two, since a step reads the one after it. */
+static long block_length(long tile) {
+  const long steps = (ROWS_OF_A_BLOCK + tile - 1) / tile;
+  return steps < 2 ? 2 : steps > LONGEST_BLOCK ? LONGEST_BLOCK : steps;
+}
+
+/* Data that will be needed soon: `bytes` from `at` on. */
+typedef struct {
+  const char *at;
+  long bytes;
+} span;
+
+#define NOTHING ((span){NULL, 0})
+#define SPAN(x, count) ((span){(const char *)(x), (long)((count) * sizeof(REAL))})
+
+static inline void fetch(span what, long from, long to) {
+  if (to > what.bytes) to = what.bytes;
+  for (; from < to; from += 64) __builtin_prefetch(what.at + from, 0, 2);
+}
+
+/* Memory of the calling thread, kept for its next pass: fresh memory would cost page faults each time. */
+static void *workspace(size_t bytes) {
+  static __thread void *memory;
+  static __thread size_t size;
+  if (bytes > size) {
+    free(memory);
+    size = bytes;
+    if (posix_memalign(&memory, 64, bytes)) {
+      memory = NULL;
+      size = 0;
+    }
+  }
+  return memory;
+}
+
+#include "team.h"
+
+#define REAL float
+#define NAME(x) x##_float32
+static REAL *NAME(workspace)(long count) { return workspace((count + 64) * sizeof(REAL)); }
+#include "gemm.h"
+#include "simple.h"
+#undef REAL
+#undef NAME
+
+#define REAL double
+#define NAME(x) x##_float64
+static REAL *NAME(workspace)(long count) { return workspace((count + 64) * sizeof(REAL)); }
+#include "gemm.h"
+#include "simple.h"
