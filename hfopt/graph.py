@@ -1,11 +1,39 @@
-"""Walks over an autograd graph: which parameters a loss reaches directly, and what a graph holds in memory."""
+"""Derivatives along an autograd graph, and walks over it: which parameters it reaches, and what it holds in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+
+
+def gradients(
+    heads: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool = False
+) -> list[Tensor | None]:
+    """``autograd.grad`` on a graph that is kept; None for an input that ``heads`` do not depend on.
+
+    ``batched``: k cotangents at once, along a new first dimension of each, and so the results. This is torch.func's
+    vmap, which the operators of hfopt have rules for; ``is_grads_batched`` would call them k times.
+    """
+    if not heads or not inputs:
+        return [None] * len(inputs)
+    if not batched:
+        return list(torch.autograd.grad(heads, inputs, cotangents, retain_graph=True, allow_unused=True))
+    live: list[int] = []
+    keep = {"retain_graph": True, "allow_unused": True}
+
+    def one(*w: Tensor) -> tuple[Tensor, ...]:
+        grads: Sequence[Tensor | None] = torch.autograd.grad(heads, inputs, w, **keep)
+        live[:] = [i for i, g in enumerate(grads) if g is not None]
+        return tuple(g for g in grads if g is not None)
+
+    found = torch.vmap(one)(*cotangents)
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, g in zip(live, found, strict=True):
+        result[i] = g
+    return result
 
 
 def nodes(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> Iterator[Node]:

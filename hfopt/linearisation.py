@@ -56,10 +56,7 @@ def _vjp(
     live = [(z, t) for z, t in zip(outputs, w, strict=True) if t is not None and z.requires_grad]
     if not live:
         return [None] * len(params)
-    heads, cotangents = zip(*live, strict=True)
-    return list(
-        torch.autograd.grad(heads, params, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched)
-    )
+    return graph.gradients([z for z, _ in live], params, [t for _, t in live], batched)
 
 
 class DoubleBackward:
@@ -80,18 +77,7 @@ class DoubleBackward:
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
         """``J v = d<J'u, v>/du``; ``batched``: k tangents at once, along a new first dimension."""
-        if not self._pulled:
-            return [None] * len(self.outputs)
-        return list(
-            torch.autograd.grad(
-                [g for _, g in self._pulled],
-                self._u,
-                [v[i] for i, _ in self._pulled],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-        )
+        return graph.gradients([g for _, g in self._pulled], self._u, [v[i] for i, _ in self._pulled], batched)
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False) -> Maybe:
         """``J' w`` on the forward graph; ``batched`` as for :meth:`jvp`."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hfopt.recurrences import NONLINEARITIES, simple_rnn_layer
+from hfopt.recurrences import NONLINEARITIES, segments, simple_rnn_layer
 from models.initialisation import generator_of, sparse_
 
 
@@ -144,20 +144,59 @@ class RNN(nn.Module):
             ValueError: a wrong shape or length; the message names the argument.
             TypeError: a wrong dtype.
         """
-        hidden, last = self._run(inputs, h0, lengths)
+        inputs, start, mask, last = self._checked(inputs, h0, lengths)
+        if segments.wanted():
+            return self._checkpointed(inputs, start, mask, last)
+        hidden = self._hidden(inputs, start, mask)
         if self.output == "last":
             hidden = hidden[-1] if last is None else hidden[last, torch.arange(hidden.shape[1], device=hidden.device)]
+        return self._readout(hidden)
+
+    def _checkpointed(self, inputs: Tensor, start: Tensor, mask: Tensor | None, last: Tensor | None) -> Tensor:
+        """The same in segments, each with its part of the readout: the hidden states are never there all at once."""
+        every, batch = self.output == "all", inputs.shape[1]
+        final = None
+        if last is not None and not every:
+            final = torch.arange(len(inputs), device=inputs.device).unsqueeze(1) == last
+        weights = (self.W_vh, self.W_hh, self.b_h, self.W_ho, self.b_o)
+
+        def part(xs: segments.Given, states: segments.Given, Ws: segments.Given) -> segments.Found:
+            x, valid, now = xs
+            W_vh, W_hh, b_h, W_ho, b_o = Ws
+            hidden = simple_rnn_layer(x, W_vh, W_hh, states[0], b_h, self.nonlinearity, valid)
+            if every:
+                return [hidden if W_ho is None else F.linear(hidden, W_ho.t(), b_o)], [hidden[-1]]
+            if now is None:
+                return [], [hidden[-1]]
+            chosen = torch.where(now.unsqueeze(-1), hidden, torch.zeros_like(hidden)).sum(0)
+            return [], [hidden[-1], states[1] + chosen]
+
+        states = [start.expand(batch, -1)]
+        if final is not None:
+            states.append(torch.zeros_like(states[0]))
+        outputs, after = segments.over_time(part, (inputs, mask, final), states, weights)
+        if every:
+            return outputs[0].transpose(0, 1) if self.batch_first else outputs[0]
+        return self._readout(after[-1])
+
+    def _readout(self, hidden: Tensor) -> Tensor:
         outputs = hidden if self.W_ho is None else F.linear(hidden, self.W_ho.t(), self.b_o)
         return outputs.transpose(0, 1) if self.batch_first and self.output == "all" else outputs
 
     @torch.no_grad()
     def hidden_states(self, inputs: Tensor, h0: Tensor | None = None) -> Tensor:
         """Hidden states (T, B, h), or (B, T, h) if `batch_first`, outside autograd, to look at."""
-        hidden, _ = self._run(inputs, h0, None)
+        inputs, start, _, _ = self._checked(inputs, h0, None)
+        hidden = self._hidden(inputs, start, None)
         return hidden.transpose(0, 1) if self.batch_first else hidden
 
-    def _run(self, inputs: Tensor, h0: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (T, B, h), and the index (B,) of each sequence's last step if there are lengths."""
+    def _hidden(self, inputs: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
+        return simple_rnn_layer(inputs, self.W_vh, self.W_hh, start, self.b_h, self.nonlinearity, mask)
+
+    def _checked(
+        self, inputs: Tensor, h0: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Inputs (T, B, V), the start, and for given lengths the mask (T, B) and each sequence's last step (B,)."""
         if inputs.dim() != 3 or inputs.shape[2] != self.inputs or inputs.numel() == 0:
             axes = "(B, T, V)" if self.batch_first else "(T, B, V)"
             raise ValueError(
@@ -175,8 +214,7 @@ class RNN(nn.Module):
         if lengths is not None:
             last = _checked_lengths(lengths, steps, batch).to(inputs.device) - 1
             mask = torch.arange(steps, device=inputs.device).unsqueeze(1) <= last
-        start = self.h_init if h0 is None else h0
-        return simple_rnn_layer(inputs, self.W_vh, self.W_hh, start, self.b_h, self.nonlinearity, mask), last
+        return inputs, self.h_init if h0 is None else h0, mask, last
 
     @classmethod
     def from_torch(cls, recurrent: nn.RNN, readout: nn.Linear | None = None, *, output: str = "all") -> RNN:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
+from hfopt.recurrences import segments
 from hfopt.recurrences.linear import Maybe, adjoint, apply, seen, tangent
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
 from hfopt.recurrences.operators import rnn_forward
@@ -74,6 +75,13 @@ def _run(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str, mask: Ma
     if torch.compiler.is_compiling():
         compiled: Tensor = rnn_forward(P, X, K, h0, nonlinearity)
         return compiled
+    if segments.wanted():
+
+        def part(xs: segments.Given, states: segments.Given, Ks: segments.Given) -> segments.Found:
+            H = _run(xs[0], xs[1], Ks[0], states[0], nonlinearity, xs[2])
+            return (H,), (H[-1],)
+
+        return segments.over_time(part, (P, X, mask), (h0,), (K,))[0][0]
     wanted = structural.wanted()
     H, *A = apply(_Recurrence, P, X, K, h0, nonlinearity, wanted)
     if wanted:
