@@ -77,7 +77,7 @@ class Problem(ABC):
         self.seed = _integer("seed", seed, 0)
         self.device = torch.device(device)
         self.dtype = dtype
-        self.memory = _integer("memory", memory, 0)
+        self._memory = _integer("memory", memory, 0)
         self.train_mem: dict[int, Batch] = {}
         self.test_mem: dict[int, Batch] = {}
         self._epoch = 0
@@ -129,7 +129,7 @@ class Problem(ABC):
             return memory[i]
         batch = self._draw(Stream(self.seed, role, epoch, i))
         kept = sum(other.nbytes for mem in (self.train_mem, self.test_mem) for other in mem.values())
-        if kept + batch.nbytes <= self.memory:
+        if kept + batch.nbytes <= self._memory:
             memory[i] = batch
         return batch
 

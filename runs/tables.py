@@ -1,0 +1,107 @@
+"""The tables that `python -m runs.reproduce` runs: which runs they hold, and what was published about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pathological import PROBLEMS
+from runs.cells import Cell
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seeds alone.
+
+    Attributes:
+        title: what the row is called.
+        words: what is typed after the run file's name, but for the seed.
+        claim: what was published, or what is to be found out.
+        against: the title of the row of the same table whose time this one is measured in, if any.
+        module: the run file.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    claim: str
+    against: str | None = None
+    module: str = "pathological"
+
+    def cells(self, seeds: int) -> list[Cell]:
+        """The runs of the first so many seeds."""
+        return [Cell(self.module, self.words, seed) for seed in range(seeds)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, with what a reader has to know about them, and how many seeds each has by default."""
+
+    title: str
+    text: str
+    rows: tuple[Row, ...]
+    seeds: int = 3
+
+
+# Martens & Sutskever (ICML 2011) and Sutskever's thesis (2013), nets of 100 tanh units.
+PUBLISHED = dict.fromkeys(PROBLEMS, "up to T = 200") | {
+    "xor": "T = 100 in rare cases",
+    "memorization_5bit": "up to T = 200 with structural damping",
+    "memorization_20bit": "up to T = 200 with structural damping",
+}
+
+
+def _problems(*lengths: int, xor: int) -> tuple[Row, ...]:
+    """All problems at the given lengths; XOR up to its own."""
+    return tuple(
+        Row(f"{name}, T = {T}", (name, "--T", str(T)), PUBLISHED[name])
+        for T in lengths
+        for name in PROBLEMS
+        if name != "xor" or T in range(xor + 1)
+    )
+
+
+def _damping(T: int) -> tuple[Row, ...]:
+    with_, without = "solved", "not solved at lags above 50"
+    return tuple(
+        Row(f"{name}, T = {T}, mu = {mu}", (name, "--T", str(T), *words), claim)
+        for name in ("memorization_5bit", "memorization_20bit")
+        for mu, words, claim in (("1/30", (), with_), ("0", ("--structural", "0"), without))
+    )
+
+
+def _times(*lengths: int) -> tuple[Row, ...]:
+    rows = []
+    for T in lengths:
+        old = f"multiplication, T = {T}, settings of 2011"
+        rows.append(Row(f"multiplication, T = {T}", ("multiplication", "--T", str(T)), "", against=old))
+        rows.append(Row(old, ("multiplication-2011", "--T", str(T)), "up to T = 200"))
+    return tuple(rows)
+
+
+TABLES = {
+    "pathological": Table(
+        "The pathological problems at T = 30 and T = 50",
+        "Nets of 100 tanh units, the problems in the form of the paper. A problem counts as solved when fewer than 1% "
+        "of 10,000 test sequences are answered wrongly: numbers by more than 0.04, bits and classes by the wrong sign "
+        "or the wrong maximum, the random permutation at its last step, memorization at any step.",
+        _problems(30, 50, xor=30),
+    ),
+    "pathological-long": Table(
+        "The pathological problems at T = 100 and T = 200",
+        "The same nets, settings and measure of success; one seed unless more are listed.",
+        _problems(100, 200, xor=100),
+        seeds=1,
+    ),
+    "memorization-damping": Table(
+        "Memorization at T = 100 with and without structural damping",
+        "The published claim is that structural damping is essential at long lags (above about 50). Everything but mu "
+        "is the same in both rows of a problem.",
+        _damping(100),
+    ),
+    "time-to-solution": Table(
+        "Time to solution",
+        "The settings of this project against those of 2011 (gradient of 10,000 sequences, curvature of 1,000, at most "
+        "300 CG iterations, lambda 0.1 at the start, mu = 1/30) in the same program, so that the difference is that of "
+        "the settings alone and not that of faster products.",
+        _times(30, 100),
+    ),
+}
