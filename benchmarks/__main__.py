@@ -17,9 +17,10 @@ import torch
 import tyro
 
 import benchmarks
-from benchmarks import cases, machine, products, report, scaling, steps
+from benchmarks import cases, claims, gpu, machine, products, report, scaling, steps
+from hfopt.memory import keep_freed_memory
 
-Benchmark = Literal["products", "steps", "scaling"]
+Benchmark = Literal["products", "steps", "scaling", "gpu"]
 STEP_CASES = ("autoencoder", "rnn-*")
 
 
@@ -28,7 +29,7 @@ class Options:
     """What to measure, and how."""
 
     what: Annotated[tuple[Benchmark, ...], tyro.conf.Positional] = ("products", "steps", "scaling")
-    """the benchmarks to run"""
+    """the benchmarks to run; gpu: the tanh recurrence and conjugate gradients on a CUDA device"""
     cases: tuple[str, ...] = ()
     """names or patterns of cases, as rnn-*-B100; default: all (steps: autoencoder and rnn-*)"""
     rounds: int = 21
@@ -82,6 +83,8 @@ def run_products(options: Options, folder: Folder) -> bool:
         case = build().to(torch.device(options.device))
         found[name] = products.measure(case, options.rounds, options.seconds)
         texts.append(report.product_table(f"{name}: {case.about}", found[name]))
+        if options.device == "cpu" and not options.toy:
+            texts[-1] += report.claim_table(list(claims.of_products(name, found[name])))
         print(texts[-1], flush=True)
         folder.write("products", {n: _plain(rows) for n, rows in found.items()}, "\n".join(texts))
         if (path := folder.file("products.png")) is not None:
@@ -103,15 +106,29 @@ def run_steps(options: Options, folder: Folder) -> None:
 def run_scaling(options: Options, folder: Folder) -> None:
     """Growth along T, B and h."""
     found: dict[str, list[scaling.Row]] = {}
+    texts: list[str] = []
     for along in scaling.SIZES:
         torch.manual_seed(options.seed)
         device = torch.device(options.device)
         found[along] = scaling.measure(along, options.rounds, options.seconds, device, options.toy)
-        print(report.scaling_table(found[along]), flush=True)
-        text = "\n".join(report.scaling_table(rows) for rows in found.values())
-        folder.write("scaling", {n: _plain(rows) for n, rows in found.items()}, text)
+        limits = [] if options.toy else list(claims.of_scaling(along, found[along]))
+        texts.append(report.scaling_table(found[along]) + report.claim_table(limits))
+        print(texts[-1], flush=True)
+        folder.write("scaling", {n: _plain(rows) for n, rows in found.items()}, "\n".join(texts))
     if (path := folder.file("scaling.png")) is not None:
         report.plot_scaling(found, path)
+
+
+def run_gpu(options: Options, folder: Folder) -> None:
+    """The tanh recurrence on a CUDA device; a sentence where there is none."""
+    if not torch.cuda.is_available():
+        print(gpu.NO_DEVICE, flush=True)
+        return
+    torch.manual_seed(options.seed)
+    found = gpu.measure(torch.device("cuda"), options.rounds, options.seconds, options.toy)
+    text = report.claim_table(gpu.claims(found))
+    print(text, flush=True)
+    folder.write("gpu", dataclasses.asdict(found), text)
 
 
 def _plain(rows: list[Any]) -> list[dict[str, Any]]:
@@ -123,7 +140,11 @@ def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=args, prog="python -m benchmarks", description=benchmarks.__doc__)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    about = machine.describe(torch.device(options.device))
+    device = torch.device("cuda" if options.what == ("gpu",) and torch.cuda.is_available() else options.device)
+    # Exact float32 for everyone: cuDNN rounds to TF32 otherwise, matrix products by themselves do not.
+    torch.backends.cudnn.allow_tf32 = False
+    kept = keep_freed_memory()
+    about = {**machine.describe(device), "freed memory": "kept by the process" if kept else "as the system has it"}
     path = options.out or Path(__file__).parent / "results" / machine.folder_name(about)
     folder = Folder(path if options.save else None, about)
     print("\n".join(f"{key}: {value}" for key, value in about.items()), end="\n\n")
@@ -132,6 +153,8 @@ def main(args: list[str] | None = None) -> int:
         run_steps(options, folder)
     if "scaling" in options.what:
         run_scaling(options, folder)
+    if "gpu" in options.what:
+        run_gpu(options, folder)
     if folder.path is not None:
         print(f"Written to {folder.path}.")
     return 0 if agreed else 1

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import Case, Form, Tensors
+from benchmarks.case import Case, Form, Tensors
 from hfopt import GaussNewton
 from hfopt.curvature import differentiable_attention
+from hfopt.linearisation import POLICIES
+from hfopt.replaced import replacing
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Vector:
         pieces = torch.split(flat, [t.numel() for t in tensors])
         return cls([piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)], flat)
 
+
+# Names in the tables: the peer, and hfopt on torch's own recurrent layer, which it replaces inside a step.
+CURVLINOPS = "curvlinops"
+REPLACED = "hfopt, on torch's layer"
 
 Product = Callable[[Vector], Tensors]
 
@@ -79,6 +87,12 @@ def ours(form: Form, case: Case, policy: str) -> Product:
     return multiply
 
 
+def general(form: Form, case: Case) -> Product:
+    """The same where nothing is replaced: torch's own layers, or a Python loop, differentiated as they are."""
+    with replacing(False):
+        return ours(form, case, "double-backward")
+
+
 def curvlinops(form: Form, case: Case) -> Product:
     """The `GGNLinearOperator @ v`, its checks of determinism switched off, of curvlinops."""
     from curvlinops import GGNLinearOperator  # type: ignore[import-untyped, import-not-found, unused-ignore]
@@ -93,10 +107,20 @@ def curvlinops(form: Form, case: Case) -> Product:
     )
 
     def multiply(v: Vector) -> Tensors:
-        with differentiable_attention():
+        with differentiable(form.model):
             return list(op @ v.tensors)
 
     return multiply
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Kernels that can be differentiated twice: the plain attention, and recurrent layers without cuDNN."""
+    cuda = any(p.is_cuda for p in model.parameters())
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    plain = torch.backends.cudnn.flags(enabled=False) if cuda and recurrent else nullcontext()
+    with differentiable_attention(), plain:
+        yield
 
 
 def _loss_curvature(case: Case, z: Tensor, u: Tensor) -> Tensor:
@@ -111,7 +135,7 @@ def double_backward(form: Form, case: Case) -> Product:
     params = list(form.model.parameters())
 
     def multiply(v: Vector) -> Tensors:
-        with differentiable_attention():
+        with differentiable(form.model):
             z = form.model(case.inputs)
             w = torch.zeros_like(z, requires_grad=True)
             pulled = torch.autograd.grad(z, params, w, create_graph=True, materialize_grads=True)
@@ -132,7 +156,7 @@ def jvp_and_vjp(form: Form, case: Case) -> Product:
         return z
 
     def multiply(v: Vector) -> Tensors:
-        with differentiable_attention():
+        with differentiable(form.model):
             pushed: Any = torch.func.jvp(outputs, (named,), (dict(zip(named, v.tensors, strict=True)),))
             u = pushed[1]
             found: Any = torch.func.vjp(outputs, named)
@@ -146,15 +170,17 @@ def methods(case: Case) -> Iterator[Method]:
     """All methods of a case: hfopt's own first."""
     plain = Form(case.plain)
     best = case.ours or plain
-    for policy in ("auto", "double-backward", "linearize", "recompute"):
-        yield Method(f"hfopt, {policy}", lambda p=policy: ours(best, case, p), best, policy != "recompute")  # type: ignore[misc]
+    for policy in POLICIES:
+        yield Method(f"hfopt, {policy}", partial(ours, best, case, policy), best, policy != "recompute")
+    if any(isinstance(m, nn.RNNBase) for m in case.plain.modules()):
+        yield Method(REPLACED, partial(ours, plain, case, "double-backward"), plain, True)
     if case.ours is not None:
-        yield Method("hfopt, general path", lambda: ours(plain, case, "double-backward"), plain, True)
-    for name, form in case.others.items():
-        yield Method(f"hfopt on {name}", lambda f=form: ours(f, case, "double-backward"), form, True)  # type: ignore[misc]
-    yield Method("curvlinops", lambda: curvlinops(plain, case), plain)
-    yield Method("double backward, re-run", lambda: double_backward(plain, case), plain)
-    yield Method("func.jvp + vjp, re-run", lambda: jvp_and_vjp(plain, case), plain)
+        yield Method("hfopt, general path", partial(general, plain, case), plain, True)
+    peers = {CURVLINOPS: plain, **{f"{CURVLINOPS} on {name}": form for name, form in case.others.items()}}
+    for name, form in peers.items():
+        yield Method(name, partial(curvlinops, form, case), form)
+    yield Method("double backward, re-run", partial(double_backward, plain, case), plain)
+    yield Method("func.jvp + vjp, re-run", partial(jvp_and_vjp, plain, case), plain)
 
 
 def reason(error: Exception) -> str:

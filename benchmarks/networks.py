@@ -21,49 +21,133 @@ def autoencoder(sizes: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class LoopRNN(nn.Module):
-    """The tanh RNN as a Python loop over unbound steps, with the parameters of `models.RNN`."""
+class TorchRecurrent(nn.Module):
+    """`torch.nn.RNN`, `LSTM` or `GRU` of one layer, with learned initial states and a linear readout of every step."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+    def __init__(self, recurrent: nn.RNN | nn.LSTM | nn.GRU, outputs: int) -> None:
         super().__init__()
-        self.h_init = nn.Parameter(torch.zeros(hidden))
-        self.W_vh = nn.Parameter(torch.empty(inputs, hidden))
-        self.W_hh = nn.Parameter(torch.empty(hidden, hidden))
-        self.W_ho = nn.Parameter(torch.empty(hidden, outputs))
-        self.b_h = nn.Parameter(torch.empty(hidden))
-        self.b_o = nn.Parameter(torch.empty(outputs))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        projected = F.linear(inputs, self.W_vh.t(), self.b_h)
-        h = self.h_init.expand(inputs.shape[1], -1)
-        states = []
-        for p in projected.unbind():
-            h = torch.addmm(p, h, self.W_hh).tanh()
-            states.append(h)
-        return F.linear(torch.stack(states), self.W_ho.t(), self.b_o)
-
-
-class TorchRNN(nn.Module):
-    """`torch.nn.RNN` with a learned start and a linear readout."""
-
-    def __init__(self, recurrent: nn.RNN, readout: nn.Linear, initial: Tensor) -> None:
-        super().__init__()
-        self.recurrent, self.readout, self.initial = recurrent, readout, nn.Parameter(initial)
+        hidden = recurrent.hidden_size
+        self.recurrent, self.readout = recurrent, nn.Linear(hidden, outputs)
+        self.initial = nn.Parameter(torch.randn(1, 1, hidden) * 0.1)
+        self.cell = nn.Parameter(torch.randn(1, 1, hidden) * 0.1) if isinstance(recurrent, nn.LSTM) else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         start = self.initial.expand(1, inputs.shape[1], -1).contiguous()
-        return cast(Tensor, self.readout(self.recurrent(inputs, start)[0]))
+        states = start if self.cell is None else (start, self.cell.expand(1, inputs.shape[1], -1).contiguous())
+        return cast(Tensor, self.readout(self.recurrent(inputs, states)[0]))
 
 
-class TorchLSTM(nn.Module):
-    """`torch.nn.LSTM`, one layer, with a linear readout at every step: (T, B, V) -> (T B, O)."""
+class PerStep(nn.CrossEntropyLoss):
+    """Cross-entropy of outputs (T, B, O) for symbols (T, B), averaged over both."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+    def forward(self, outputs: Tensor, symbols: Tensor) -> Tensor:
+        return super().forward(outputs.flatten(0, 1), symbols.flatten())
+
+
+class Loop(nn.Module):
+    """A recurrent network as a Python loop over unbound steps: inputs are projected before it, outputs after it."""
+
+    def __init__(self, hidden: int, outputs: int, **weights: tuple[int, ...]) -> None:
         super().__init__()
-        self.recurrent, self.readout = nn.LSTM(inputs, hidden), nn.Linear(hidden, outputs)
+        sizes = {"h_init": (hidden,), **weights, "W_ho": (hidden, outputs), "b_o": (outputs,)}
+        for name, shape in sizes.items():
+            bound = 0.0 if name == "h_init" else hidden**-0.5
+            self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+
+    def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
+        """The hidden states (B, h) of every step, from h_{-1}."""
+        raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return cast(Tensor, self.readout(self.recurrent(inputs)[0])).flatten(0, 1)
+        W_ho, b_o, h_init = cast(Tensor, self.W_ho), cast(Tensor, self.b_o), cast(Tensor, self.h_init)
+        states = self.loop(inputs, h_init.expand(inputs.shape[1], -1))
+        return F.linear(torch.stack(states), W_ho.t(), b_o)
+
+
+class LoopRNN(Loop):
+    """The tanh RNN, with the parameters of `models.RNN`."""
+
+    W_vh: Tensor
+    W_hh: Tensor
+    b_h: Tensor
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__(hidden, outputs, W_vh=(inputs, hidden), W_hh=(hidden, hidden), b_h=(hidden,))
+
+    def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
+        states = []
+        for p in F.linear(inputs, self.W_vh.t(), self.b_h).unbind():
+            h = torch.addmm(p, h, self.W_hh).tanh()
+            states.append(h)
+        return states
+
+
+class LoopMRNN(Loop):
+    """The multiplicative RNN with tanh: a_t = ((x_t W_xf) * (h_{t-1} W_hf)) W_fh + x_t W_xh + b_h."""
+
+    W_xf: Tensor
+    W_hf: Tensor
+    W_fh: Tensor
+    W_xh: Tensor
+    b_h: Tensor
+
+    def __init__(self, inputs: int, hidden: int, factors: int, outputs: int) -> None:
+        into, back = {"W_xf": (inputs, factors), "W_hf": (hidden, factors)}, {"W_fh": (factors, hidden)}
+        super().__init__(hidden, outputs, **into, **back, W_xh=(inputs, hidden), b_h=(hidden,))
+
+    def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
+        states = []
+        factors, projected = inputs @ self.W_xf, F.linear(inputs, self.W_xh.t(), self.b_h)
+        for e, p in zip(factors.unbind(), projected.unbind(), strict=True):
+            h = torch.addmm(p, e * (h @ self.W_hf), self.W_fh).tanh()
+            states.append(h)
+        return states
+
+
+class LoopLSTM(Loop):
+    """The LSTM, gates in torch's order i, f, g, o."""
+
+    W_x: Tensor
+    W_h: Tensor
+    b: Tensor
+    c_init: Tensor
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        gates = 4 * hidden
+        super().__init__(hidden, outputs, c_init=(hidden,), W_x=(inputs, gates), W_h=(hidden, gates), b=(gates,))
+
+    def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
+        states, c = [], self.c_init.expand(inputs.shape[1], -1)
+        for p in F.linear(inputs, self.W_x.t(), self.b).unbind():
+            i, f, g, o = torch.addmm(p, h, self.W_h).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            states.append(h)
+        return states
+
+
+class LoopGRU(Loop):
+    """The GRU, gates in torch's order r, z, n, with the biases of input and state apart."""
+
+    W_x: Tensor
+    W_h: Tensor
+    b_x: Tensor
+    b_h: Tensor
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        gates = 3 * hidden
+        super().__init__(hidden, outputs, W_x=(inputs, gates), W_h=(hidden, gates), b_x=(gates,), b_h=(gates,))
+
+    def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
+        states = []
+        for p in F.linear(inputs, self.W_x.t(), self.b_x).unbind():
+            x_r, x_z, x_n = p.chunk(3, 1)
+            h_r, h_z, h_n = torch.addmm(self.b_h, h, self.W_h).chunk(3, 1)
+            z = (x_z + h_z).sigmoid()
+            n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+            h = n + z * (h - n)
+            states.append(h)
+        return states
 
 
 def cnn(channels: int, classes: int, side: int) -> nn.Sequential:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Form, Tensors
+from benchmarks.case import Case, Form, Tensors
 from benchmarks.clock import Quartiles, interleaved, ratios
 from benchmarks.memory import allocated
 from benchmarks.methods import Method, Vector, double_backward, gradient, methods, reason
@@ -35,6 +35,7 @@ class Row:
     set_up: float | None = None
     gflops: float | None = None
     of_mm: float | None = None
+    of_floor: float | None = None
     difference: float | None = None
     peak: int | None = None
     kept: int | None = None
@@ -60,15 +61,15 @@ def measure(case: Case, rounds: int, budget: float, memory: bool = True) -> list
     plain = Form(case.plain)
     draws = torch.Generator().manual_seed(1)
     v = [torch.randn(p.shape, generator=draws).to(device) for p in case.plain.parameters()]
-    exact_gradient, exact_product = _in_float64(case, v)
+    exact_gradient, exact_product = in_float64(case, v)
 
-    forms = {UNIT: plain, **({"gradient of hfopt's": case.ours} if case.ours else {})}
-    forms |= {f"gradient of {name}": form for name, form in case.others.items()}
+    forms = {UNIT: plain, **({f"{UNIT} of hfopt's": case.ours} if case.ours else {})}
+    forms |= {f"{UNIT} of {name}": form for name, form in case.others.items()}
     tasks: dict[str, Callable[[], Any]] = {}
     rows: dict[str, Row] = {}
     for name, form in forms.items():
         tasks[name] = gradient(form.model, case)
-        difference = _difference(form.to_plain(tasks[name]()), exact_gradient)
+        difference = largest_difference(form.to_plain(tasks[name]()), exact_gradient)
         peak = allocated(tasks[name], device)[0] if memory else None
         rows[name] = Row(name, difference=difference, peak=peak)
     prepared: dict[str, Prepared] = {}
@@ -95,7 +96,7 @@ def measure(case: Case, rounds: int, budget: float, memory: bool = True) -> list
     for name, p in prepared.items():
         set_up = ratios(times[_set_up(name)], unit).median if p.method.cached else 0.0
         row = Row(name, set_up=set_up, difference=p.difference, peak=p.peak, kept=p.kept)
-        rows[name] = _timed(row, times[name], unit, case.work.product, one)
+        rows[name] = _timed(row, times[name], unit, case.work.product, one, case.work.floor)
     yardstick = _timed(Row(f"{YARDSTICK} ({m}, {k}) x ({k}, {n})"), mm, unit, mm_flops, one)
     rows[YARDSTICK] = replace(yardstick, gradients=None)
     return list(rows.values())
@@ -105,7 +106,7 @@ def _set_up(name: str) -> str:
     return f"set-up: {name}"
 
 
-def _in_float64(case: Case, v: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
+def in_float64(case: Case, v: Sequence[Tensor]) -> tuple[Tensors, Tensors]:
     """Gradient and product of the plain model, in float64, by double backward."""
 
     def double(t: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def _prepare(method: Method, v: Tensors, exact: Tensors, device: torch.device | 
             result = product(vector)
     except Exception as error:  # whatever a method does not support is an entry in the table
         return Row(method.name, skipped=reason(error))
-    difference = _difference(method.form.to_plain(result), exact)
+    difference = largest_difference(method.form.to_plain(result), exact)
     if not difference < TOLERANCE:
         return Row(method.name, difference=difference, skipped=WRONG)
     del product, result
@@ -143,7 +144,7 @@ def _prepare(method: Method, v: Tensors, exact: Tensors, device: torch.device | 
     return Prepared(method, lambda: product(vector), difference, peak, kept)
 
 
-def _difference(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def largest_difference(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Largest |found - exact| / largest |exact|, over all parameters together."""
     worst = max(float((a.double() - b).abs().max()) for a, b in zip(found, exact, strict=True))
     largest = max(float(b.abs().max()) for b in exact)
@@ -163,9 +164,19 @@ def _repeats(shape: tuple[int, int, int]) -> int:
     return min(1000, max(1, int(1e9 / (2.0 * m * k * n))))
 
 
-def _timed(row: Row, times: list[float], unit: list[float], flops: float, mm_seconds: list[float]) -> Row:
-    """The row with what follows from times, `flops` of work, and the seconds that torch.mm needs for one flop."""
+def _timed(
+    row: Row, times: list[float], unit: list[float], flops: float, mm_seconds: list[float], floor: float | None = None
+) -> Row:
+    """The row with what follows from times, `flops` of work, and the seconds that torch.mm needs for one flop.
+
+    `floor`: all flops of a product, which torch.mm's rate makes the least time that it can take.
+    """
     rates = [flops / t for t in times]
     median = Quartiles.of(times).median
     of_mm = Quartiles.of([rate * one for rate, one in zip(rates, mm_seconds, strict=True)]).median
-    return replace(row, ms=1e3 * median, gradients=ratios(times, unit), gflops=flops / median / 1e9, of_mm=of_mm)
+    of_floor = None
+    if floor is not None:
+        of_floor = ratios(times, [floor * one for one in mm_seconds]).median
+    return replace(
+        row, ms=1e3 * median, gradients=ratios(times, unit), gflops=flops / median / 1e9, of_mm=of_mm, of_floor=of_floor
+    )

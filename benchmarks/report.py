@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import products, scaling, steps
+from benchmarks.claims import Claim
 from benchmarks.clock import Quartiles
 
 
@@ -35,7 +36,7 @@ def _mib(x: int | None) -> str:
 
 def product_table(about: str, rows: Sequence[products.Row]) -> str:
     """The table of one case, with the skipped methods and their reasons below it."""
-    head = ("method", "ms", "gradients", "set-up", "GFLOP/s", "of mm", "peak MiB", "kept MiB", "difference")
+    head = ("method", "ms", "gradients", "set-up", "GFLOP/s", "of mm", "of floor", "peak MiB", "kept MiB", "difference")
     body = [
         (
             r.method,
@@ -44,6 +45,7 @@ def product_table(about: str, rows: Sequence[products.Row]) -> str:
             _number(r.set_up),
             _number(r.gflops, ".1f"),
             _number(r.of_mm),
+            _number(r.of_floor),
             _mib(r.peak),
             _mib(r.kept),
             _number(r.difference, ".0e"),
@@ -76,7 +78,7 @@ def step_table(rows: Sequence[steps.Row]) -> str:
 
 def scaling_table(rows: Sequence[scaling.Row]) -> str:
     """Growth along one size."""
-    head = ("T", "B", "h", "ms", "ps / (T B h^2)", "relative", "kept MiB", "peak MiB")
+    head = ("T", "B", "h", "ms", "ps / (T B h^2)", "relative", "kept MiB", "formula MiB", "peak MiB")
     body = [
         (
             str(r.T),
@@ -86,11 +88,28 @@ def scaling_table(rows: Sequence[scaling.Row]) -> str:
             f"{r.ps_per_tbh2:.1f}",
             _number(r.relative),
             _mib(r.kept),
+            _mib(r.formula),
             _mib(r.peak),
         )
         for r in rows
     ]
     return f"### Product of the tanh RNN along {rows[0].along}\n\n{_table(head, body)}\n"
+
+
+def claim_table(claims: Sequence[Claim]) -> str:
+    """Measured numbers and their limits; empty if there are none."""
+    if not claims:
+        return ""
+    body = [
+        (
+            c.what,
+            f"{c.measured:.3g}",
+            f"{'at most' if c.at_most else 'at least'} {c.limit:g}",
+            "yes" if c.holds else "NO",
+        )
+        for c in claims
+    ]
+    return f"### Limits\n\n{_table(('claim', 'measured', 'limit', 'kept'), body)}\n"
 
 
 def plot_products(found: Mapping[str, Sequence[products.Row]], path: Path) -> None:

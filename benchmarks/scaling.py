@@ -1,4 +1,13 @@
-"""How the time and memory of a product of the tanh recurrence grow with T, B and h."""
+"""How the time and memory of a product of the tanh recurrence grow with T, B and h.
+
+Between products, the cached double backward keeps of one batch, in numbers of four bytes,
+
+    T B (3 h + V + 1 + 3 O) + 3 P:
+
+the hidden states, the cotangents of the loss that come to them and the adjoint's; the inputs with their column of ones;
+the outputs, their copy that the loss is taken of, and the loss's cotangents; the gradient, and the parameters as the
+operator has them (the weights in one matrix, twice).
+"""
 
 from __future__ import annotations
 
@@ -8,22 +17,25 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases import rnn_case
 from benchmarks.clock import Quartiles, interleaved
 from benchmarks.memory import allocated
 from benchmarks.methods import closure
+from benchmarks.recurrent import rnn_case
 from hfopt import GaussNewton
 
 # Each list spans a factor of eight (h: beyond, since T B h^2 is the claim); the other two sizes stay at the middle.
 SIZES = {"T": (50, 100, 200, 400), "B": (125, 250, 500, 1000), "h": (32, 64, 100, 128, 256)}
 TOY = {"T": (2, 4), "B": (2, 4), "h": (3, 5)}
+INPUTS, OUTPUTS = 2, 1
 MIDDLE = {"T": 100, "B": 500, "h": 100}
 TOY_MIDDLE = {"T": 3, "B": 3, "h": 4}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One size: a product's time, by T B h^2 as well, that relative to the list's median, and the bytes kept."""
+    """One size: a product's time, by T B h^2 as well, that relative to the list's median; the bytes that are kept
+    between products, as measured and by the formula; and those that a product needs at most.
+    """
 
     along: str
     T: int
@@ -33,6 +45,7 @@ class Row:
     ps_per_tbh2: float
     relative: float
     kept: int
+    formula: int
     peak: int
 
 
@@ -43,7 +56,7 @@ def measure(along: str, rounds: int, budget: float, device: torch.device, toy: b
     memory: dict[int, tuple[int, int]] = {}
     for size in lists[along]:
         sizes = {**middle, along: size}
-        case = rnn_case(sizes["T"], sizes["B"], sizes["h"]).to(device)
+        case = rnn_case(sizes["T"], sizes["B"], sizes["h"], INPUTS, OUTPUTS).to(device)
         assert case.ours is not None
         model = case.ours.model
         build = partial(GaussNewton, closure(model, case), list(model.parameters()), linearisation="double-backward")
@@ -64,8 +77,14 @@ def measure(along: str, rounds: int, budget: float, device: torch.device, toy: b
         relative = Quartiles.of([t / unit / c for t, c in zip(mine, centre, strict=True)]).median
         ms = Quartiles.of([1e3 * t for t in mine])
         rows.append(Row(along, **sizes, ms=ms, ps_per_tbh2=1e9 * ms.median / unit, relative=relative,
-                        kept=memory[size][0], peak=memory[size][1]))  # fmt: skip
+                        kept=memory[size][0], formula=kept_bytes(**sizes), peak=memory[size][1]))  # fmt: skip
     return rows
+
+
+def kept_bytes(T: int, B: int, h: int, V: int = INPUTS, O: int = OUTPUTS) -> int:
+    """Bytes that the cached double backward keeps between products, in float32."""
+    parameters = h + h * h + V * h + h + h * O + O
+    return 4 * (T * B * (3 * h + V + 1 + 3 * O) + 3 * parameters)
 
 
 def _unit(sizes: dict[str, int]) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.case import Case
 from benchmarks.clock import Quartiles, seconds
 from benchmarks.methods import closure
 from hfopt import CG, GaussNewton, HessianFree
