@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy.typing as npt
 
 from hfopt.runreader import Run, read_run
 
+ROOT = Path(__file__).resolve().parents[1]
+"""Where `python -m runs...` is typed."""
 Array = npt.NDArray[np.float64]
 
 
@@ -71,6 +74,12 @@ class Result:
     def spent(self) -> float:
         """Seconds that count: of the processor, where the run was on one and logged them, else of the clock."""
         return self.cpu_seconds if self.on_cpu and np.isfinite(self.cpu_seconds) else self.seconds
+
+
+def environment() -> dict[str, str]:
+    """The environment variables of a cell: one thread, and this checkout first."""
+    path = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(path))
 
 
 def result(folder: Path) -> Result | None:

@@ -13,7 +13,6 @@ solved, until a larger budget takes it further. Ctrl-C ends the cells after the 
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -28,11 +27,10 @@ from typing import Annotated
 import tyro
 
 from hfopt.report import duration
-from runs.cells import Cell, Result, result
+from runs.cells import ROOT, Cell, Result, environment, result
 from runs.reproduction import write_document
 from runs.tables import TABLES, Table
 
-ROOT = Path(__file__).resolve().parents[1]
 _LOOK_EVERY = 5.0
 """Seconds between two looks at what the cells have spent."""
 
@@ -85,22 +83,17 @@ def start(cell: Cell, folder: Path, device: str) -> Job:
     words = [*cell.arguments, "--name", str(run.resolve()), "--device", device]
     if (run / "run.h5").exists():
         words.append("--resume")
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), *_python_path()]))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{cell.name}.txt").open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, *words],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment(),
             cwd=ROOT,
             start_new_session=True,
         )
     return Job(cell, process)
-
-
-def _python_path() -> list[str]:
-    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 
 
 def due(found: Result | None, budget: float) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runs.cells import Cell, Result, result
+from hfopt.pictures import plot_runs
+from hfopt.runreader import read_run
+from runs.cells import ROOT, Cell, Result, environment, result
 from runs.tables import Row, Table
 
 if TYPE_CHECKING:
@@ -62,17 +66,42 @@ def write_document(tables: Mapping[str, Table], folder: Path, document: Path) ->
         if not ran:
             continue
         machines |= {machine(result) for result in ran}
-        figure = document.parent / "images" / f"reproduction-{name}.png"
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        drawn = draw(found)
-        drawn.savefig(figure, dpi=100)
-        _close(drawn)
+        images = document.parent / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        figure = images / f"reproduction-{name}.png"
+        _save(draw(found), figure)
         parts.append(section(name, table, found, os.path.relpath(figure, document.parent)))
+        inside = [
+            cell for entry in found if entry.row.title == table.shown for cell, r in entry.cells if r in entry.solved
+        ]
+        if inside:
+            parts.append(show(inside[0], folder, images, table.shown or ""))
     if len(parts) == 1:
         parts.append("No run of any table is there yet.\n")
     parts.insert(1, "".join(f"Ran on: {machine}.\n" for machine in sorted(machines)))
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text("\n".join(part for part in parts if part), encoding="utf-8")
+
+
+def show(cell: Cell, folder: Path, images: Path, title: str) -> str:
+    """A run from inside: its curves, and its hidden units on a test sequence."""
+    run = folder / cell.name
+    curves, hidden = (images / f"reproduction-{what}.png" for what in ("curves", "hidden"))
+    _save(plot_runs([read_run(run)]), curves)
+    words = [*cell.arguments, "--name", str(run.resolve()), "--picture", str(hidden.resolve())]
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment())
+    return "\n".join(
+        [
+            f"### A solved run from inside: {title}",
+            "",
+            f"`{cell.command}`: losses, errors, damping and CG iterations; below, its hidden units on a test sequence.",
+            "",
+            f"![Losses, share of wrong sequences, lambda, rho and CG iterations](images/{curves.name})",
+            "",
+            f"![Inputs, hidden units, outputs and target of a test sequence](images/{hidden.name})",
+            "",
+        ]
+    )
 
 
 def machine(found: Result) -> str:
@@ -196,7 +225,8 @@ def draw(found: list[Entry]) -> Figure:
     return figure
 
 
-def _close(figure: Figure) -> None:
+def _save(figure: Figure, path: Path) -> None:
     from matplotlib import pyplot as plt
 
+    figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -33,12 +33,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, with what a reader has to know about them, and how many seeds each has by default."""
+    """Rows, with what a reader has to know about them.
+
+    Attributes:
+        title, text: what the rows have in common.
+        rows: the rows.
+        seeds: how many seeds each row has by default.
+        shown: the title of the row whose first solved run is shown from inside: its curves and its hidden units.
+    """
 
     title: str
     text: str
     rows: tuple[Row, ...]
     seeds: int = 3
+    shown: str | None = None
 
 
 # Martens & Sutskever (ICML 2011) and Sutskever's thesis (2013), nets of 100 tanh units.
@@ -90,6 +98,7 @@ TABLES = {
         "The same nets, settings and measure of success; one seed unless more are listed.",
         _problems(100, 200, xor=100),
         seeds=1,
+        shown="multiplication, T = 100",
     ),
     "memorization-damping": Table(
         "Memorization at T = 100 with and without structural damping",

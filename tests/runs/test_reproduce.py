@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_cells_run_stop_go_on_and_are_written_down(tmp_path: Path, monkeypatch: 
 
     # Every number of the document is that of the files.
     document = tmp_path / "docs" / "reproduction.md"
-    table = Table("Small problems", "Nothing new.", (EASY, LONG, SHORT, WRONG))
+    table = Table("Small problems", "Nothing new.", (EASY, LONG, SHORT, WRONG), shown="addition, T = 10")
     write_document({"small": table, "empty": Table("Not run", "", (WRONG,))}, folder, document)
     text = document.read_text()
     assert "1 of 3 runs solved. `python -m runs.reproduce small`" in text
@@ -86,7 +87,9 @@ def test_cells_run_stop_go_on_and_are_written_down(tmp_path: Path, monkeypatch: 
     ratio = stopped.spent / solved.spent
     assert f"addition, T = 10: more than {ratio:.1f} times as fast" in text
     assert f"torch {run.versions['torch']}" in text
-    assert (document.parent / "images" / "reproduction-small.png").read_bytes()[1:4] == b"PNG"
+    images = re.findall(r"\]\((images/.*?)\)", text)
+    assert images == [f"images/reproduction-{what}.png" for what in ("small", "curves", "hidden")]
+    assert all((document.parent / image).read_bytes()[1:4] == b"PNG" for image in images)
 
 
 def test_an_interrupt_saves_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
