@@ -129,6 +129,8 @@ def project_(out: Tensor, *pairs: tuple[Maybe, Maybe]) -> Tensor:
 
     Either of rows (n, *N, B, k) and weight (*N, k, m) carries the vectors, the other has no N.
     """
+    if out.numel() == 0:
+        return out
     empty = True
     for rows, weight in pairs:
         if rows is None or weight is None or weight.shape[-2] == 0:
