@@ -118,9 +118,14 @@ def ended(inputs: Tensor, lengths: Maybe) -> tuple[Tensor, Ends | None]:
     return reached.of(inputs), reached
 
 
+def looked_for() -> bool:
+    """Whether an optimizer looks for hidden states; none does inside a compiled function."""
+    return not torch.compiler.is_compiling() and structural.wanted()
+
+
 def finished(H: Tensor, reached: Ends | None, *, mark: bool = True) -> tuple[Tensor, Tensor]:
     """What a layer gives, H (T, B, h) and the final states (B, h), with H marked for structural damping (D'' = 1)."""
-    if mark and structural.wanted():
+    if mark and looked_for():
         structural.mark(H, H.new_ones(()).expand(H.shape), batch_dim=1, mask=None if reached is None else reached.mask)
     return (H, H[-1]) if reached is None else (reached.of(H), reached.final(H))
 

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
-from hfopt.recurrences.arguments import check_inputs, check_shapes, checked, ended, finished, initial, with_ones
+from hfopt.recurrences.arguments import (
+    check_inputs,
+    check_shapes,
+    checked,
+    ended,
+    finished,
+    initial,
+    looked_for,
+    with_ones,
+)
 from hfopt.recurrences.cell import (
     Cell,
     Maybe,
@@ -266,7 +275,7 @@ def mrnn_layer(
         X = with_ones(X)
         rows.append(given["bias"].unsqueeze(0))
         Wxf = torch.cat((Wxf, Wxf.new_zeros(1, factors)))
-    marked = structural.wanted()
+    marked = looked_for()
     H, *A = run(f"mrnn_{nonlinearity}" + "+a" * marked, X, Wxf, Whf, torch.cat(rows), h)
     if marked:
         curvature = NONLINEARITIES[nonlinearity].distance(H.detach())
