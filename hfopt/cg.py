@@ -2,6 +2,7 @@
 
 Minimises the quadratic model ``phi(x) = x'Ax/2 - b'x`` and stops on little relative progress (Martens, "Deep learning
 via Hessian-free optimization", ICML 2010, section 4.4), keeping iterates on the way for backtracking (section 4.6).
+On a CUDA device the same iterations are made without waiting for it: :mod:`hfopt.device_cg`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hfopt.cudagraphs import Attempts, recording
 from hfopt.vector import dot, norm
 
 
@@ -62,7 +64,8 @@ class Solution:
         reason: ``"progress"``, ``"residual"``, ``"iterations"``, ``"negative curvature"``, ``"not finite"`` or
             ``"stopped"``.
         iterations: number of CG iterations.
-        products: number of products with A.
+        products: number of products with A, on a CUDA device those included that were made before a check showed that
+            the solve had ended.
         checks: one row every ``check_every`` iterations and for the last.
     """
 
@@ -88,6 +91,8 @@ class CG:
         growth: iterates are kept at ``ceil(5 growth^j)`` and at the end (Martens 2010, section 4.6: 1.3).
         check_every: iterations between rows of the table of checks.
         repair_every: recompute ``r = b - A x`` from scratch every so many iterations, at one product each; 0: never.
+        cuda_graphs: on a CUDA device, record an iteration and launch it as one: ``"auto"`` where that is possible, True
+            (an error where it is not), or False. It changes no result.
     """
 
     max_iterations: int = 250
@@ -98,8 +103,10 @@ class CG:
     growth: float = 1.3
     check_every: int = 10
     repair_every: int = 0
+    cuda_graphs: bool | str = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
+        self._attempts = Attempts()
         if self.max_iterations < 1 or self.min_iterations < 1 or self.min_iterations > self.max_iterations:
             raise ValueError(
                 f"iterations must satisfy 1 <= min_iterations <= max_iterations, but are {self.min_iterations} and "
@@ -115,6 +122,8 @@ class CG:
                 f"check_every must be positive and repair_every not negative, but are {self.check_every}, "
                 f"{self.repair_every}"
             )
+        if self.cuda_graphs not in ("auto", True, False):
+            raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}, but must be 'auto', True or False")
 
     def stored_iterations(self) -> set[int]:
         """``ceil(5 growth^j)`` up to the largest number of iterations."""
@@ -124,11 +133,16 @@ class CG:
             value *= self.growth
         return kept
 
+    def window(self, i: int) -> int | None:
+        """``k`` of the progress rule after ``i`` iterations; None where the rule is not applied."""
+        k = max(10, math.ceil(0.1 * i))
+        return None if self.tolerance == 0 or i <= k or i < self.min_iterations else k
+
     def progress_is_little(self, history: list[float]) -> bool:
         """Martens' rule on ``phi_0, ..., phi_i``."""
         i = len(history) - 1
-        k = max(10, math.ceil(0.1 * i))
-        if self.tolerance == 0 or i <= k or i < self.min_iterations:
+        k = self.window(i)
+        if k is None:
             return False
         now, then = history[i], history[i - k]
         return now < 0 and (now - then) / now < k * self.tolerance
@@ -154,7 +168,9 @@ class CG:
             stop: called at every check with (iteration, x, phi); True ends the solve ("stopped").
 
         Raises:
-            ValueError: ``b`` or ``x0`` of another shape, or a right-hand side that is not finite.
+            ValueError: ``b`` or ``x0`` of another shape, a right-hand side that is not finite, or graphs that are
+                required where there is no CUDA device.
+            RuntimeError: graphs are required, but the system cannot be recorded.
         """
         if b.dim() != 1 or (x0 is not None and x0.shape != b.shape):
             other = None if x0 is None else x0.shape
@@ -162,12 +178,18 @@ class CG:
         size_b = norm(b)
         if not math.isfinite(size_b):
             raise ValueError("the right-hand side b is not finite")
-        run = _Run(self, op, b, x0, preconditioner)
-        return run.iterate(size_b, stop)
+        if b.device.type != "cuda":
+            if self.cuda_graphs is True:
+                raise ValueError(f"cuda_graphs is True, but the right-hand side b is on {b.device}; leave it at 'auto'")
+            return Run(self, op, b, x0, preconditioner).iterate(size_b, stop)
+        from hfopt.device_cg import DeviceRun  # which needs this module
+
+        with recording(op, b, self.cuda_graphs, self._attempts) as recorder:
+            return DeviceRun(self, op, b, x0, preconditioner, recorder).iterate(size_b, stop)
 
 
-class _Run:
-    """The vectors of one solve; updated in place, allocated once."""
+class Run:
+    """One solve where reading a number costs nothing; its vectors are updated in place, allocated once."""
 
     def __init__(
         self,
@@ -178,6 +200,7 @@ class _Run:
         preconditioner: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.o, self.op, self.b, self.precondition = options, op, b, preconditioner
+        self.stored = options.stored_iterations()
         self.products = 0
         self.scratch = torch.empty_like(b)
         zero_start = x0 is None or not bool(x0.any())
@@ -191,10 +214,12 @@ class _Run:
         self.carried = False  # whether the last phi is the one before, carried along
 
     def multiply(self, v: Tensor) -> Tensor:
+        """``A v`` in ``scratch``."""
         self.products += 1
         return self.op.multiply(v, self.scratch)
 
     def residual_from_scratch(self) -> None:
+        """``r = b - A x``."""
         torch.sub(self.b, self.multiply(self.x), out=self.r)
 
     def phi(self) -> float:
@@ -205,14 +230,23 @@ class _Run:
         """
         return -0.5 * (dot(self.b, self.x) + dot(self.r, self.x))
 
+    def carries(self, i: int) -> bool:
+        """Whether phi after ``i`` iterations is the one before, carried along."""
+        o = self.o
+        repaired = o.repair_every and i % o.repair_every == 0
+        return not repaired and i not in self.stored and i % o.check_every != 0
+
     def check(self, i: int) -> None:
+        """Add a row to the table of checks."""
         self.checks.append(CGCheck(i, self.history[-1], norm(self.r), norm(self.x)))
 
     def keep(self, i: int) -> None:
+        """Keep the iterate for backtracking."""
         if not self.kept or self.kept[-1].iteration != i:
             self.kept.append(Iterate(i, self.x.clone(), self.history[-1]))
 
     def done(self, reason: str, i: int) -> Solution:
+        """The solution, at the present iterate."""
         if self.carried:
             self.history[-1], self.carried = self.phi(), False
         self.keep(i)
@@ -221,7 +255,8 @@ class _Run:
         return Solution(self.x, self.kept, reason, i, self.products, self.checks)
 
     def iterate(self, size_b: float, stop: Callable[[int, Tensor, float], bool] | None) -> Solution:
-        o, stored = self.o, self.o.stored_iterations()
+        """Solve, with ``size_b = |b|``; ``stop`` is asked at checks."""
+        o, stored = self.o, self.stored
         if self.history[0] != 0.0 and math.isfinite(self.history[0]):
             self.keep(0)
         z = self.r if self.precondition is None else self.precondition(self.r)
@@ -251,9 +286,7 @@ class _Run:
             self.r.add_(ad, alpha=-alpha)
             if o.repair_every and (i + 1) % o.repair_every == 0:
                 self.residual_from_scratch()
-                self.carried = False
-            else:
-                self.carried = i + 1 not in stored and (i + 1) % o.check_every != 0
+            self.carried = self.carries(i + 1)
             self.history.append(self.history[-1] - 0.5 * alpha * rz if self.carried else self.phi())
             if i + 1 in stored:
                 self.keep(i + 1)

@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from hfopt.cudagraphs import origin
 from hfopt.vector import ParameterVector
 
 
@@ -141,6 +142,7 @@ class Local(Operator):
         if isinstance(params, Tensor):
             raise TypeError("params must be an iterable of tensors, not one tensor; write [tensor]")
         super().__init__(ParameterVector(p for p in params if p.requires_grad))
+        self.origin = origin(self.vector.params)
 
     @property
     def params(self) -> list[Tensor]:

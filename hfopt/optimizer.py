@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from hfopt.cg import CG
 from hfopt.closure import Closure
+from hfopt.cudagraphs import side_stream
 from hfopt.damping import Damping, as_damping
 from hfopt.linearisation import POLICIES
 from hfopt.linesearch import LineSearch
@@ -146,7 +147,8 @@ class HessianFree(Optimizer):
         if closure is None:
             raise ValueError("step() needs a closure that computes the loss, as torch.optim.LBFGS does")
         step = Step(self, closure, curvature, evaluation)
-        with replacing(self.replace_recurrences):
+        graphs = self.cg.cuda_graphs is not False
+        with replacing(self.replace_recurrences), side_stream(step.vector.device, graphs):
             result = step.run()
         self.steps += 1
         self.stats.append(dataclasses.replace(step.stats, step=self.steps))
