@@ -76,13 +76,18 @@ class ParameterVector:
 
     def flatten_into(self, out: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
         """Write one tensor per parameter (None counts as zeros) into ``out`` (P,)."""
-        for piece, t in zip(torch.split(out, self.sizes), tensors, strict=True):
-            if t is None:
-                piece.zero_()
-            else:
-                # The gradient of nn.Embedding(sparse=True) is sparse.
-                dense = t.detach() if t.layout == torch.strided else t.detach().to_dense()
-                piece.copy_(dense.reshape(-1))
+        with torch.no_grad():
+            # The gradient of nn.Embedding(sparse=True) is sparse.
+            dense = [t if t is None or t.layout == torch.strided else t.to_dense() for t in tensors]
+            flat = [t.reshape(-1) for t in dense if t is not None]
+            if len(flat) == len(self.sizes):
+                # One call for all: on small models, what a call costs is what counts.
+                return torch.cat(flat, out=out)
+            for piece, t in zip(torch.split(out, self.sizes), dense, strict=True):
+                if t is None:
+                    piece.zero_()
+                else:
+                    piece.copy_(t.reshape(-1))
         return out
 
     def views(self, flat: Tensor) -> list[Tensor]:
