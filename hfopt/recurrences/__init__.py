@@ -7,10 +7,13 @@ from hfopt.recurrences.lstm import lstm_layer
 from hfopt.recurrences.mrnn import MULTIPLICATIVE, mrnn_layer
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
 from hfopt.recurrences.simple import simple_rnn, simple_rnn_layer
+from hfopt.recurrences.unrolled import State, Unrolled
 
 __all__ = [
     "MULTIPLICATIVE",
     "NONLINEARITIES",
+    "State",
+    "Unrolled",
     "gru_layer",
     "lstm_layer",
     "mrnn_layer",
