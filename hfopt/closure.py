@@ -72,7 +72,7 @@ def _cut(t: Tensor) -> Tensor:
     return t.detach().requires_grad_()
 
 
-class _Mode(TorchFunctionMode):
+class Mode(TorchFunctionMode):
     """Sees every torch function of the closure; ``backward`` is noted instead of run."""
 
     def __init__(self, *, cut_criteria: bool, run_backward: bool = False, purpose: Purpose = "value") -> None:
@@ -85,6 +85,9 @@ class _Mode(TorchFunctionMode):
         self.sites: dict[int, Site] = {}
         self.criteria_seen = 0
         self.differentiates = False
+        self.hidden: list[structural.HiddenState] = []
+        self.watch: Callable[[Mode], None] | None = None
+        self.taken_apart = False  # by `watch`, which took over what was found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -108,6 +111,8 @@ class _Mode(TorchFunctionMode):
             func(*args, **kwargs)
             root = root.detach()
         self.roots.append(root.reshape(()) if root.dim() else root)
+        if self.watch is not None and self.cut_criteria:
+            self.watch(self)
 
     def _criterion(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         flat, spec = tree_flatten((args, kwargs))
@@ -202,7 +207,7 @@ def _called_loss(loss: Callable[..., Any], arguments: Any) -> Tensor:
     return value
 
 
-def _called(closure: Closure, mode: _Mode) -> Any:
+def _called(closure: Closure, mode: Mode) -> Any:
     """The closure's result; what fails because ``backward()`` is put off is explained."""
     try:
         return closure()
@@ -229,6 +234,7 @@ def trace(
     outputs: nn.Module | None = None,
     hidden: bool = False,
     cut: bool = True,
+    watch: Callable[[Mode], None] | None = None,
 ) -> Trace:
     """Run the closure once, with gradients enabled, and note outputs, criteria, weights and the loss.
 
@@ -238,16 +244,18 @@ def trace(
         outputs: the module whose results are the outputs, everything after it being the loss.
         hidden: whether hidden states are collected for structural damping.
         cut: False leaves the graph whole (for the Hessian of the loss).
+        watch: looks on at every ``backward()`` of a closure with criteria (see :mod:`hfopt.batches`).
 
     Raises:
         ClosureError: what was found and which keyword solves it.
     """
     declared = loss is not None or outputs is not None
-    mode = _Mode(cut_criteria=cut and not declared, purpose="products" if cut else "hessian")
+    mode = Mode(cut_criteria=cut and not declared, purpose="products" if cut else "hessian")
+    mode.watch = watch
     cuts = _Cuts(cut=True)
     with (
         torch.enable_grad(),
-        structural.collecting(hidden) as states,
+        structural.collecting(hidden) as mode.hidden,
         cuts.at(outputs if cut else None),
         mode,
     ):
@@ -255,12 +263,14 @@ def trace(
         if loss is not None:
             result = _called_loss(loss, cuts.tree(result) if cut else result)
         total = _total(mode.roots, result)
+    if mode.taken_apart:
+        return Trace(total, _public(result, total), differentiates=mode.differentiates)
     if not total.requires_grad:
         raise ClosureError(
             "the closure's loss does not depend on any parameter that requires a gradient (found a loss without a "
             "graph); check that the model runs inside the closure and that the loss is not detached"
         )
-    found = Trace(total, _public(result, total), hidden=states, differentiates=mode.differentiates)
+    found = Trace(total, _public(result, total), hidden=mode.hidden, differentiates=mode.differentiates)
     if not cut:
         return found
     if declared:
@@ -292,7 +302,7 @@ def trace(
     return found
 
 
-class _Collect(TorchFunctionMode):
+class Collect(TorchFunctionMode):
     """Takes down the inputs of every criterion, cutting nothing."""
 
     def __init__(self) -> None:
@@ -323,7 +333,7 @@ def outputs_again(
     ``kind``: ``"criteria"`` (inputs of criteria), ``"module"`` (results of ``module``), ``"loss"`` (the closure's
     result) or ``"result"`` (the first part of the closure's ``(outputs, loss)``).
     """
-    mode, cuts = _Collect(), _Cuts(cut=False)
+    mode, cuts = Collect(), _Cuts(cut=False)
     with structural.collecting(hidden) as states, cuts.at(module if kind == "module" else None), mode:
         result = closure()
     if kind == "criteria":
@@ -348,7 +358,7 @@ def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, dif
 
     ``differentiates`` keeps gradients enabled for closures that call ``torch.autograd.grad`` on their own.
     """
-    mode = _Mode(cut_criteria=False)
+    mode = Mode(cut_criteria=False)
     try:
         with torch.set_grad_enabled(differentiates), structural.collecting(False), mode:
             result = _called(closure, mode)
@@ -376,7 +386,7 @@ def differentiate(
     """
     for p in params:
         p.grad = None
-    mode = _Mode(cut_criteria=False, run_backward=True)
+    mode = Mode(cut_criteria=False, run_backward=True)
     with torch.enable_grad(), structural.collecting(False), mode:
         result = closure()
         if loss is not None:

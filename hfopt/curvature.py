@@ -9,35 +9,25 @@ All are symmetric (P, P); G and F are positive semi-definite for convex losses a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hfopt import graph
-from hfopt.closure import Closure, Site, outputs_again, trace
+from hfopt.batches import Maybe, Part, again
+from hfopt.closure import Closure, trace
 from hfopt.errors import ClosureError
 from hfopt.frozen import Frozen
-from hfopt.linearisation import (
-    DOUBLE_BACKWARD_MEMORY,
-    POLICIES,
-    DoubleBackward,
-    Linearisation,
-    Linearize,
-    Recompute,
-    available_bytes,
-    not_differentiable,
-)
+from hfopt.linearisation import POLICIES, Cost, DoubleBackward, Linearisation, available_bytes, not_differentiable
+from hfopt.notice import logger
 from hfopt.operators import Local
-from hfopt.output_space import Joint, Matching, output_space
+from hfopt.output_space import Joint, Matching
+from hfopt.policy import Known, Model, build, differentiable_attention
+from hfopt.vector import ParameterVector, dot
 
-# Vectors in one batched pass at most, for its memory grows with them.
+# Vectors in one batched pass at most.
 MANY = 64
-
-Maybe = list["Tensor | None"]
 
 
 class GaussNewton(Local):
@@ -49,18 +39,21 @@ class GaussNewton(Local):
         closure: computes the loss, as in :meth:`hfopt.HessianFree.step`; it is run once here.
         params: the parameters theta; those that do not require a gradient are left out.
         structural: collect hidden states, so that ``op.damped(lambda, mu)`` can damp them.
-        linearisation: ``"auto"``, ``"double-backward"``, ``"linearize"`` or ``"recompute"``
+        linearisation: ``"auto"``, ``"double-backward"``, ``"linearize"``, ``"checkpoint"`` or ``"recompute"``
             (see :mod:`hfopt.linearisation`).
-        memory_budget: bytes that the kept graph may take under ``"auto"``; default: 80% of what is free.
+        memory_budget: bytes that the kept graphs may take under ``"auto"``, and the vectors of a batched product at
+            once; default: 80% of what is free.
         loss: a function of what the closure returns, in place of a criterion of torch.nn.functional.
         outputs: the module whose results are the network's outputs.
         known: the policy that ``"auto"`` took for an operator before, and for how many outputs: taken again without
-            another look at memory while there are no more of them and the model allows it.
+            another look at memory while the number of outputs gives no reason to (see :func:`hfopt.policy.trusted`)
+            and the model allows it.
 
     Attributes:
         gradient: of the loss, flat (P,).
         loss: its value.
-        linearisation: the policy that was taken (``.linearisation.name``).
+        linearisation: the policy that was taken (``.linearisation.name``), and what it costs
+            (``.linearisation.cost``; None where it was asked for or known before).
 
     Raises:
         ClosureError: the loss could not be taken apart into outputs and criteria.
@@ -77,207 +70,238 @@ class GaussNewton(Local):
         memory_budget: int | None = None,
         loss: Callable[..., Tensor] | None = None,
         outputs: nn.Module | None = None,
-        known: tuple[str, int] | None = None,
+        known: Known | None = None,
         frozen: Frozen | None = None,
     ) -> None:
         super().__init__(params)
         if linearisation not in POLICIES:
             raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
         self._frozen = Frozen(self.device) if frozen is None else frozen
-        with self._frozen.run(), differentiable_attention():
-            seen = trace(closure, loss=loss, outputs=outputs, hidden=structural)
+        self._closure, self._budget = closure, memory_budget
+        model = Model(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
+        built = build(model, linearisation, known)
+        seen, self.parts, self.linearisation = built.seen, built.parts, built.linearisation
         self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
-        self.space: Matching | Joint = output_space(seen, self.params)
-        marked = [i for i, h in enumerate(seen.hidden) if h.preactivations.requires_grad]
-        self._hidden = [seen.hidden[i].weight for i in marked]
-        self.has_structural = bool(self._hidden)
-        if structural and not self._hidden:
+        self.has_structural = any(part.hidden for part in self.parts)
+        if structural and not self.has_structural:
             raise ClosureError(
                 "structural damping is asked for, but no hidden state was marked in the closure: use hfopt's "
                 "recurrences or call hfopt.structural.mark in the model, or set structural to 0"
             )
-        heads = [*self.space.outputs, *(seen.hidden[i].preactivations for i in marked)]
-        kind = "module" if outputs else "loss" if loss else "criteria" if seen.calls else "result"
-        sites = [seen.sites[id(z)] for z in self.space.outputs]
-        # No method of this operator: a cycle would keep its graph alive until the next garbage collection.
-        self._again = partial(_heads_again, closure, self._frozen, kind, sites, outputs, marked)
         self._versions = [p._version for p in self.params]
-        self._count = len(self.space.outputs)
-        self.linearisation, gradient = self._linearise(linearisation, heads, memory_budget, known)
-        _refuse_independence(self.params, [*gradient, *self.space.direct])
-        self.gradient = self.vector.flatten(gradient)
-        self._add_into(self.gradient, self.space.direct)
-        if self.linearisation.name == "recompute":
-            self.space.outputs = [z.detach() for z in self.space.outputs]
+        self._one_by_one = False
+        shares = [*built.gradients, *(part.space.direct for part in self.parts)]
+        _refuse_independence(self.params, [g for share in shares for g in share])
+        self.gradient = self._flat(shares)
 
-    def _linearise(
-        self, policy: str, heads: list[Tensor], budget: int | None, known: tuple[str, int] | None = None
-    ) -> tuple[Linearisation, Maybe]:
-        """The linearisation and the gradient ``J' dL/dz``."""
-        at = [*self.space.cotangents, *(torch.zeros_like(w) for w in self._hidden)]
-        if policy == "auto":
-            trusted = known is not None and sum(z.numel() for z in self.space.outputs) <= known[1]
-            return self._automatic(heads, budget, known[0] if known is not None and trusted else None)
-        if policy == "double-backward":
-            double = DoubleBackward(heads, self.params, at)
-            return double, double.gradient
-        lin: Linearisation
-        if policy == "linearize":
-            around = partial(self._frozen.again, watch=False)
-            lin = Linearize(heads, self.params, self._again, around, self._frozen.drew)
-            return lin, lin.vjp(at)
-        gradient = torch.autograd.grad(
-            heads, self.params, at, allow_unused=True, retain_graph=not isinstance(self.space, Matching)
-        )
-        return Recompute(self.params, self._again), list(gradient)
+    def __repr__(self) -> str:
+        lin = self.linearisation
+        cost = "" if lin.cost is None else f", {lin.cost}"
+        return f"{type(self).__name__}(P={self.vector.size}, linearisation={lin.name!r}{cost})"
 
-    def _automatic(self, heads: list[Tensor], budget: int | None, trusted: str | None) -> tuple[Linearisation, Maybe]:
-        """The first policy that works: ``trusted``, which has worked before, then those that memory allows."""
-        attempts: dict[str, Exception] = {}
-        if trusted is not None and (found := self._attempt(trusted, heads, budget, attempts, probe=False)):
-            return found
-        if budget is None:
-            budget = int(0.8 * available_bytes(self.device))
-        need = int((DOUBLE_BACKWARD_MEMORY - 1) * graph.saved_bytes(heads, self.params))
-        if need > budget:
-            warnings.warn(
-                f"the graph for cached products would take {need / 2**20:.0f} MiB more, over the budget of "
-                f"{budget / 2**20:.0f} MiB: every product runs the model again (about twice as slow). Use a smaller "
-                "curvature batch, or raise memory_budget",
-                stacklevel=4,
-            )
-            return self._linearise("recompute", heads, budget)
-        for policy in ("double-backward", "linearize"):
-            if policy not in attempts and (found := self._attempt(policy, heads, budget, attempts)):
-                if attempts:
-                    warnings.warn(f"products use {policy!r}, since double backward failed: {attempts}", stacklevel=4)
-                return found
-        raise not_differentiable(attempts)
+    @property
+    def space(self) -> Matching | Joint:
+        """Outputs and loss, of a closure with one part."""
+        return self.parts[0].space
 
-    def _attempt(
-        self, policy: str, heads: list[Tensor], budget: int | None, attempts: dict[str, Exception], probe: bool = True
-    ) -> tuple[Linearisation, Maybe] | None:
-        """The linearisation by ``policy``, or None with the reason in ``attempts`` if the model does not allow it.
+    @property
+    def cotangents(self) -> list[Tensor]:
+        """``dL/dz`` for every output."""
+        return [t for part in self.parts for t in part.space.cotangents]
 
-        torch has no exception of its own for an operation without a second derivative or a forward mode. Whatever the
-        reason, the next policy is tried, the warning or error quotes it, and lack of memory is passed on as it is.
-        """
-        try:
-            lin, gradient = self._linearise(policy, heads, budget)
-            if probe and policy == "double-backward":
-                # An operation without a second derivative shows only when the graph is used.
-                lin.jvp([torch.zeros_like(p) for p in self.params])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            attempts[policy] = error
-            return None
-        return lin, gradient
+    @property
+    def outputs(self) -> int:
+        """How many numbers the outputs are."""
+        return sum(z.numel() for part in self.parts for z in part.space.outputs)
 
     def _check_point(self) -> None:
         if [p._version for p in self.params] != self._versions:
             raise RuntimeError("a parameter has changed since the operator was built; build another at the new point")
+
+    def _flat(self, shares: Iterable[Maybe], out: Tensor | None = None) -> Tensor:
+        """The sum of what the parts contribute, flat (P,)."""
+        out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
+        first = True
+        for share in shares:
+            if first:
+                self.vector.flatten_into(out, share)
+            else:
+                self._add_into(out, share)
+            first = False
+        return out.zero_() if first else out
+
+    def _add_into(self, flat: Tensor, parts: Maybe) -> None:
+        for piece, part in zip(torch.split(flat, self.vector.sizes), parts, strict=True):
+            if part is not None:
+                dense = part.detach() if part.layout == torch.strided else part.detach().to_dense()
+                piece.add_(dense.reshape(-1))
+
+    # -- products --------------------------------------------------------------------------------------------------
 
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """``G v + structural * S v`` in one tangent and one adjoint pass."""
         self._check_point()
         self.products += 1
         vs = self.vector.cast_views(v)
-        u = self.linearisation.jvp(vs)
-        w, direct = self._output_product(u[: self._count], vs)
-        return self._pull(w, direct, u, structural, out)
+        return self._flat(self._shares(lambda i, lin: self._product(i, lin, vs, structural)), out)
 
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
-        """``G V`` for ``V (P, k)`` in one batched tangent and one batched adjoint pass, k times the memory of one.
+        """``G V`` for ``V (P, k)`` in batched tangent and adjoint passes, of as many columns as fit into memory.
 
-        Where an operation of the model has no batching rule, or a part of the loss is differentiated automatically,
-        the columns are multiplied one by one.
+        Where an operation of the model has no batching rule, the columns are multiplied one by one, and the log says
+        so.
         """
         self._check_point()
-        lin, space = self.linearisation, self.space
-        closed = isinstance(space, Matching) and all(b.closed is not None for b in space.blocks)
-        if not isinstance(lin, DoubleBackward) or not closed or any(d is not None for d in space.direct):
+        if self._one_by_one:
             return super().multiply_many(v, structural=structural)
-        k = v.shape[1]
-        if k > MANY:
-            return torch.cat([self.multiply_many(part, structural=structural) for part in torch.split(v, MANY, 1)], 1)
-        pieces = torch.split(v.t(), self.vector.sizes, dim=1)
-        vs = [x.reshape(k, *p.shape).to(p.dtype) for x, p in zip(pieces, self.params, strict=True)]
+        width = columns_at_once(self.linearisation.column_bytes(), self.vector.size, self._budget, self.device)
         try:
-            u = lin.jvp(vs, batched=True)
-            w = self._output_products(u[: self._count])
-            pulled = lin.vjp([*w, *self._hidden_part(u, structural)], batched=True)
+            done = [self._multiply_batch(part, structural) for part in torch.split(v, width, 1)]
         except RuntimeError as error:
-            if "vmap" not in str(error) and "batching rule" not in str(error):
+            if not cannot_batch(error):
                 raise
+            self._one_by_one = True
+            logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
             return super().multiply_many(v, structural=structural)
-        self.products += k
-        rows = [torch.zeros_like(x) if g is None else g for x, g in zip(vs, pulled, strict=True)]
-        return torch.cat([g.detach().reshape(k, -1).to(self.dtype) for g in rows], 1).t()
+        return done[0] if len(done) == 1 else torch.cat(done, 1)
 
-    def _output_products(self, u: Maybe) -> Maybe:
-        """Output products of k tangents along the first dimension."""
-        live = [i for i, t in enumerate(u) if t is not None]
+    def _multiply_batch(self, v: Tensor, structural: float) -> Tensor:
+        vs = rows(self.vector, v)
+        total = torch.zeros(v.shape[1], v.shape[0], dtype=self.dtype, device=self.device)
+        for share in self._shares(lambda i, lin: self._product(i, lin, vs, structural, batched=True)):
+            for piece, part in zip(torch.split(total, self.vector.sizes, 1), share, strict=True):
+                if part is not None:
+                    piece.add_(part.detach().reshape(len(piece), -1))
+        self.products += v.shape[1]
+        return total.t()
 
-        def product(*tangents: Tensor) -> tuple[Tensor, ...]:
-            full: Maybe = [None] * len(u)
-            for i, tangent in zip(live, tangents, strict=True):
-                full[i] = tangent
-            done, _ = self._output_product(full, [])
-            return tuple(t for i in live if (t := done[i]) is not None)
+    def _shares(self, product: Callable[[int, Linearisation], list[Maybe]]) -> Iterable[Maybe]:
+        """What every part contributes: those that are kept, then the others from another run of the closure."""
+        missing = False
+        for i, part in enumerate(self.parts):
+            missing |= part.linearisation is None and bool(part.space.outputs)
+            if part.linearisation is not None:
+                yield from product(i, part.linearisation)
+            elif not part.space.outputs:
+                yield from product(i, Nothing(len(self.params)))
+        if not missing:
+            return
+        sums: Maybe = [None] * len(self.params)
 
-        w: Maybe = [None] * len(u)
-        for i, part in zip(live, torch.vmap(product)(*(t for t in u if t is not None)), strict=True):
-            w[i] = part
-        return w
+        def use(part: Part, heads: list[Tensor]) -> None:
+            fresh = DoubleBackward(heads, self.params, [torch.zeros_like(z) for z in heads])
+            for share in product(self.parts.index(part), fresh):
+                for j, g in enumerate(share):
+                    if g is not None:
+                        old = sums[j]
+                        sums[j] = g if old is None else old + g
+
+        with self._frozen.again(), torch.enable_grad(), differentiable_attention():
+            again(self._closure, self.parts, use)
+        yield sums
+
+    def _product(
+        self, i: int, lin: Linearisation, v: Sequence[Tensor], structural: float, batched: bool = False
+    ) -> list[Maybe]:
+        """What part i contributes to ``(G + structural S) v``."""
+        u = lin.jvp(v, batched)
+        count = self.parts[i].count
+        w, direct = self._output_product(i, u[:count], v, batched)
+        hidden = self._hidden_part(i, u[count:], structural)
+        return [lin.vjp([*w, *hidden], batched, structural), direct]
+
+    def _output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
+        """``H_L u`` of a part's outputs, and what is added in parameter space."""
+        return self.parts[number].space.product(u, v, batched)
+
+    def _hidden_part(self, i: int, u: Maybe, structural: float) -> Maybe:
+        """``structural D'' J_a v`` for every marked hidden state of part i."""
+        if not structural:
+            return [None] * len(u)
+        return [None if t is None else t * w * structural for t, w in zip(u, self.parts[i].hidden, strict=True)]
 
     def structural_product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``S v = J_a' D'' J_a v``, hidden states' part alone."""
         self.products += 1
-        u = self.linearisation.jvp(self.vector.cast_views(v))
-        return self._pull([None] * self._count, [None] * len(self.params), u, 1.0, out)
+        vs = self.vector.cast_views(v)
+
+        def product(i: int, lin: Linearisation) -> list[Maybe]:
+            count = self.parts[i].count
+            hidden = self._hidden_part(i, lin.jvp(vs)[count:], 1.0)
+            return [lin.vjp([*([None] * count), *hidden], structural=1.0)]
+
+        return self._flat(self._shares(product), out)
 
     def structural_quadratic(self, v: Tensor) -> float:
-        """``v' S v = sum D'' (J_a v)^2``, by a tangent pass alone."""
-        u = self.linearisation.jvp(self.vector.cast_views(v))[self._count :]
-        return sum(
-            float((w * t * t).sum(dtype=torch.float64)) for t, w in zip(u, self._hidden, strict=True) if t is not None
-        )
-
-    def _output_product(self, u: Maybe, v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
-        return self.space.product(u, v)
-
-    def _pull(self, w: Maybe, direct: Maybe, u: Maybe, structural: float, out: Tensor | None) -> Tensor:
-        pulled = self.linearisation.vjp([*w, *self._hidden_part(u, structural)])
-        out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
-        self.vector.flatten_into(out, pulled)
-        self._add_into(out, direct)
-        return out
-
-    def _hidden_part(self, u: Maybe, structural: float) -> Maybe:
-        """``structural D'' J_a v`` for every marked hidden state."""
-        if not structural:
-            return [None] * len(self._hidden)
-        tangents = u[self._count :]
-        return [None if t is None else t * w * structural for t, w in zip(tangents, self._hidden, strict=True)]
-
-    def _add_into(self, flat: Tensor, parts: Maybe) -> None:
-        for piece, part in zip(torch.split(flat, self.vector.sizes), parts, strict=True):
-            if part is not None:
-                piece.add_(part.detach().reshape(-1))
+        """``v' S v = sum D'' (J_a v)^2``."""
+        if any(part.linearisation is None or part.linearisation.name == "checkpoint" for part in self.parts):
+            return dot(v, self.structural_product(v))
+        vs, total = self.vector.cast_views(v), 0.0
+        for part in self.parts:
+            if part.linearisation is not None:
+                tangents = part.linearisation.jvp(vs)[part.count :]
+                pairs = zip(tangents, part.hidden, strict=True)
+                total += sum(float((w * t * t).sum(dtype=torch.float64)) for t, w in pairs if t is not None)
+        return total
 
     def pull(self, cotangents: Sequence[Tensor]) -> Tensor:
         """``J' w`` for one tensor per output, flat (P,)."""
-        return self.vector.flatten(self.linearisation.vjp([*cotangents, *([None] * len(self._hidden))]))
+        left = list(cotangents)
+        given = [[left.pop(0) for _ in range(part.count)] for part in self.parts]
+
+        def product(i: int, lin: Linearisation) -> list[Maybe]:
+            return [lin.vjp([*given[i], *([None] * len(self.parts[i].hidden))])]
+
+        return self._flat(self._shares(product))
 
 
-def _heads_again(
-    closure: Closure, frozen: Frozen, kind: str, sites: list[Site], module: nn.Module | None, marked: list[int]
-) -> list[Tensor]:
-    """The outputs at ``sites`` and the ``marked`` ones of the hidden states, from another run of the closure."""
-    with frozen.again(), torch.enable_grad(), differentiable_attention():
-        heads = outputs_again(closure, kind, sites, module=module, hidden=bool(marked))
-    return [*heads[: len(sites)], *(heads[len(sites) + i] for i in marked)]
+def rows(vector: ParameterVector, v: Tensor) -> list[Tensor]:
+    """The columns of ``v (P, k)`` in the shapes and dtypes of the parameters, along a new first dimension."""
+    pieces = torch.split(v.t(), vector.sizes, dim=1)
+    return [x.reshape(len(x), *p.shape).to(p.dtype) for x, p in zip(pieces, vector.params, strict=True)]
+
+
+def columns(vector: ParameterVector, like: Sequence[Tensor], parts: Maybe) -> Tensor:
+    """The other way round, (P, k); None is zero."""
+    full = [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(like, parts, strict=True)]
+    return torch.cat([g.reshape(len(g), -1).to(vector.dtype) for g in full], 1).t()
+
+
+class Nothing:
+    """The linearisation of a part without outputs: a regulariser that has a ``backward()`` of its own."""
+
+    name = "nothing"
+    cost: Cost | None = None
+
+    def __init__(self, params: int) -> None:
+        self._params = params
+
+    def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
+        """No outputs."""
+        return []
+
+    def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
+        """Zero."""
+        return [None] * self._params
+
+    def column_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def kept_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+
+def columns_at_once(column: int, size: int, budget: int | None, device: torch.device) -> int:
+    """How many vectors (P,) a batched pass takes at a time, at ``column`` bytes each beside the vectors themselves."""
+    given = int(0.8 * available_bytes(device)) if budget is None else budget
+    return max(1, min(MANY, given // (column + 4 * 8 * size)))
+
+
+def cannot_batch(error: Exception) -> bool:
+    """Whether torch says that it has no way to do an operation for many vectors at once."""
+    return any(word in str(error) for word in ("vmap", "atching rule", "functorch"))
 
 
 def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -318,6 +342,7 @@ class Hessian(Local):
             graph.refuse_once_differentiable(g for g in grads if g is not None)
         except RuntimeError as error:
             raise not_differentiable({"double-backward": error}) from error
+        self._one_by_one = False
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient = self.vector.flatten(grads)
 
@@ -338,7 +363,27 @@ class Hessian(Local):
         out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
         return self.vector.flatten_into(out, parts)
 
+    def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
+        """``H V`` for ``V (P, k)`` in batched passes, of as many columns as fit into memory.
 
-def differentiable_attention() -> Any:
-    """Only the plain form of scaled dot-product attention can be differentiated twice."""
-    return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
+        Raises:
+            ValueError: for ``structural``, which a Hessian does not have.
+        """
+        if structural or self._one_by_one or not self._live:
+            return super().multiply_many(v, structural=structural)
+        heads = [g for _, g in self._live]
+        width = columns_at_once(2 * graph.saved_bytes(heads, self.params), self.vector.size, None, self.device)
+        done = []
+        try:
+            for part in torch.split(v, width, 1):
+                vs = rows(self.vector, part)
+                found = graph.gradients(heads, self.params, [vs[i] for i, _ in self._live], batched=True)
+                done.append(columns(self.vector, vs, found))
+        except RuntimeError as error:
+            if not cannot_batch(error):
+                raise
+            self._one_by_one = True
+            logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
+            return super().multiply_many(v)
+        self.products += v.shape[1]
+        return torch.cat(done, 1)

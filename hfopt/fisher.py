@@ -11,7 +11,7 @@ from torch import Tensor
 from hfopt.closure import Closure
 from hfopt.curvature import GaussNewton
 from hfopt.errors import ClosureError
-from hfopt.output_space import Matching
+from hfopt.output_space import Joint, Matching
 
 Maybe = list["Tensor | None"]
 
@@ -50,38 +50,44 @@ class Fisher(GaussNewton):
             raise ValueError(f"samples is {samples}, but must be at least 1")
         super().__init__(closure, params, **options)
         self.batch_dim = batch_dim
-        if kind == "sampled":
-            if not isinstance(self.space, Matching) or any(b.closed is None for b in self.space.blocks):
-                raise ClosureError(
-                    "a sampled Fisher matrix needs a criterion with a known distribution; use one of "
-                    "torch.nn.functional, kind='empirical', or the Gauss-Newton matrix"
-                )
-            self._draws = [
-                (z, samples**-0.5 * g) for _ in range(samples) for z, g in self._drawn(self.space, generator)
+        self._draws = [self._gradients(part.space, kind, samples, generator) for part in self.parts]
+
+    def _gradients(
+        self, space: Matching | Joint, kind: str, samples: int, generator: torch.Generator | None
+    ) -> list[tuple[int, Tensor]]:
+        """(number of the output, g) for every draw."""
+        if kind == "empirical":
+            return [
+                (i, t * z.shape[self.batch_dim] ** 0.5 if z.dim() else t)
+                for i, (z, t) in enumerate(zip(space.outputs, space.cotangents, strict=True))
             ]
-            # With a loss that is not finite itself there is nothing to tell of the weights.
-            if bool(self.loss.isfinite()) and any(not bool(g.isfinite().all()) for _, g in self._draws):
-                raise ClosureError(
-                    "a sampled Fisher matrix needs criteria with weights that are finite and not negative, but one of "
-                    "those found has not; use the Gauss-Newton matrix"
-                )
-        else:
-            cotangents = [
-                t * z.shape[batch_dim] ** 0.5 if z.dim() else t
-                for z, t in zip(self.space.outputs, self.space.cotangents, strict=True)
-            ]
-            self._draws = list(enumerate(cotangents))
+        if not isinstance(space, Matching) or any(b.closed is None for b in space.blocks):
+            raise ClosureError(
+                "a sampled Fisher matrix needs a criterion with a known distribution; use one of "
+                "torch.nn.functional, kind='empirical', or the Gauss-Newton matrix"
+            )
+        draws = [(i, samples**-0.5 * g) for _ in range(samples) for i, g in self._drawn(space, generator)]
+        # With a loss that is not finite itself there is nothing to tell of the weights.
+        if bool(self.loss.isfinite()) and any(not bool(g.isfinite().all()) for _, g in draws):
+            raise ClosureError(
+                "a sampled Fisher matrix needs criteria with weights that are finite and not negative, but one of "
+                "those found has not; use the Gauss-Newton matrix"
+            )
+        return draws
 
     def _drawn(self, space: Matching, generator: torch.Generator | None) -> list[tuple[int, Tensor]]:
         return [(b.where[0], b.closed.sample(generator)) for b in space.blocks if b.closed is not None]
 
-    def _output_product(self, u: Maybe, v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
-        _, direct = self.space.product([None] * len(u), v)
+    def _output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
+        _, direct = self.parts[number].space.product([None] * len(u), v, batched)
         w: Maybe = [None] * len(u)
-        for i, g in self._draws:
+        for i, g in self._draws[number]:
             if (t := u[i]) is not None:
-                others = [d for d in range(t.dim()) if d != self.batch_dim % t.dim()]
-                along = (g * t).sum(others, keepdim=True) if others else g * t
-                part, old = g * along, w[i]
+                part, old = (torch.vmap(self._along, (None, 0)) if batched else self._along)(g, t), w[i]
                 w[i] = part if old is None else old + part
         return w, direct
+
+    def _along(self, g: Tensor, t: Tensor) -> Tensor:
+        """``g g't`` for every case."""
+        others = [d for d in range(t.dim()) if d != self.batch_dim % t.dim()]
+        return g * ((g * t).sum(others, keepdim=True) if others else g * t)

@@ -84,7 +84,7 @@ def directly_used(roots: Iterable[Tensor], among: Sequence[Tensor]) -> list[Tens
 
 
 def saved_bytes(roots: Iterable[Tensor], ignore: Iterable[Tensor]) -> int:
-    """Bytes of the distinct tensors that the graph of ``roots`` keeps for backward, less those of ``ignore``."""
+    """Bytes of the distinct dense tensors that the graph of ``roots`` keeps for backward, less those of ``ignore``."""
     storages = {t.untyped_storage().data_ptr() for t in ignore}
     total = 0
     for node in nodes(roots):
@@ -101,5 +101,5 @@ def _saved_tensors(node: Node) -> Iterator[Tensor]:
     values += [getattr(node, "saved_tensors", ())]
     for value in values:
         for t in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and t.layout == torch.strided:
                 yield t

@@ -1,14 +1,17 @@
 """Tangents and adjoints of the outputs about a fixed point: ``J v`` and ``J' w``, primal work done once.
 
-Three ways, in the order in which ``"auto"`` tries them:
+Four ways, in the order in which ``"auto"`` tries them (see :mod:`hfopt.policy`; docs/linearisation.md compares them):
 
 1. ``"double-backward"``: the graph of ``u -> J'u`` is built once; differentiated in u it gives ``J v``. Widest
    coverage and about 1.3 gradients a product, but it holds 2.6 to 2.9 times the memory of the forward graph. The
    gradient of the loss falls out of building it.
 2. ``"linearize"``: ``torch.func.linearize`` for ``J v`` and the cached graph for ``J'w``; for models with an operation
    that cannot be differentiated twice but has a forward mode. Tracing Python loops is slow.
-3. ``"recompute"``: forward and backward passes are run again for every product (about 2.4 gradients); nothing but the
-   parameters is held, where the loss is a sum of criteria. Taken when the graph would not fit the memory budget.
+3. ``"checkpoint"``: double backward on a graph in which sequences are single nodes that keep the states at the borders
+   of sqrt(T) segments and compute the rest again; for recurrences of hfopt (see
+   :mod:`hfopt.recurrences.segments`).
+4. ``"recompute"``: forward and backward passes are run again for every product (about 2.4 gradients); nothing but the
+   parameters is held, where the loss is a sum of criteria.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +30,14 @@ from torch.utils._pytree import tree_map_only
 
 from hfopt import graph
 from hfopt.errors import NotDifferentiable
+from hfopt.notice import size
+from hfopt.recurrences.segments import Segments
 
-POLICIES = ("auto", "double-backward", "linearize", "recompute")
+# What the forward graph and the traced tangent graph keep, in units of the forward graph (measured: 2.0 to 4.4 on
+# recurrent, fully connected and convolutional networks).
+LINEARIZE_MEMORY = 4.4
 
-# What double backward's graph holds, in units of the forward graph (measured: 2.6 on an autoencoder, 2.9 on an RNN).
-DOUBLE_BACKWARD_MEMORY = 2.9
+POLICIES = ("auto", "double-backward", "linearize", "checkpoint", "recompute")
 
 # Tracing, and what is replaced for it, concern the whole process.
 _ONE_AT_A_TIME = threading.RLock()
@@ -38,16 +45,56 @@ _ONE_AT_A_TIME = threading.RLock()
 Maybe = list["Tensor | None"]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a linearisation was found to cost when it was chosen.
+
+    Attributes:
+        kept: bytes that stay allocated between products (an estimate for "linearize").
+        budget: bytes that were there to be used.
+        gradient: seconds of the closure's run and a backward pass.
+        setup: seconds of making the linearisation, with the gradient that falls out of it.
+        product: seconds of the first tangent and adjoint pass.
+    """
+
+    kept: int
+    budget: int
+    gradient: float
+    setup: float
+    product: float
+
+    def __str__(self) -> str:
+        unit = max(self.gradient, 1e-9)
+        return (
+            f"keeps {size(self.kept)} of a budget of {size(self.budget)}; set-up {self.setup / unit:.2f} gradients, "
+            f"product {self.product / unit:.2f} gradients ({self.product * 1e3:.3g} ms), each measured once"
+        )
+
+
 class Linearisation(Protocol):
-    """J about a fixed point, for outputs ``z_1, z_2, ...`` and parameters ``p_1, p_2, ...``."""
+    """J about a fixed point, for outputs ``z_1, z_2, ...`` and parameters ``p_1, p_2, ...``.
+
+    ``batched``: k vectors at once, along a new first dimension of each tensor.
+    """
 
     name: str
+    cost: Cost | None
 
-    def jvp(self, v: Sequence[Tensor]) -> Maybe:
+    def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
         """``J v``: one tensor (or None for zero) per output."""
 
-    def vjp(self, w: Sequence[Tensor | None]) -> Maybe:
-        """``J' w``: one tensor (or None for zero) per parameter."""
+    def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
+        """``J' w``: one tensor (or None for zero) per parameter.
+
+        ``structural`` adds that multiple of ``S v`` of the hidden states that the linearisation keeps to itself, for
+        the v of the last :meth:`jvp`.
+        """
+
+    def column_bytes(self) -> int:
+        """About what one more vector of a batched product takes while it is computed."""
+
+    def kept_bytes(self) -> int:
+        """What stays allocated between products."""
 
 
 def _vjp(
@@ -63,6 +110,7 @@ class DoubleBackward:
     """Cached graph of ``u -> J'u``, linear in ``u``."""
 
     name = "double-backward"
+    cost: Cost | None = None
 
     def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor], at: Sequence[Tensor]) -> None:
         """Build the graph at ``u = at`` (one tensor per output); ``self.gradient`` is ``J' at``."""
@@ -79,9 +127,53 @@ class DoubleBackward:
         """``J v = d<J'u, v>/du``; ``batched``: k tangents at once, along a new first dimension."""
         return graph.gradients([g for _, g in self._pulled], self._u, [v[i] for i, _ in self._pulled], batched)
 
-    def vjp(self, w: Sequence[Tensor | None], batched: bool = False) -> Maybe:
+    def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
         """``J' w`` on the forward graph; ``batched`` as for :meth:`jvp`."""
         return _vjp(self.outputs, self.params, w, batched)
+
+    def column_bytes(self) -> int:
+        """A tangent and a cotangent of everything that the forward graph keeps."""
+        return 2 * graph.saved_bytes(self.outputs, self.params)
+
+    def kept_bytes(self) -> int:
+        """The tensors that both graphs keep."""
+        return graph.saved_bytes([*self.outputs, *(g for _, g in self._pulled)], self.params)
+
+
+class Checkpoint(DoubleBackward):
+    """The same on a graph whose sequences keep the states at the borders of their segments alone."""
+
+    name = "checkpoint"
+
+    def __init__(
+        self,
+        outputs: Sequence[Tensor],
+        params: Sequence[Tensor],
+        at: Sequence[Tensor],
+        sequences: Sequence[Segments],
+    ) -> None:
+        """``sequences``: those that were checkpointed in the run that gave ``outputs``."""
+        super().__init__(outputs, params, at)
+        self._sequences = list(sequences)
+
+    def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
+        """``J' w``, and the structural damping of the checkpointed hidden states in the same pass."""
+        try:
+            for s in self._sequences:
+                s.structural = structural
+            return super().vjp(w, batched)
+        finally:
+            for s in self._sequences:
+                s.structural = 0.0
+
+    def column_bytes(self) -> int:
+        """As for the graph as a whole and for the largest segment."""
+        return super().column_bytes() + 2 * max(s.bytes_of_one for s in self._sequences)
+
+    def kept_bytes(self) -> int:
+        """The graphs and the borders."""
+        borders = {id(x): x for s in self._sequences for states in s.borders for x in states}
+        return super().kept_bytes() + sum(x.numel() * x.element_size() for x in borders.values())
 
 
 class _Swap(TorchFunctionMode):
@@ -125,6 +217,7 @@ class Linearize:
     """``torch.func.linearize`` for the tangents, the forward graph for the adjoints."""
 
     name = "linearize"
+    cost: Cost | None = None
 
     def __init__(
         self,
@@ -159,37 +252,57 @@ class Linearize:
             warnings.simplefilter("ignore", UserWarning)
             _, self._jvp = torch.func.linearize(function, *primals)
 
-    def jvp(self, v: Sequence[Tensor]) -> Maybe:
+    def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
         """``J v`` by the traced tangent graph."""
         with self._around():
-            return list(self._jvp(*v))
+            return list((torch.vmap(self._jvp, randomness="same") if batched else self._jvp)(*v))
 
-    def vjp(self, w: Sequence[Tensor | None]) -> Maybe:
+    def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
         """``J' w`` on the forward graph."""
-        return _vjp(self.outputs, self.params, w)
+        return _vjp(self.outputs, self.params, w, batched)
+
+    def column_bytes(self) -> int:
+        """A tangent and a cotangent of everything that the forward graph keeps."""
+        return 2 * graph.saved_bytes(self.outputs, self.params)
+
+    def kept_bytes(self) -> int:
+        """About what both graphs keep; the constants of the tangent graph are folded in the first product."""
+        return int(LINEARIZE_MEMORY * graph.saved_bytes(self.outputs, self.params))
 
 
 class Recompute:
     """Runs the model again for every product and keeps nothing."""
 
     name = "recompute"
+    cost: Cost | None = None
 
     def __init__(self, params: Sequence[Tensor], run: Callable[[], Sequence[Tensor]]) -> None:
         """``run`` computes the outputs, with their graph, always in the same order."""
         self.params, self._run = list(params), run
         self._fresh: DoubleBackward | None = None
+        self._column = 0
 
-    def jvp(self, v: Sequence[Tensor]) -> Maybe:
+    def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
         """``J v`` on a fresh graph, which the next :meth:`vjp` uses up."""
         outputs = self._run()
         self._fresh = DoubleBackward(outputs, self.params, [torch.zeros_like(z) for z in outputs])
-        return self._fresh.jvp(v)
+        return self._fresh.jvp(v, batched)
 
-    def vjp(self, w: Sequence[Tensor | None]) -> Maybe:
+    def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
         """``J' w`` on the graph of the preceding :meth:`jvp`, or on one of its own."""
         fresh, self._fresh = self._fresh, None
         outputs = fresh.outputs if fresh is not None else self._run()
-        return _vjp(outputs, self.params, w)
+        return _vjp(outputs, self.params, w, batched)
+
+    def column_bytes(self) -> int:
+        """As with a cached graph; found by one run of the model."""
+        if self._column == 0:
+            self._column = 2 * graph.saved_bytes(self._run(), self.params)
+        return self._column
+
+    def kept_bytes(self) -> int:
+        """Nothing."""
+        return 0
 
 
 def available_bytes(device: torch.device) -> int:

@@ -24,16 +24,19 @@ Maybe = list["Tensor | None"]
 
 
 def _grad(
-    roots: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, graph: bool = False
+    roots: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    create: bool = False,
+    batched: bool = False,
 ) -> Maybe:
     """``autograd.grad`` that keeps the graph and answers None for whatever does not depend on ``inputs``."""
     pairs = [(r, w) for r, w in zip(roots, weights, strict=True) if r.requires_grad]
-    if not pairs or not inputs:
-        return [None] * len(inputs)
-    heads, cotangents = zip(*pairs, strict=True)
-    return list(
-        torch.autograd.grad(heads, inputs, cotangents, retain_graph=True, create_graph=graph, allow_unused=True)
-    )
+    heads, cotangents = [r for r, _ in pairs], [w for _, w in pairs]
+    if create and heads and inputs:
+        return list(torch.autograd.grad(heads, inputs, cotangents, create_graph=True, allow_unused=True))
+    return graph.gradients(heads, inputs, cotangents, batched)
 
 
 def _known(tensors: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
@@ -59,13 +62,14 @@ class Block:
     inputs: Tensors
     gradients: Maybe
 
-    def product(self, u: Sequence[Tensor | None]) -> Maybe:
+    def product(self, u: Sequence[Tensor | None], batched: bool = False) -> Maybe:
         """This block times the tangents of its own outputs (None: zero), in the order of ``where``."""
         if self.closed is not None:
-            return [None if u[0] is None else self.closed.product(u[0])]
+            product = torch.vmap(self.closed.product) if batched else self.closed.product
+            return [None if u[0] is None else product(u[0])]
         live = [(i, g) for i, g in _known(self.gradients) if u[i] is not None]
         tangents = [t for i, _ in live if (t := u[i]) is not None]
-        return _grad([g for _, g in live], self.inputs, tangents)
+        return _grad([g for _, g in live], self.inputs, tangents, batched=batched)
 
 
 class Matching:
@@ -111,7 +115,7 @@ class Matching:
         # The closed forms are Hessians in the criterion's input; a network may also stand at the target's place.
         plain = len(where) == 1 and bound.arguments["input"] is call.inputs[0]
         closed = matching_curvature(bound) if plain else None
-        gradients = _grad([call.value], call.inputs, [c], graph=closed is None)
+        gradients = _grad([call.value], call.inputs, [c], create=closed is None)
         for i, g in zip(where, gradients, strict=True):
             _add(cotangents, i, None if g is None else g.detach())
         return Block(where, closed, [] if closed is not None else call.inputs, gradients)
@@ -153,14 +157,17 @@ class Matching:
                 f"sums of criteria can be taken apart. {WAYS_OUT}"
             )
 
-    def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
-        """Block by block in output space; the regulariser's exact Hessian in parameter space."""
+    def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
+        """Block by block in output space; the regulariser's exact Hessian in parameter space.
+
+        ``batched``: for k vectors, along the first dimension of every tensor.
+        """
         w: Maybe = [None] * len(self.outputs)
         for block in self.blocks:
-            for i, part in zip(block.where, block.product([u[i] for i in block.where]), strict=True):
+            for i, part in zip(block.where, block.product([u[i] for i in block.where], batched), strict=True):
                 _add(w, i, part)
         live = _known(self.direct)
-        return w, _grad([g for _, g in live], self.params, [v[i] for i, _ in live])
+        return w, _grad([g for _, g in live], self.params, [v[i] for i, _ in live], batched=batched)
 
 
 class Joint:
@@ -179,7 +186,7 @@ class Joint:
         self.inputs = self.outputs if trace.inputs is None else trace.inputs
         self._refuse_side_paths(trace)
         one = [torch.ones_like(trace.total)]
-        self._dz = _grad([trace.total], self.inputs, one, graph=True)
+        self._dz = _grad([trace.total], self.inputs, one, create=True)
         if all(g is None for g in self._dz):
             raise ClosureError(f"the loss does not depend on the declared outputs. {WAYS_OUT}")
         self.cotangents = [
@@ -191,7 +198,7 @@ class Joint:
         self._has_direct = any(id(p) in reached for p in self.params)
         if self._has_direct:
             with self._stopped():
-                self.direct = _grad([trace.total], self.params, one, graph=True)
+                self.direct = _grad([trace.total], self.params, one, create=True)
         self._check(trace, one)
 
     def _refuse_side_paths(self, trace: Trace) -> None:
@@ -238,17 +245,17 @@ class Joint:
             for hook in hooks:
                 hook.remove()
 
-    def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor]) -> tuple[Maybe, Maybe]:
-        """``[[L_zz, L_zt], [L_tz, L_tt]]`` times ``(u, v)``."""
+    def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
+        """``[[L_zz, L_zt], [L_tz, L_tt]]`` times ``(u, v)``; ``batched`` as for :class:`Matching`."""
         heads = [(g, t) for g, t in zip(self._dz, u, strict=True) if g is not None and t is not None]
         if self._has_direct:
             heads += [(g, t) for g, t in zip(self.direct, v, strict=True) if g is not None]
         roots, weights = [g for g, _ in heads], [t for _, t in heads]
-        w = _grad(roots, self.inputs, weights)
+        w = _grad(roots, self.inputs, weights, batched=batched)
         h: Maybe = [None] * len(self.params)
         if self._has_direct:
             with self._stopped():
-                h = _grad(roots, self.params, weights)
+                h = _grad(roots, self.params, weights, batched=batched)
         return w, h
 
 

@@ -61,7 +61,7 @@ class EmpiricalFisherDiagonal(Preconditioner):
         generator = torch.Generator(device=op.device).manual_seed(step)
         total = torch.zeros(op.vector.size, dtype=op.dtype, device=op.device)
         for _ in range(self.probes):
-            signed = [self._signed(t, generator) for t in op.space.cotangents]
+            signed = [self._signed(t, generator) for t in op.cotangents]
             pulled = op.pull(signed)
             total.addcmul_(pulled, pulled, value=1 / self.probes)
         self._diagonal = total

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,13 @@ from torch import Tensor
 
 from hfopt.cg import Iterate, Solution
 from hfopt.closure import Closure, differentiate, evaluate
-from hfopt.curvature import GaussNewton, Hessian, differentiable_attention
+from hfopt.curvature import GaussNewton, Hessian
 from hfopt.fisher import Fisher
 from hfopt.frozen import Frozen
 from hfopt.linesearch import LineSearchResult
+from hfopt.notice import warn
+from hfopt.policy import differentiable_attention, trusted
+from hfopt.recurrences.segments import checkpointing
 from hfopt.stats import StepStats
 from hfopt.vector import ParameterVector, dot, norm
 
@@ -96,7 +98,7 @@ class Step:
         self.loss = loss
         size = norm(self.g)
         if not (math.isfinite(self.f0) and math.isfinite(loss) and math.isfinite(size)):
-            warnings.warn(NOT_FINITE, stacklevel=4)
+            warn(NOT_FINITE)
             self._stay("not finite")
         elif size == 0.0:
             self._stay("zero gradient")
@@ -115,7 +117,7 @@ class Step:
             self.op = self.operator(self.closure)
             loss, gradient, result = float(self.op.loss), self.op.gradient, self.op.result
         else:
-            with self.frozen.run(), differentiable_attention():
+            with self.frozen.run(), differentiable_attention(), checkpointing(self._checkpointed()):
                 value, result = differentiate(self.closure, self.vector.params, loss=self.o.loss)
             loss, gradient = float(value), self.vector.flatten([p.grad for p in self.vector.params])
             self.op = self.operator(self.curvature)
@@ -138,8 +140,8 @@ class Step:
             "frozen": self.frozen,
         }
         op = self._matrix(closure, options)
-        outputs, name = sum(z.numel() for z in op.space.outputs), op.linearisation.name
-        if o.linearisation == "auto" and (o.chosen is None or name != o.chosen[0] or outputs > o.chosen[1]):
+        outputs, name = op.outputs, op.linearisation.name
+        if o.linearisation == "auto" and (o.chosen is None or name != o.chosen[0] or not trusted(o.chosen, outputs)):
             o.chosen = name, outputs
         return op
 
@@ -152,6 +154,11 @@ class Step:
         generator = torch.Generator(device=self.vector.device).manual_seed(o.steps)
         kind = "sampled" if o.curvature == "fisher" else "empirical"
         return Fisher(closure, self.vector.params, kind=kind, batch_dim=o.batch_dim, generator=generator, **options)
+
+    def _checkpointed(self) -> bool:
+        """Whether sequences are long enough that no run may hold all their hidden states."""
+        chosen = self.o.chosen[0] if self.o.chosen is not None else ""
+        return "checkpoint" in (self.o.linearisation, chosen if self.o.linearisation == "auto" else "")
 
     def _decays(self) -> bool:
         return isinstance(self.decay, Tensor) or self.decay != 0.0
@@ -168,7 +175,7 @@ class Step:
     def loss_alone(self) -> float:
         """The evaluation closure's loss at the present parameters."""
         self.evaluations += 1
-        with self.frozen.run(), differentiable_attention():
+        with self.frozen.run(), differentiable_attention(), checkpointing(self._checkpointed()):
             value = evaluate(self.evaluation, loss=self.o.loss, differentiates=self.differentiates)
         return float(value)
 

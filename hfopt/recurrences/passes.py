@@ -122,7 +122,7 @@ class Segments:
             return self._call(i, full, marks)[0]
 
         def push(*given: Tensor) -> Tensors:
-            primals = tuple(x.detach() for j in live if (x := arguments[j]) is not None)
+            primals = tuple(_spread(x.detach()) for j in live if (x := arguments[j]) is not None)
             pushed: Tensors = torch.func.jvp(at, primals, given)[1]
             return pushed
 
@@ -242,6 +242,12 @@ def _own(x: Tensor) -> Tensor:
     """``x``, detached, in memory of its own: the last step of a segment must not keep the others."""
     x = x.detach()
     return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
+
+
+def _spread(x: Tensor) -> Tensor:
+    """``x``, copied if it is expanded: torch makes no dual number of it then."""
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    return x.contiguous() if expanded else x
 
 
 def _random_state(devices: list[torch.device]) -> list[Tensor]:

@@ -158,11 +158,11 @@ def test_memory_budget() -> None:
 
 
 def test_the_estimate_of_memory_counts_what_the_graph_saves() -> None:
-    """Three saved activations of (N, 100) in float64, at the double-backward factor less the forward graph itself."""
+    """Three saved activations of (N, 100) in float64, at the double-backward factor."""
     model = nn.Sequential(nn.Linear(100, 100), nn.Tanh(), nn.Linear(100, 100), nn.Tanh()).double()
     x, y = randn(1000, 100, seed=16), randn(1000, 100, seed=17)
     activations = 1000 * 100 * 8
-    for budget, name in ((3 * activations, "recompute"), (8 * activations, "double-backward")):
+    for budget, name in ((3 * activations, "recompute"), (9 * activations, "double-backward")):
         if name == "recompute":
             with pytest.warns(UserWarning, match="over the budget"):
                 op = hfopt.GaussNewton(lambda: F.mse_loss(model(x), y), model.parameters(), memory_budget=budget)
@@ -294,6 +294,6 @@ def test_lack_of_memory_is_no_reason_to_try_another_policy(monkeypatch: pytest.M
         raise torch.OutOfMemoryError("no memory")
 
     model = mlp(3, 2, seed=51)
-    monkeypatch.setattr("hfopt.curvature.DoubleBackward", full)
+    monkeypatch.setattr("hfopt.policy.DoubleBackward", full)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
