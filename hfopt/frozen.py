@@ -15,6 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Bytes up to which a buffer on a device is put back without a look whether it has changed: the host would have to wait
+# for the answer, and running statistics are small.
+_SMALL = 1 << 20
+
+
+def _put_back_unseen(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu" and tensor.numel() * tensor.element_size() <= _SMALL
+
 
 @dataclass(eq=False)
 class _Buffer:
@@ -25,7 +33,12 @@ class _Buffer:
     before: Tensor
 
     def changed(self) -> bool:
-        if self.module._buffers.get(self.name) is not self.tensor or self.tensor._version != self.version:
+        """Whether the buffer may hold another value than before the first run."""
+        if (
+            _put_back_unseen(self.tensor)
+            or self.module._buffers.get(self.name) is not self.tensor
+            or self.tensor._version != self.version
+        ):
             return True
         # Batch normalisation updates its statistics without a new version.
         return not torch.equal(self.tensor, self.before)

@@ -218,3 +218,26 @@ def test_autocast_around_a_step_keeps_no_cast_of_parameters(roles: bool) -> None
     inside = run(False)
     assert inside[2] < inside[0]
     assert run(True) == inside
+
+
+@POLICIES
+def test_buffers_that_are_put_back_unseen(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small buffers of a device are put back without a comparison: to the same values as with one."""
+    states = []
+    for unseen in (False, True):
+        monkeypatch.setattr(hfopt.frozen, "_put_back_unseen", lambda tensor, unseen=unseen: unseen)
+        model = normal()
+        optimizer = built(model, policy)
+        for _ in range(3):
+            optimizer.step(lambda model=model: F.mse_loss(model(X), Y))
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    assert int(states[1]["1.num_batches_tracked"]) == 3
+
+
+def test_only_small_buffers_of_a_device_are_put_back_unseen() -> None:
+    unseen = hfopt.frozen._put_back_unseen
+    assert not unseen(torch.zeros(3))
+    assert unseen(torch.zeros(3, device="meta"))
+    assert not unseen(torch.zeros(1 << 20, device="meta"))
