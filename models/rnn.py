@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hfopt.recurrences import NONLINEARITIES, segments, simple_rnn_layer
+from hfopt.recurrences import NONLINEARITIES, segments, simple_rnn_layer, simple_rnn_readout
 from models.initialisation import generator_of, sparse_
 
 
@@ -147,10 +147,14 @@ class RNN(nn.Module):
         inputs, start, mask, last = self._checked(inputs, h0, lengths)
         if segments.wanted():
             return self._checkpointed(inputs, start, mask, last)
-        hidden = self._hidden(inputs, start, mask)
+        # A readout of all steps inside the recurrence costs less than taking its hidden states through memory.
+        inside = self.W_ho is not None and (self.output == "all" or self.W_ho.shape[1] <= self.hidden // 2)
+        found = self._outputs(inputs, start, mask) if inside else self._hidden(inputs, start, mask)
         if self.output == "last":
-            hidden = hidden[-1] if last is None else hidden[last, torch.arange(hidden.shape[1], device=hidden.device)]
-        return self._readout(hidden)
+            found = found[-1] if last is None else found[last, torch.arange(found.shape[1], device=found.device)]
+        if not inside:
+            return self._readout(found)
+        return found.transpose(0, 1) if self.batch_first and self.output == "all" else found
 
     def _checkpointed(self, inputs: Tensor, start: Tensor, mask: Tensor | None, last: Tensor | None) -> Tensor:
         """The same in segments, each with its part of the readout: the hidden states are never there all at once."""
@@ -192,6 +196,11 @@ class RNN(nn.Module):
 
     def _hidden(self, inputs: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
         return simple_rnn_layer(inputs, self.W_vh, self.W_hh, start, self.b_h, self.nonlinearity, mask)
+
+    def _outputs(self, inputs: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.W_ho is not None
+        weights = self.W_vh, self.W_hh, start, self.b_h, self.W_ho, self.b_o
+        return simple_rnn_readout(inputs, *weights, self.nonlinearity, mask)
 
     def _checked(
         self, inputs: Tensor, h0: Tensor | None, lengths: Tensor | None

@@ -6,6 +6,7 @@ from hfopt.recurrences.gru import gru_layer
 from hfopt.recurrences.lstm import lstm_layer
 from hfopt.recurrences.mrnn import MULTIPLICATIVE, mrnn_layer
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
+from hfopt.recurrences.readout import simple_rnn_readout
 from hfopt.recurrences.simple import simple_rnn, simple_rnn_layer
 from hfopt.recurrences.unrolled import State, Unrolled
 
@@ -19,4 +20,5 @@ __all__ = [
     "mrnn_layer",
     "simple_rnn",
     "simple_rnn_layer",
+    "simple_rnn_readout",
 ]

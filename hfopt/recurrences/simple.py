@@ -14,7 +14,7 @@ from hfopt.recurrences.nonlinearities import NONLINEARITIES
 from hfopt.recurrences.operators import rnn_forward
 
 
-class _Recurrence(torch.autograd.Function):
+class Recurrence(torch.autograd.Function):
     """(P, X, K, h0, f, preactivations) -> (H,), or (H, A) with a_t = p_t + [h_{t-1}, x_t] K if `preactivations`."""
 
     generate_vmap_rule = True
@@ -83,7 +83,7 @@ def _run(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str, mask: Ma
 
         return segments.over_time(part, (P, X, mask), (h0,), (K,))[0][0]
     wanted = structural.wanted()
-    H, *A = apply(_Recurrence, P, X, K, h0, nonlinearity, wanted)
+    H, *A = apply(Recurrence, P, X, K, h0, nonlinearity, wanted)
     if wanted:
         curvature = NONLINEARITIES[nonlinearity].distance(H.detach())
         structural.mark(A[0], curvature, batch_dim=1, mask=mask)
@@ -123,8 +123,8 @@ def simple_rnn(
 
     Reference: Martens & Sutskever, "Learning recurrent neural networks with Hessian-free optimization", ICML 2011.
     """
-    _check_types(inputs_projected=inputs_projected, weight_hh=weight_hh, h0=h0)
-    P, W, h0 = _same_precision(inputs_projected, weight_hh, h0)
+    check_types(inputs_projected=inputs_projected, weight_hh=weight_hh, h0=h0)
+    P, W, h0 = same_precision(inputs_projected, weight_hh, h0)
     _check({"inputs_projected": P, "weight_hh": W, "h0": h0}, nonlinearity)
     if P.dim() != 3 or P.numel() == 0:
         raise ValueError(
@@ -164,11 +164,19 @@ def simple_rnn_layer(
     Raises:
         ValueError, TypeError: as `simple_rnn`.
     """
+    X, K, h0 = layer_point(inputs, weight_vh, weight_hh, h0, bias, nonlinearity, mask)
+    return _run(None, X, K, h0, nonlinearity, mask)
+
+
+def layer_point(
+    inputs: Tensor, weight_vh: Tensor, weight_hh: Tensor, h0: Tensor, bias: Maybe, nonlinearity: str, mask: Maybe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(X, K, h0) of `simple_rnn_layer`'s arguments, which are checked: X with a column of ones if there is a bias."""
     named = {"inputs": inputs, "weight_vh": weight_vh, "weight_hh": weight_hh, "h0": h0}
     if bias is not None:
         named["bias"] = bias
-    _check_types(**named)
-    X, Wx, W, h0, *biases = _same_precision(*named.values())
+    check_types(**named)
+    X, Wx, W, h0, *biases = same_precision(*named.values())
     _check(dict(zip(named, (X, Wx, W, h0, *biases), strict=True)), nonlinearity)
     if X.dim() != 3 or X.numel() == 0:
         raise ValueError(
@@ -184,10 +192,11 @@ def simple_rnn_layer(
     if biases:
         X = torch.cat((X, X.new_ones(*X.shape[:2], 1)), -1)
     K = torch.cat((W, Wx, *(b.unsqueeze(0) for b in biases)))
-    return _run(None, X, K, h0, nonlinearity, mask)
+    return X, K, h0
 
 
-def _check_types(**named: object) -> None:
+def check_types(**named: object) -> None:
+    """Refuse what is no floating-point tensor, by its name."""
     for name, given in named.items():
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} is a {type(given).__name__}, not a tensor")
@@ -195,7 +204,7 @@ def _check_types(**named: object) -> None:
             raise TypeError(f"{name} has dtype {given.dtype}; give a floating-point tensor")
 
 
-def _same_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
+def same_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, float32 tensors in the autocast dtype, as for torch's recurrent layers; otherwise as they are."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

@@ -24,14 +24,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define FEW 4 /* outputs that are read out one by one, since panels would be nearly empty */
-#define LONGEST_BLOCK 32
-#define ROWS_OF_A_BLOCK 192 /* of a sum over rows: enough to make up for reading and writing the sums */
-
-/* How many steps the sums over steps and sequences are put off: at least two, since a step reads the one after it. */
-static long block_length(long tile) {
-  const long steps = (ROWS_OF_A_BLOCK + tile - 1) / tile;
-  return steps < 2 ? 2 : steps > LONGEST_BLOCK ? LONGEST_BLOCK : steps;
-}
+#define LONGEST_BLOCK 32 /* steps that sums over steps and sequences are put off, at most */
 
 /* Data that will be needed soon: `bytes` from `at` on. */
 typedef struct {
@@ -69,6 +62,9 @@ static void *workspace(size_t bytes) {
 static REAL *NAME(workspace)(long count) { return workspace((count + 64) * sizeof(REAL)); }
 #include "gemm.h"
 #include "simple.h"
+#include "lstm.h"
+#include "gru.h"
+#include "mrnn.h"
 #undef REAL
 #undef NAME
 
@@ -77,3 +73,6 @@ static REAL *NAME(workspace)(long count) { return workspace((count + 64) * sizeo
 static REAL *NAME(workspace)(long count) { return workspace((count + 64) * sizeof(REAL)); }
 #include "gemm.h"
 #include "simple.h"
+#include "lstm.h"
+#include "gru.h"
+#include "mrnn.h"

@@ -32,6 +32,12 @@ def tile(row_bytes: int) -> int:
     return max(12, min(120, 6 * round(24576 / (6 * row_bytes))))
 
 
+def put_off(rows: int) -> int:
+    """Steps of a tile of `rows` sequences after which sums over both are added up: enough to make up for reading and
+    writing the sums; LONGEST_BLOCK of kernels.c is the most."""
+    return max(2, min(32, -(-192 // rows)))
+
+
 def contiguous(tensors: Iterable[Maybe]) -> list[Maybe]:
     """The tensors as C reads them."""
     return [None if x is None else x.contiguous() for x in tensors]
@@ -94,4 +100,4 @@ def call(
     )
 
 
-__all__ = ["Maybe", "Vectors", "call", "contiguous", "padded", "parts", "serves", "tile", "total"]
+__all__ = ["Maybe", "Vectors", "call", "contiguous", "padded", "parts", "put_off", "serves", "tile", "total"]

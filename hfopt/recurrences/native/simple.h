@@ -119,16 +119,16 @@ static void NAME(few_sums)(REAL *restrict sums, const REAL *u, const REAL *restr
     }
 }
 
-/* n: as above, then ld and ld_o, the lengths of the rows of dK and dK_o: whole numbers of panels.
+/* n: as above, then ld and ld_o, the lengths of the rows of dK and dK_o (whole panels), and the steps that the sums are put off.
    p: U (T, N, B, h)?, U_a (T, N, B, h)?, U_o (T, N, B, O)?, X, H, h0, K, K_o?, dP (T, N, B, h)?, dX (T, N, B, V)?, dh0 (N, B, h),
    dK (N, h + V, ld) and dK_o (N, h + 1, ld_o)?, both added to. */
 EXPORT long NAME(simple_adjoint)(const long *n, void *const *p) {
   const long T = n[0], B = n[1], h = n[2], V = n[3], N = n[4], O = n[5], first = n[6], last = n[7], f = n[8], tile = n[9],
-             ld = n[10], ld_o = n[11];
+             ld = n[10], ld_o = n[11], slots = n[12];
   const REAL *U = p[0], *Ua = p[1], *Uo = p[2], *X = p[3], *H = p[4], *h0 = p[5], *K = p[6], *Ko = p[7];
   REAL *dP = p[8], *dX = p[9], *dh0 = p[10], *dK = p[11], *dKo = p[12];
   const long square = NAME(packed_size)(h, h), wide = NAME(packed_size)(h, V), out = NAME(packed_size)(O, h);
-  const long slot = tile * ld, slots = block_length(tile), few = O <= FEW, sums_o = few ? O * h : tile * ld_o;
+  const long slot = tile * ld, few = O <= FEW, sums_o = few ? O * h : tile * ld_o;
   REAL *Wt = NAME(workspace)(square + wide + out + sums_o + (slots + 1) * slot);
   if (!Wt) return 1;
   REAL *Wxt = Wt + square, *Wot = Wxt + wide, *spare = Wot + out, *ring = spare + sums_o;

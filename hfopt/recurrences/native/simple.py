@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hfopt.recurrences.native.passes import Maybe, Vectors, call, contiguous, padded, parts, tile, total
+from hfopt.recurrences.native.passes import Maybe, Vectors, call, contiguous, padded, parts, put_off, tile, total
 
 _F = {"tanh": 0, "sigmoid": 1, "relu": 2, "identity": 3}
 
@@ -93,7 +93,7 @@ def adjoint(
     steps, batch, h = H.shape
     many = Vectors.of((U, U_a, U_o), (3, 3, 3))
     ranges = parts(batch, 4.0 * steps * batch * many.count * h * h)
-    ld, ld_o = padded(h), padded(point.outputs)
+    rows, ld, ld_o = tile(h * H.itemsize), padded(h), padded(point.outputs)
     dP = H.new_empty(many.sequence(steps, batch, h)) if on_P else None
     dX = H.new_empty(many.sequence(steps, batch, X.shape[2])) if on_X else None
     dh0 = H.new_empty(many.matrix(batch, h))
@@ -103,7 +103,7 @@ def adjoint(
         "simple_adjoint",
         H,
         (steps, batch, h, X.shape[2], many.count, point.outputs),
-        (_F[nonlinearity], tile(h * H.itemsize), ld, ld_o),
+        (_F[nonlinearity], rows, ld, ld_o, put_off(rows)),
         [*contiguous((U, U_a, U_o, X, H, h0, K, K_o)), dP, dX, dh0],
         ranges,
         [(sums[k], None if read is None else read[k]) for k in range(len(ranges))],
