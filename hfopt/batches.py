@@ -77,9 +77,13 @@ class Part:
 
 @dataclass
 class Summed:
-    """The linearisation of a sum of which not all parts are kept: ``name`` is "partial", or "recompute" for none."""
+    """The linearisation of a sum of which not all parts are kept: ``name`` is "partial", or "recompute" for none.
+
+    ``largest``: bytes of the largest part's forward graph.
+    """
 
     parts: list[Part]
+    largest: int = 0
     cost: Cost | None = None
 
     @property
@@ -93,8 +97,8 @@ class Summed:
         return "partial" if self.kept else "recompute"
 
     def column_bytes(self) -> int:
-        """That of the largest part that is kept; those that are not are taken to be alike."""
-        return max((p.linearisation.column_bytes() for p in self.parts if p.linearisation is not None), default=0)
+        """A tangent and a cotangent of everything that the largest part's forward graph keeps."""
+        return 2 * self.largest
 
     def kept_bytes(self) -> int:
         """What the kept parts keep."""
@@ -116,7 +120,8 @@ class Batches:
     trusted: int = 0
     parts: list[Part] = field(default_factory=list)
     gradients: list[Maybe] = field(default_factory=list)
-    need: float = 0.0
+    need: int = 0
+    largest: int = 0
     _outputs: int = 0
     _roots: list[Tensor] = field(default_factory=list)
     _pending: list[Trace] = field(default_factory=list)
@@ -148,14 +153,16 @@ class Batches:
             self.need += self._needed(self._pending[-1])
             if len(mode.roots) < 2 or self.need <= self.budget:
                 return
-            self.need = 0.0
+            self.need = 0
         while self._pending:
             self._close(self._pending.pop(0))
         self._let_go(mode)
 
-    def _needed(self, seen: Trace) -> float:
+    def _needed(self, seen: Trace) -> int:
         heads = [z for c in seen.calls for z in c.outputs] + [h.preactivations for h in seen.hidden]
-        return DOUBLE_BACKWARD_MEMORY * graph.saved_bytes(heads, self.params)
+        forward = graph.saved_bytes(heads, self.params)
+        self.largest = max(self.largest, forward)
+        return int(DOUBLE_BACKWARD_MEMORY * forward)
 
     def _give_up(self, why: str) -> None:
         self._separate = False

@@ -283,7 +283,7 @@ class _Build:
 
     def _summed(self, batches: Batches) -> Built:
         """The sum of parts that the closure's batches were taken apart into."""
-        summed = Summed(batches.parts)
+        summed = Summed(batches.parts, batches.largest)
         if self.policy == "auto" and (self.known is None or self.known[0] != summed.name):
             many = f"{summed.kept} of {len(summed.parts)} batches are kept, the others computed again in every product"
             logger.info("linearisation %r: %s; keeps %s", summed.name, many, size(summed.kept_bytes()))
