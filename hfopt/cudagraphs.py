@@ -37,6 +37,9 @@ Work = Callable[[], None]
 _SYNCHRONISES = "called a synchronizing CUDA operation"
 _PROTOTYPE = "Synchronization debug mode is a prototype"
 
+# Pools of recordings that became invalid: torch takes it amiss if one ends while it counts a recording in it.
+_lost: list[torch.cuda.MemPool] = []
+
 # Streams of recordings, one for each thread and device: what other threads launched on one would be recorded, too.
 _local = threading.local()
 
@@ -101,10 +104,12 @@ def nodes_of(params: Sequence[Tensor], stream: int) -> Origin:
         # when all references from here have gone was put on a node that some other graph holds.
         _marks(get_gradient_edge(p).node)["hfopt, seen"] = True
     nodes = tuple(get_gradient_edge(p).node for p in leaves)
-    marks = [_marks(node) for node in nodes]
-    shared = any("hfopt, seen" in m and m.get("hfopt, stream") != stream for m in marks)
-    for m in marks:
-        m["hfopt, stream"] = stream
+    shared = False
+    for marks in map(_marks, nodes):
+        if marks.get("hfopt, seen"):
+            shared |= marks.get("hfopt, stream") != stream
+        else:
+            marks["hfopt, stream"] = stream
     return Origin(stream, shared, nodes)
 
 
@@ -263,6 +268,7 @@ def _end(graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool) -> None:
             generator.graphsafe_set_state(generator.clone_state())
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(index, pool.id)
+        _lost.append(pool)
         raise
 
 
