@@ -96,11 +96,13 @@ def ends(lengths: Tensor, steps: int, batch: int, device: torch.device) -> Ends:
         raise TypeError("lengths is a tensor of integers, one per sequence")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; there are {batch} sequences")
-    # A compiler cannot look at values.
+    # A compiler cannot look at values. A tracer can, but not through operations that it records.
     if not torch.compiler.is_compiling() and lengths.device.type != "meta":
-        least, most = int(lengths.min()), int(lengths.max())
-        if least < 1 or most > steps:
-            raise ValueError(f"lengths runs from {least} to {most}; inputs has {steps} steps, so 1 to {steps}")
+        values = lengths.tolist()
+        if min(values) < 1 or max(values) > steps:
+            raise ValueError(
+                f"lengths runs from {min(values)} to {max(values)}; inputs has {steps} steps, so 1 to {steps}"
+            )
     last = lengths.to(device) - 1
     return Ends(torch.arange(steps, device=device).unsqueeze(1) <= last, last)
 

@@ -29,7 +29,7 @@ from hfopt.recurrences.linear import apply, plus
 @torch.library.custom_op("hfopt::sequence_forward", mutates_args=())
 def sequence_forward(cell: str, arguments: Sequence[Tensor]) -> list[Tensor]:
     """The results of the cell: its outputs, then what the other passes want stored."""
-    return backend(CELLS[cell], arguments[0].device).forward(arguments)
+    return backend(CELLS[cell], arguments[0]).forward(arguments)
 
 
 @torch.library.custom_op("hfopt::sequence_tangent", mutates_args=())
@@ -37,7 +37,7 @@ def sequence_tangent(
     cell: str, tangents: Sequence[Tensor | None], arguments: Sequence[Tensor], results: Sequence[Tensor]
 ) -> list[Tensor]:
     """J d, one tensor per output, of one tangent per argument (None: zero)."""
-    return backend(CELLS[cell], arguments[0].device).tangent(tangents, arguments, results)
+    return backend(CELLS[cell], arguments[0]).tangent(tangents, arguments, results)
 
 
 @torch.library.custom_op("hfopt::sequence_adjoint", mutates_args=())
@@ -49,7 +49,7 @@ def sequence_adjoint(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """J' U, one tensor per argument (empty where not needed), of one cotangent per output (None: zero)."""
-    return backend(CELLS[cell], arguments[0].device).adjoint(cotangents, arguments, results, needed)
+    return backend(CELLS[cell], arguments[0]).adjoint(cotangents, arguments, results, needed)
 
 
 @sequence_forward.register_fake
@@ -140,7 +140,8 @@ def _(info: Any, in_dims: tuple[Any, ...], cell: str, tangents: Maybes, argument
         each = list(zip(lists, (on, *at), strict=True))
         return _one_by_one(lambda *x: sequence_tangent(cell, *x), info.batch_size, each)
     moved = sequence_tangent(cell, _together(tangents, on, info.batch_size), arguments, results)
-    return moved, [1 if y.dim() == 4 else 0 for y in moved]
+    # A traced graph has `view` where the outputs had been contiguous, and so they have to be for each vector.
+    return [y.movedim(1, 0).contiguous() if y.dim() == 4 else y for y in moved], [0] * len(moved)
 
 
 @sequence_adjoint.register_vmap

@@ -54,7 +54,7 @@ class Unrolled(nn.Module):
         if not callable(step):
             raise TypeError(f"step is a {type(step).__name__}; it is a function step(x_t, state, *weights)")
         self.single = isinstance(start, Tensor)
-        parts = (start,) if isinstance(start, Tensor) else start
+        parts: Any = (start,) if isinstance(start, Tensor) else start
         if not isinstance(parts, tuple) or not parts or not all(isinstance(s, Tensor) for s in parts):
             raise TypeError("start is a tensor, or a tuple of tensors")
         for k, weight in enumerate(weights):
@@ -177,10 +177,10 @@ class Unrolled(nn.Module):
     def _part(self, state: tuple[Tensor, ...]) -> Tensor:
         """The part of the state that is damped, (B, n)."""
         assert self.damped is not None
-        part = state[self.damped] if isinstance(self.damped, int) else self.damped(self._structured(state))
+        part: Any = state[self.damped] if isinstance(self.damped, int) else self.damped(self._structured(state))
         if not isinstance(part, Tensor) or part.dim() == 0 or part.shape[0] != state[0].shape[0]:
             raise TypeError("damped gives no tensor with the sequences as first dimension")
-        return part.reshape(part.shape[0], -1)
+        return part.reshape(len(part), -1)
 
     def _mark(self, part: Tensor, mask: Tensor | None) -> None:
         curvature = part.new_ones(()).expand(part.shape) if self.curvature is None else self.curvature(part.detach())

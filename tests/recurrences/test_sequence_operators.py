@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import jvp, vjp
 from torch.testing import assert_close
 
-from hfopt.recurrences import loops
+from hfopt.recurrences import loops, sequence
 from hfopt.recurrences.cell import CELLS, with_vectors
 from hfopt.recurrences.sequence import sequence_adjoint, sequence_forward, sequence_tangent
 from tests.recurrences.cells import NAMES, PLAIN, SMALL, Sizes, arguments
@@ -36,9 +36,12 @@ def filled(tensors: tuple[Tensor, ...], there: tuple[bool, ...]) -> tuple[Tensor
     return tuple(x if on else torch.zeros_like(x) for x, on in zip(tensors, there, strict=True))
 
 
-@pytest.fixture(params=[False, True], ids=["one block", "many blocks"])
-def blocked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param:
+@pytest.fixture(params=["as dispatched", "loops", "loops in many blocks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who runs the passes: whom `backend` chooses, or torch's own operations."""
+    if request.param != "as dispatched":
+        monkeypatch.setattr(sequence, "backend", lambda cell, _: cell)
+    if request.param == "loops in many blocks":
         monkeypatch.setattr(loops, "_BLOCK_BYTES", 200)
 
 
@@ -49,7 +52,7 @@ def test_all_cells_are_tested() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sizes", EVERY_SIZE)
-def test_values(name: str, sizes: Sizes, blocked: None) -> None:
+def test_values(name: str, sizes: Sizes, way: None) -> None:
     at, cell = arguments(name, sizes), CELLS[name]
     results = sequence_forward(name, at)
     expected = PLAIN[name](*at)
@@ -61,7 +64,7 @@ def test_values(name: str, sizes: Sizes, blocked: None) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sizes", EVERY_SIZE)
-def test_tangents_of_any_arguments(name: str, sizes: Sizes, blocked: None) -> None:
+def test_tangents_of_any_arguments(name: str, sizes: Sizes, way: None) -> None:
     at = arguments(name, sizes)
     results, d = sequence_forward(name, at), like(at, 1)
     for there in subsets(len(at)) if sizes == SMALL else [(True,) * len(at)]:
@@ -71,7 +74,7 @@ def test_tangents_of_any_arguments(name: str, sizes: Sizes, blocked: None) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sizes", EVERY_SIZE)
-def test_adjoints_of_any_outputs_in_any_arguments(name: str, sizes: Sizes, blocked: None) -> None:
+def test_adjoints_of_any_outputs_in_any_arguments(name: str, sizes: Sizes, way: None) -> None:
     at = arguments(name, sizes)
     results, (outputs, pullback) = sequence_forward(name, at), vjp(PLAIN[name], *at)
     U = like(outputs, 2)
@@ -84,7 +87,7 @@ def test_adjoints_of_any_outputs_in_any_arguments(name: str, sizes: Sizes, block
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_adjoint_is_the_tangents_transpose(name: str) -> None:
+def test_adjoint_is_the_tangents_transpose(name: str, way: None) -> None:
     at, cell = arguments(name), CELLS[name]
     results, d = sequence_forward(name, at), like(at, 1)
     U = like(tuple(results[: cell.outputs]), 2)
@@ -98,7 +101,7 @@ def test_adjoint_is_the_tangents_transpose(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 3])
-def test_many_vectors_carried_together(name: str, count: int, blocked: None) -> None:
+def test_many_vectors_carried_together(name: str, count: int, way: None) -> None:
     at, cell = arguments(name), CELLS[name]
     results = sequence_forward(name, at)
     outputs = tuple(results[: cell.outputs])
