@@ -36,7 +36,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, (list, tuple, range)):
         return [describe(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        # A field that is not compared changes no result.
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return {"class": class_name(value), **fields}
     if isinstance(value, type) or callable(value):
         return getattr(value, "__qualname__", class_name(value))

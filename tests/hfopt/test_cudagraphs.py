@@ -17,6 +17,7 @@ import hfopt
 from hfopt import cudagraphs
 from hfopt.cg import CG, Solution
 from hfopt.cudagraphs import Attempts, Origin, Recording, nodes_of, obstacle, recording, side_stream
+from hfopt.resume import describe
 from tests.hfopt.test_cg import Matrix
 from tests.hfopt.tools import mlp, randn, spd
 
@@ -234,7 +235,10 @@ def test_settings() -> None:
         CG(cuda_graphs=True).solve(Matrix(a), b)
     with pytest.raises(ValueError, match="cuda_graphs is 'always'"):
         CG(cuda_graphs="always")
-    assert CG(cuda_graphs=False) == CG()  # no setting of the mathematics
+    # No setting of the mathematics: a run may be continued with another.
+    assert CG(cuda_graphs=False) == CG()
+    assert "cuda_graphs" not in describe(CG())
+    assert describe(CG())["max_iterations"] == 250
 
 
 # -- on a device -------------------------------------------------------------------------------------------------------
