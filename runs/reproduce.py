@@ -170,7 +170,9 @@ def main(settings: CommandLine) -> int:
     status = 0
     if not settings.write:
         budget = float("inf") if settings.budget_minutes is None else 60 * settings.budget_minutes
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # A shell lets what it starts in the background ignore SIGINT, and the cells would inherit that.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         try:
             options = {"jobs": settings.jobs, "budget": budget, "device": settings.device}
             status = int(bool(run_cells(cells, settings.folder, **options)))  # type: ignore[arg-type]
