@@ -233,7 +233,10 @@ class _Build:
         if "double-backward" not in self.attempts and (found := self._measured("recompute")):
             self._tell("recompute", need, "every product runs the model again (about twice as slow)")
             return found
-        if "linearize" not in self.attempts and (found := self._measured("linearize")):
+        if "linearize" not in self.attempts:
+            self._look(False)
+            found = self._measured("linearize")
+        if found is not None:
             warn(f"products use 'linearize', whatever memory it takes, since all else failed: {self.attempts}")
             return found
         raise not_differentiable(self.attempts)

@@ -159,7 +159,8 @@ class Segments:
         kept: list[tuple[Maybe, ...]] = []
         dim = int(batched)
         for i, (a, b) in enumerate(self.bounds):
-            kept.append(states)
+            if self.marks:
+                kept.append(states)
             own = [None if d is None else d.narrow(dim, a, b - a) for d in sequences]
             pushed = self._push(i, [*own, *states, *parameters], values, batched)
             self._gather(whole, pushed[: self.outputs], i, dim)
