@@ -62,14 +62,14 @@ class _LSTM(_Compiled):
         (steps, batch, V), h = X.shape, h0.shape[1]
         many = Vectors.of(tangents, (3, 2, 2, 2))
         moved = [X.new_empty(many.sequence(steps, batch, h)) for _ in range(2)]
-        flops = 16.0 * steps * batch * many.count * h * (h + V)
+        ranges = parts(batch, 16.0 * steps * batch * many.count * h * (h + V))
         call(
             "lstm_tangent",
             X,
             (steps, batch, h, V, many.count),
-            (tile(4 * h * X.itemsize),),
+            (tile(4 * h * X.itemsize, ranges),),
             [*contiguous((*tangents, *arguments, *results)), *moved],
-            parts(batch, flops),
+            ranges,
         )
         return moved
 
@@ -82,7 +82,7 @@ class _LSTM(_Compiled):
         ranges = parts(batch, 16.0 * steps * batch * many.count * h * (h + V))
         dX = X.new_empty(many.sequence(steps, batch, V)) if needed[0] else None
         dh0, dc0 = (X.new_empty(many.matrix(batch, h)) for _ in range(2))
-        rows, ld = tile(4 * h * X.itemsize), padded(4 * h)
+        rows, ld = tile(4 * h * X.itemsize, ranges), padded(4 * h)
         (sums,) = _sums(ranges, many, X, (K.shape[0], ld))
         call(
             "lstm_adjoint",
@@ -102,13 +102,14 @@ class _GRU(_Compiled):
         (steps, batch, V), h = X.shape, h0.shape[1]
         many = Vectors.of(tangents, (3, 2, 2, 1, 2))
         R = X.new_empty(many.sequence(steps, batch, h))
+        ranges = parts(batch, 12.0 * steps * batch * many.count * h * (h + V))
         call(
             "gru_tangent",
             X,
             (steps, batch, h, V, many.count),
-            (tile(3 * h * X.itemsize),),
+            (tile(3 * h * X.itemsize, ranges),),
             [*contiguous((*tangents, X, K_h, K_x, h0, *results)), R],
-            parts(batch, 12.0 * steps * batch * many.count * h * (h + V)),
+            ranges,
         )
         return [R]
 
@@ -121,7 +122,7 @@ class _GRU(_Compiled):
         ranges = parts(batch, 12.0 * steps * batch * many.count * h * (h + V))
         dX = X.new_empty(many.sequence(steps, batch, V)) if needed[0] else None
         dh0 = X.new_empty(many.matrix(batch, h))
-        rows, ld = tile(3 * h * X.itemsize), padded(4 * h)
+        rows, ld = tile(3 * h * X.itemsize, ranges), padded(4 * h)
         on_h, on_x, on_b = _sums(ranges, many, X, (h, ld), (V, ld), (1, h))
         call(
             "gru_adjoint",
@@ -148,17 +149,18 @@ class _MRNN(_Compiled):
         (steps, batch, V), h, F = X.shape, h0.shape[1], W_xf.shape[1]
         many = Vectors.of(tangents, (3, 2, 2, 2, 2))
         moved = [X.new_empty(many.sequence(steps, batch, h)) for _ in range(self.cell.outputs)]
+        ranges = parts(batch, 8.0 * steps * batch * many.count * h * F)
         call(
             "mrnn_tangent",
             X,
             (steps, batch, h, V, F, many.count),
-            (self._f, tile(max(h, F) * X.itemsize)),
+            (self._f, tile(max(h, F) * X.itemsize, ranges)),
             [
                 *contiguous((*tangents, *arguments, results[0], *results[-2:])),
                 moved[0],
                 moved[1] if len(moved) > 1 else None,
             ],
-            parts(batch, 8.0 * steps * batch * many.count * h * F),
+            ranges,
         )
         return moved
 
@@ -171,7 +173,7 @@ class _MRNN(_Compiled):
         ranges = parts(batch, 8.0 * steps * batch * many.count * h * F)
         dX = X.new_empty(many.sequence(steps, batch, V)) if needed[0] else None
         dh0 = X.new_empty(many.matrix(batch, h))
-        rows, ld_h, ld_f = tile(max(h, F) * X.itemsize), padded(h), padded(F)
+        rows, ld_h, ld_f = tile(max(h, F) * X.itemsize, ranges), padded(h), padded(F)
         absent = (None,) * (2 - self.cell.outputs)
         on_e, on_g, on_K = _sums(ranges, many, X, (V, ld_f), (h, ld_f), (K.shape[0], ld_h))
         call(

@@ -27,9 +27,12 @@ def padded(columns: int) -> int:
     return length + 32 if length % 256 == 0 else length
 
 
-def tile(row_bytes: int) -> int:
-    """Sequences that go through time together: enough for the products' speed, few enough for the caches."""
-    return max(12, min(120, 6 * round(24576 / (6 * row_bytes))))
+def tile(row_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
+    """Sequences that go through time together: enough for the products' speed, few enough for the caches, and so that
+    the longest of `ranges` is cut evenly."""
+    wanted = max(12, min(120, 24576 // row_bytes))
+    rows = max(last - first for first, last in ranges)
+    return -(-rows // max(1, round(rows / wanted)))
 
 
 def put_off(rows: int) -> int:

@@ -61,13 +61,14 @@ def tangent(
     R_a = H.new_empty(many.sequence(steps, batch, h)) if preactivations else None
     R_o = H.new_empty(many.sequence(steps, batch, point.outputs)) if outputs else None
     flops = (2.0 if dK is None else 4.0) * steps * batch * many.count * h * h
+    ranges = parts(batch, flops)
     call(
         "simple_tangent",
         H,
         (steps, batch, h, X.shape[2], many.count, point.outputs),
-        (_F[nonlinearity], tile(h * H.itemsize)),
+        (_F[nonlinearity], tile(h * H.itemsize, ranges)),
         [*contiguous((dP, dX, dK, dh0, dK_o, X, H, h0, K, K_o)), R, R_a, R_o],
-        parts(batch, flops),
+        ranges,
     )
     return Moved(R, R_a, R_o)
 
@@ -93,7 +94,7 @@ def adjoint(
     steps, batch, h = H.shape
     many = Vectors.of((U, U_a, U_o), (3, 3, 3))
     ranges = parts(batch, 4.0 * steps * batch * many.count * h * h)
-    rows, ld, ld_o = tile(h * H.itemsize), padded(h), padded(point.outputs)
+    rows, ld, ld_o = tile(h * H.itemsize, ranges), padded(h), padded(point.outputs)
     dP = H.new_empty(many.sequence(steps, batch, h)) if on_P else None
     dX = H.new_empty(many.sequence(steps, batch, X.shape[2])) if on_X else None
     dh0 = H.new_empty(many.matrix(batch, h))
