@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfopt.recurrences import NONLINEARITIES, segments, simple_rnn_layer, simple_rnn_readout
-from models.initialisation import generator_of, sparse_
+from models.recurrent import Recurrent, check_conversion, maker, weight_of
 
 
 class TorchParts(NamedTuple):
@@ -21,7 +21,7 @@ class TorchParts(NamedTuple):
     initial: Tensor
 
 
-class RNN(nn.Module):
+class RNN(Recurrent):
     """Simple recurrent network: h_t = f(h_{t-1} W_hh + v_t W_vh + b_h), o_t = h_t W_ho + b_o, h_{-1} = h_init.
 
     The whole sequence is one operator (`hfopt.recurrences.simple_rnn_layer`); an optimizer with structural damping
@@ -59,20 +59,11 @@ class RNN(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        for name, size in {"inputs": inputs, "hidden": hidden, "outputs": outputs}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}; it is at least 1")
+        super().__init__(inputs, hidden, outputs, output, batch_first)
         if nonlinearity not in NONLINEARITIES:
             raise ValueError(f"nonlinearity is {nonlinearity!r}; it is one of {', '.join(map(repr, NONLINEARITIES))}")
-        if output not in ("all", "last"):
-            raise ValueError(f"output is {output!r}; it is 'all' or 'last'")
-        self.inputs, self.hidden, self.outputs = inputs, hidden, outputs
-        self.nonlinearity, self.output, self.batch_first = nonlinearity, output, batch_first
-
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
-
+        self.nonlinearity = nonlinearity
+        parameter = maker(device, dtype)
         self.h_init = parameter(hidden)
         self.W_vh = parameter(inputs, hidden)
         self.W_hh = parameter(hidden, hidden)
@@ -81,13 +72,8 @@ class RNN(nn.Module):
         self.b_o = parameter(outputs) if biases and outputs is not None else None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw all weights and biases uniformly within +-1/sqrt(h) from torch's global generator; h_init = 0."""
-        bound = 1 / math.sqrt(self.hidden)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.uniform_(-bound, bound)
-            self.h_init.zero_()
+    def _weights(self) -> list[tuple[Tensor, bool]]:
+        return [(self.W_vh, True), (self.W_hh, False)]
 
     def sparse_init(
         self,
@@ -117,39 +103,19 @@ class RNN(nn.Module):
 
         Source: Martens & Sutskever, ICML 2011, section 4; Sutskever, PhD thesis 2013, chapter 4.
         """
-        generator = generator_of(seed)
-        recurrent = scale / math.sqrt(max(1, min(connections, self.hidden)))
-        with torch.no_grad():
-            draw = torch.randn(self.hidden, generator=generator, dtype=torch.float64)
-            self.h_init.copy_(draw)
-            sparse_(self.W_vh, connections, input_scale, generator)
-            sparse_(self.W_hh, connections, recurrent, generator)
-            if self.W_ho is not None:
-                sparse_(self.W_ho, connections, recurrent, generator)
-            for bias in (self.b_h, self.b_o):
-                if bias is not None:
-                    bias.zero_()
+        self._start_sparse(seed, connections, scale, input_scale)
         return self
 
-    def forward(self, inputs: Tensor, h0: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """Outputs (T, B, O), or (B, O) of the last steps if `output` is "last".
-
-        Args:
-            inputs: v (T, B, V), or (B, T, V) if `batch_first`.
-            h0: (B, h) or (h,), the state to start from instead of h_init.
-            lengths: (B,) integers from 1 to T: how many steps of each sequence count. Outputs of later steps are
-                there but mean nothing, and those steps take no part in structural damping.
-
-        Raises:
-            ValueError: a wrong shape or length; the message names the argument.
-            TypeError: a wrong dtype.
-        """
-        inputs, start, mask, last = self._checked(inputs, h0, lengths)
+    def _outputs(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> Tensor:
+        inputs = self._checked(inputs)
+        reached = self._ends(inputs, lengths)
+        start = self.h_init if starts[0] is None else starts[0]
+        mask, last = (None, None) if reached is None else reached
         if segments.wanted():
             return self._checkpointed(inputs, start, mask, last)
         # A readout of all steps inside the recurrence costs less than taking its hidden states through memory.
         inside = self.W_ho is not None and (self.output == "all" or self.W_ho.shape[1] <= self.hidden // 2)
-        found = self._outputs(inputs, start, mask) if inside else self._hidden(inputs, start, mask)
+        found = self._read(inputs, start, mask) if inside else self._hidden(inputs, start, mask)
         if self.output == "last":
             found = found[-1] if last is None else found[last, torch.arange(found.shape[1], device=found.device)]
         if not inside:
@@ -183,47 +149,19 @@ class RNN(nn.Module):
             return outputs[0].transpose(0, 1) if self.batch_first else outputs[0]
         return self._readout(after[-1])
 
-    def _readout(self, hidden: Tensor) -> Tensor:
-        outputs = hidden if self.W_ho is None else F.linear(hidden, self.W_ho.t(), self.b_o)
-        return outputs.transpose(0, 1) if self.batch_first and self.output == "all" else outputs
-
-    @torch.no_grad()
-    def hidden_states(self, inputs: Tensor, h0: Tensor | None = None) -> Tensor:
-        """Hidden states (T, B, h), or (B, T, h) if `batch_first`, outside autograd, to look at."""
-        inputs, start, _, _ = self._checked(inputs, h0, None)
-        hidden = self._hidden(inputs, start, None)
-        return hidden.transpose(0, 1) if self.batch_first else hidden
+    def _layer(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        reached = self._ends(inputs, lengths)
+        start = self.h_init if starts[0] is None else starts[0]
+        hidden = self._hidden(inputs, start, None if reached is None else reached.mask)
+        return hidden, hidden[-1] if reached is None else reached.final(hidden)
 
     def _hidden(self, inputs: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
         return simple_rnn_layer(inputs, self.W_vh, self.W_hh, start, self.b_h, self.nonlinearity, mask)
 
-    def _outputs(self, inputs: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
+    def _read(self, inputs: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
         assert self.W_ho is not None
         weights = self.W_vh, self.W_hh, start, self.b_h, self.W_ho, self.b_o
         return simple_rnn_readout(inputs, *weights, self.nonlinearity, mask)
-
-    def _checked(
-        self, inputs: Tensor, h0: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Inputs (T, B, V), the start, and for given lengths the mask (T, B) and each sequence's last step (B,)."""
-        if inputs.dim() != 3 or inputs.shape[2] != self.inputs or inputs.numel() == 0:
-            axes = "(B, T, V)" if self.batch_first else "(T, B, V)"
-            raise ValueError(
-                f"inputs has shape {tuple(inputs.shape)}; it is {axes} with V = {self.inputs}, and neither T nor B is 0"
-            )
-        mixed = inputs.is_floating_point() and torch.is_autocast_enabled(inputs.device.type)
-        if inputs.dtype != self.W_vh.dtype and not mixed:
-            raise TypeError(
-                f"inputs has dtype {inputs.dtype}, the parameters {self.W_vh.dtype}; turn one into the other with .to()"
-            )
-        if self.batch_first:
-            inputs = inputs.transpose(0, 1)
-        steps, batch, _ = inputs.shape
-        mask = last = None
-        if lengths is not None:
-            last = _checked_lengths(lengths, steps, batch).to(inputs.device) - 1
-            mask = torch.arange(steps, device=inputs.device).unsqueeze(1) <= last
-        return inputs, self.h_init if h0 is None else h0, mask, last
 
     @classmethod
     def from_torch(cls, recurrent: nn.RNN, readout: nn.Linear | None = None, *, output: str = "all") -> RNN:
@@ -240,20 +178,8 @@ class RNN(nn.Module):
             TypeError: `recurrent` is no `torch.nn.RNN` or `readout` no `torch.nn.Linear`.
             ValueError: several layers, two directions, or a readout that does not fit.
         """
-        if not isinstance(recurrent, nn.RNN):
-            raise TypeError(f"recurrent is a {type(recurrent).__name__}; only torch.nn.RNN can be taken over")
-        if recurrent.num_layers != 1 or recurrent.bidirectional:
-            raise ValueError(
-                f"recurrent has {recurrent.num_layers} layer(s), bidirectional={recurrent.bidirectional}; "
-                "one layer in one direction can be taken over"
-            )
-        if readout is not None and not isinstance(readout, nn.Linear):
-            raise TypeError(f"readout is a {type(readout).__name__}; it is a torch.nn.Linear or None")
-        if readout is not None and readout.in_features != recurrent.hidden_size:
-            raise ValueError(
-                f"readout takes {readout.in_features} features, but recurrent has {recurrent.hidden_size} hidden units"
-            )
-        weight = _weight(recurrent, "weight_hh_l0")
+        check_conversion(recurrent, nn.RNN, readout)
+        weight = weight_of(recurrent, "weight_hh_l0")
         model = cls(
             recurrent.input_size,
             recurrent.hidden_size,
@@ -266,17 +192,12 @@ class RNN(nn.Module):
         )
         with torch.no_grad():
             model.W_hh.copy_(weight.t())
-            model.W_vh.copy_(_weight(recurrent, "weight_ih_l0").t())
+            model.W_vh.copy_(weight_of(recurrent, "weight_ih_l0").t())
             if model.b_h is not None and recurrent.bias:
-                model.b_h.copy_(_weight(recurrent, "bias_ih_l0") + _weight(recurrent, "bias_hh_l0"))
+                model.b_h.copy_(weight_of(recurrent, "bias_ih_l0") + weight_of(recurrent, "bias_hh_l0"))
             else:
                 model.b_h = None
-            if model.W_ho is not None and readout is not None:
-                model.W_ho.copy_(readout.weight.t())
-                if model.b_o is not None and readout.bias is not None:
-                    model.b_o.copy_(readout.bias)
-                else:
-                    model.b_o = None
+            model._take_readout(readout)
         return model
 
     def to_torch(self) -> TorchParts:
@@ -296,40 +217,11 @@ class RNN(nn.Module):
             batch_first=self.batch_first,
             **options,
         )
-        readout = None
         with torch.no_grad():
-            _weight(recurrent, "weight_hh_l0").copy_(self.W_hh.t())
-            _weight(recurrent, "weight_ih_l0").copy_(self.W_vh.t())
+            weight_of(recurrent, "weight_hh_l0").copy_(self.W_hh.t())
+            weight_of(recurrent, "weight_ih_l0").copy_(self.W_vh.t())
             if self.b_h is not None:
-                _weight(recurrent, "bias_ih_l0").copy_(self.b_h)
-                _weight(recurrent, "bias_hh_l0").zero_()
-            if self.W_ho is not None:
-                readout = nn.Linear(self.hidden, self.W_ho.shape[1], bias=self.b_o is not None, **options)
-                readout.weight.copy_(self.W_ho.t())
-                if self.b_o is not None:
-                    readout.bias.copy_(self.b_o)
+                weight_of(recurrent, "bias_ih_l0").copy_(self.b_h)
+                weight_of(recurrent, "bias_hh_l0").zero_()
+            readout = self._give_readout()
         return TorchParts(recurrent, readout, self.h_init.detach().clone().view(1, 1, -1))
-
-    def extra_repr(self) -> str:
-        """The sizes and options, for `print`."""
-        return (
-            f"{self.inputs}, {self.hidden}, {self.outputs}, nonlinearity={self.nonlinearity!r}, "
-            f"biases={self.b_h is not None}, output={self.output!r}, batch_first={self.batch_first}"
-        )
-
-
-def _weight(module: nn.Module, name: str) -> Tensor:
-    """A weight of torch's recurrent layers, whose attributes have no type."""
-    return cast(Tensor, getattr(module, name))
-
-
-def _checked_lengths(lengths: Tensor, steps: int, batch: int) -> Tensor:
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise TypeError("lengths is a tensor of integers, one per sequence")
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; there are {batch} sequences")
-    if int(lengths.min()) < 1 or int(lengths.max()) > steps:
-        raise ValueError(
-            f"lengths runs from {int(lengths.min())} to {int(lengths.max())}; inputs has {steps} steps, so 1 to {steps}"
-        )
-    return lengths
