@@ -1,0 +1,106 @@
+"""The multiplicative recurrent network, whose recurrent matrix depends on the input, with a linear readout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hfopt.recurrences import MULTIPLICATIVE, mrnn_layer
+from models.recurrent import Recurrent, maker
+
+
+class MRNN(Recurrent):
+    """Multiplicative recurrent network: h_t = f([(v_t W_vf) (h_{t-1} W_hf)] W_fh + v_t W_vh + b_h), h_{-1} = h_init.
+
+    The product of the two brackets is element by element, so the input chooses the recurrent matrix
+    W_hf diag(v_t W_vf) W_fh; o_t = h_t W_ho + b_o. The whole sequence is one operator
+    (`hfopt.recurrences.mrnn_layer`); an optimizer with structural damping finds the hidden units by itself.
+
+    Args:
+        inputs: V, number of inputs.
+        hidden: h, number of hidden units.
+        factors: F, number of factors (as many as hidden units in the source).
+        outputs: O, number of outputs; None for no readout (the outputs are the hidden states then, O = h).
+        nonlinearity: f, one of "tanh", "relu", "sigmoid".
+        biases: whether there are b_h and b_o.
+        output: "all" for the outputs of all steps, "last" for those of each sequence's last step.
+        batch_first: whether inputs and outputs are (B, T, .) instead of (T, B, .).
+        device, dtype: of the parameters.
+
+    Parameters: h_init (h,), W_vf (V, F), W_hf (h, F), W_fh (F, h), W_vh (V, h), W_ho (h, O), b_h (h,), b_o (O,). They
+    start uniform within +-1/sqrt(h), h_init at zero; see `sparse_init`.
+
+    Raises:
+        ValueError: a size below 1, or an unknown `nonlinearity` or `output`.
+
+    Source: Sutskever, Martens & Hinton, "Generating text with recurrent neural networks", ICML 2011.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        factors: int,
+        outputs: int | None,
+        *,
+        nonlinearity: str = "tanh",
+        biases: bool = True,
+        output: str = "all",
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(inputs, hidden, outputs, output, batch_first, factors=factors)
+        if nonlinearity not in MULTIPLICATIVE:
+            raise ValueError(f"nonlinearity is {nonlinearity!r}; it is one of {', '.join(map(repr, MULTIPLICATIVE))}")
+        self.factors, self.nonlinearity = factors, nonlinearity
+        parameter = maker(device, dtype)
+        self.h_init = parameter(hidden)
+        self.W_vf = parameter(inputs, factors)
+        self.W_hf = parameter(hidden, factors)
+        self.W_fh = parameter(factors, hidden)
+        self.W_vh = parameter(inputs, hidden)
+        self.W_ho = None if outputs is None else parameter(hidden, outputs)
+        self.b_h = parameter(hidden) if biases else None
+        self.b_o = parameter(outputs) if biases and outputs is not None else None
+        self.reset_parameters()
+
+    def _weights(self) -> list[tuple[Tensor, bool]]:
+        return [(self.W_vf, True), (self.W_hf, False), (self.W_fh, False), (self.W_vh, True)]
+
+    def sparse_init(
+        self,
+        seed: int | torch.Generator,
+        connections: int = 15,
+        scale: float = 1.0,
+        input_scale: float = 1.0,
+    ) -> MRNN:
+        """Sparse random weights: every unit and factor has `connections` random incoming weights of each kind.
+
+        W_hf, W_fh, W_ho: N(0, scale^2 / connections). W_vf, W_vh: N(0, input_scale^2). h_init: N(0, 1), all of it. The
+        other weights and the biases: 0. A matrix with fewer rows than `connections` is full and counts its rows
+        instead.
+
+        Args:
+            seed: an int, or a CPU generator that the draws go on from.
+            connections: incoming connections of each unit and factor, of each kind.
+            scale: of recurrent and output weights.
+            input_scale: of input weights.
+
+        Returns:
+            The network itself.
+
+        Raises:
+            ValueError: `connections` below 1, a negative or infinite scale, or a generator that is not on the CPU.
+
+        Source: Sutskever, Martens & Hinton, ICML 2011 (15 connections); Sutskever, PhD thesis 2013, chapter 4.
+        """
+        self._start_sparse(seed, connections, scale, input_scale)
+        return self
+
+    def _layer(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        start = self.h_init if starts[0] is None else starts[0]
+        weights = (self.W_vf, self.W_hf, self.W_fh, self.W_vh)
+        return mrnn_layer(inputs, *weights, start, self.b_h, self.nonlinearity, lengths)
