@@ -225,15 +225,18 @@ class Joint:
             return
         plain = _grad([trace.total], self.params, one)
         ours = _grad(self.outputs, self.params, self.cotangents)
+        found: Tensors = []
         for p, g, a, b in zip(self.params, plain, ours, self.direct, strict=True):
             zero = torch.zeros_like(p)
             g, a, b = (zero if t is None else t.detach() for t in (g, a, b))
-            scale = float(g.abs().max()) if g.numel() else 0.0
-            if p.numel() and float((g - a - b).abs().max()) > 1e-3 * scale + 1e-30:
-                raise ClosureError(
-                    "the loss depends on the network beside the outputs that the closure returns; return all tensors "
-                    "that the loss is computed from, or pass outputs=<the module whose result is the network's output>"
-                )
+            if p.numel():
+                found.append(torch.stack([(g - a - b).abs().max(), g.abs().max()]).double())
+        # Read at once: on a device the host would wait for every single number.
+        if found and any(difference > 1e-3 * scale + 1e-30 for difference, scale in torch.stack(found).tolist()):
+            raise ClosureError(
+                "the loss depends on the network beside the outputs that the closure returns; return all tensors that "
+                "the loss is computed from, or pass outputs=<the module whose result is the network's output>"
+            )
 
     @contextmanager
     def _stopped(self) -> Iterator[None]:
