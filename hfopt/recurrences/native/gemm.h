@@ -139,14 +139,27 @@ static void NAME(multiply)(REAL *c, long ldc, int add, long m, long n, const NAM
   }
 }
 
-/* C (n_a, n_b) += the sum over s of A_s' B_s, A_s (m, n_a) at a + s * a_step, B_s (m, n_b) at b + s * b_step.
-   The rows of B are as long as a whole number of panels, at least; what lies beyond n_b is read and not used. */
+/* C (n_a, n_b) += the sum over s of A_s' B_s, A_s (m, n_a) at a + s * a_step, B_s (m, n_b) at b + s * b_step; at most
+   MOST_ROWS rows in all. The rows of B are as long as a whole number of panels, at least; what lies beyond n_b is read and
+   not used. Each panel of B is copied together first: its rows are pages apart if they are long. */
 static void NAME(correlate)(REAL *c, long ldc, long n_a, long n_b, long steps, long m, const REAL *a, long lda,
                             long a_step, const REAL *b, long ldb, long b_step) {
   NAME(term) terms[LONGEST_BLOCK];
+  REAL together[MOST_ROWS * NV * (VECTOR_BYTES / sizeof(REAL))];
   if (!n_a) return;
   for (long s = 0; s < steps; s++)
-    terms[s] = (NAME(term)){a + s * a_step, 1, lda, m, b + s * b_step, ldb, NR};
-  NAME(multiply)(c, ldc, 1, n_a, n_b, terms, (int)steps, NOTHING);
+    terms[s] = (NAME(term)){a + s * a_step, 1, lda, m, together + s * m * NR, NR, 0};
+  for (long column = 0; column < n_b; column += NR) {
+    const long left = n_b - column;
+    REAL *to = together;
+    for (long s = 0; s < steps; s++)
+      for (long i = 0; i < m; i++, to += NR)
+        for (long v = 0; v < NV; v++)
+          NAME(store)(to + v * LANES, NAME(load)(b + s * b_step + i * ldb + column + v * LANES));
+    if (left <= LANES)
+      NAME(narrow)(c + column, ldc, 1, terms, (int)steps, n_a, 0, left);
+    else
+      NAME(whole)(c + column, ldc, 1, terms, (int)steps, n_a, 0, left < NR ? left : NR);
+  }
 }
 #undef ROWS_CASE
