@@ -16,7 +16,7 @@ Reference: Griewank & Walther, "Evaluating Derivatives", 2nd ed. 2008, chapter 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -113,6 +113,29 @@ def over_time(
             # and adds what its own marks are worth.
             structural.mark(found[-1], torch.zeros_like(found[-1]), batch_dim=0)
     return tuple(found[: segments.outputs]), tuple(found[segments.outputs :])
+
+
+# Which argument of a registered cell is the state that the last row of which output is.
+_STATES = {"lstm": {2: 0, 3: 1}, "gru": {4: 0}, "mrnn": {4: 0}}
+
+
+def states_of(cell: str) -> dict[int, int]:
+    """Place of every state among the arguments of a cell -> the output that it goes on from; empty for none."""
+    return _STATES.get(cell.partition("_")[0].partition("+")[0], {})
+
+
+def by_cell(
+    run: Callable[..., tuple[Tensor, ...]], cell: str, arguments: tuple[Tensor, ...], places: dict[int, int]
+) -> Tensors:
+    """``run(cell, *arguments)`` by :func:`over_time`: the first argument is the sequence, all others are parameters."""
+    rest = [i for i in range(1, len(arguments)) if i not in places]
+
+    def part(xs: Given, states: Given, parameters: Given) -> Found:
+        given = {0: xs[0], **dict(zip(places, states, strict=True)), **dict(zip(rest, parameters, strict=True))}
+        outputs = run(cell, *(given[i] for i in range(len(arguments))))
+        return outputs, [outputs[k][-1] for k in places.values()]
+
+    return over_time(part, (arguments[0],), [arguments[i] for i in places], [arguments[i] for i in rest])[0]
 
 
 def _within(function: Part) -> Part:

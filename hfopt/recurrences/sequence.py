@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
 
+from hfopt.recurrences import segments
 from hfopt.recurrences.cell import CELLS, Cell, Maybe, Maybes, Tensors, backend, carried, with_vectors
 from hfopt.recurrences.linear import apply, plus
 
@@ -211,6 +212,8 @@ sequence_forward.register_autograd(_backward_compiled, setup_context=_setup_comp
 
 def run(cell: str, *arguments: Tensor) -> tuple[Tensor, ...]:
     """The outputs of the registered cell, as differentiable functions of the arguments."""
+    if (places := segments.states_of(cell)) and segments.wanted():
+        return segments.by_cell(run, cell, arguments, places)
     outputs = CELLS[cell].outputs
     if torch.compiler.is_compiling():
         return tuple(sequence_forward(cell, arguments)[:outputs])

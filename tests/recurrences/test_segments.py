@@ -15,7 +15,7 @@ import models
 from benchmarks.memory import allocated
 from hfopt import structural
 from hfopt.linearisation import Checkpoint, DoubleBackward
-from hfopt.recurrences import simple_rnn, simple_rnn_layer
+from hfopt.recurrences import gru_layer, lstm_layer, mrnn_layer, simple_rnn, simple_rnn_layer
 from hfopt.recurrences.passes import bounds
 from hfopt.recurrences.segments import Found, Given, checkpointing, over_time
 from tests.hfopt.tools import dense_gauss_newton, matrix, randn, relative
@@ -135,6 +135,40 @@ def test_two_layers_are_damped_in_one_pass() -> None:
         hfopt.GaussNewton(closure, Ws, structural=True, linearisation=p) for p in ("checkpoint", "double-backward")
     )
     assert relative(matrix(mine.damped(0.5, 0.7)), matrix(plain.damped(0.5, 0.7))) < 1e-10
+
+
+def layers() -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
+    def lstm(x: Tensor, *Ws: Tensor) -> Tensor:
+        H, (h, c) = lstm_layer(x, *Ws)
+        return torch.cat((H, h.unsqueeze(0), c.unsqueeze(0)))
+
+    def gru(x: Tensor, *Ws: Tensor) -> Tensor:
+        return gru_layer(x, *Ws, lengths=torch.tensor([4, 11, 7]))[0]
+
+    def mrnn(x: Tensor, *Ws: Tensor) -> Tensor:
+        return mrnn_layer(x, *Ws)[0]
+
+    gates: list[tuple[int, ...]] = [(12, V), (12, 4), (12,), (12,), (4,)]
+    return {
+        "lstm": (lstm, [(16, V), (16, 4), (16,), (16,), (4,), (4,)]),
+        "gru": (gru, gates),
+        "mrnn": (mrnn, [(V, 5), (4, 5), (5, 4), (V, 4), (4,), (4,)]),
+    }
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "mrnn"])
+def test_gated_layers(name: str) -> None:
+    layer, shapes = layers()[name]
+    Ws, inputs = weights(*shapes), randn(T, B, V, seed=3)
+    targets = randn(*layer(inputs, *Ws).shape, seed=4)
+    ops = [
+        hfopt.GaussNewton(lambda: F.mse_loss(layer(inputs, *Ws), targets), Ws, structural=True, linearisation=p)
+        for p in ("checkpoint", "double-backward")
+    ]
+    assert ops[0].linearisation.name == "checkpoint"
+    mine, plain = (matrix(op.damped(0.3, 0.5)) for op in ops)
+    assert relative(mine, plain) < 1e-10
+    assert relative(ops[0].damped(0.3, 0.5).to_dense(), plain) < 1e-10
 
 
 def test_an_optimizer_steps_alike() -> None:
