@@ -216,8 +216,8 @@ class Recording:
         if self._unfit is not None:
             self.refuse(self._unfit)
             return None
-        self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
         try:
+            self._graph, self._pool = torch.cuda.CUDAGraph(), torch.cuda.MemPool()
             _capture(self._graph, self._pool, work)
         except RuntimeError as error:
             self.refuse(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error))

@@ -75,7 +75,7 @@ class DeviceRun(Run):
         self.recorder = recorder
         self.repeat: Callable[[], None] | None = None
         self.bound = 0.0  # of |r|
-        self.counters: list[Counter] = [self]
+        self.counters: list[Counter] = []  # without this object, which is to go with its last reference
         inner: object = op
         while inner is not None:
             self.counters += [inner] if isinstance(inner, Counter) else []
@@ -204,14 +204,16 @@ class DeviceRun(Run):
         """The recorded iteration, which counts no products."""
         assert self.repeat is not None
         self.repeat()
+        self.products += 1
         for c in self.counters:
             c.products += 1
 
     def recorded(self, recorder: Recorder) -> Callable[[], None] | None:
         """The recorded iteration; if it is the first of its kind, only after it was seen to do what it should."""
-        made = [c.products for c in self.counters]
+        counters = [self, *self.counters]
+        made = [c.products for c in counters]
         repeat = recorder.record(self.iteration)
-        for c, products in zip(self.counters, made, strict=True):
+        for c, products in zip(counters, made, strict=True):
             c.products = products
         if repeat is None or recorder.proven:
             return repeat

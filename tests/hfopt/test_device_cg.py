@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -322,6 +324,20 @@ def test_a_recording_that_does_something_else_is_refused() -> None:
     assert "other state" in recorder.refused
     assert not recorder.proven
     assert recorder.repeated == 1
+
+
+def test_a_solve_leaves_no_cycle_behind() -> None:
+    """What it took, and the operator with its graph, goes with the last reference."""
+    op = problems()["squared error"]()
+    run = DeviceRun(CG(max_iterations=12), op.damped(0.1), -op.gradient, None, None)
+    run.iterate(norm(op.gradient), None)
+    alive = [weakref.ref(op), weakref.ref(run)]
+    gc.disable()
+    try:
+        del op, run
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_going_on_without_a_recording() -> None:
