@@ -57,8 +57,10 @@ def checkpointing(enabled: bool = True) -> Iterator[Run]:
 
 def wanted() -> bool:
     """Whether recurrences are to be checkpointed; if so, they go through :func:`over_time`."""
+    if torch.compiler.is_compiling():
+        return False
     run = _run.get()
-    if run is None or torch.compiler.is_compiling():
+    if run is None:
         return False
     if not run.enabled:
         run.recurrences += 1

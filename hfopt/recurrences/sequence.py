@@ -212,11 +212,11 @@ sequence_forward.register_autograd(_backward_compiled, setup_context=_setup_comp
 
 def run(cell: str, *arguments: Tensor) -> tuple[Tensor, ...]:
     """The outputs of the registered cell, as differentiable functions of the arguments."""
-    if (places := segments.states_of(cell)) and segments.wanted():
-        return segments.by_cell(run, cell, arguments, places)
     outputs = CELLS[cell].outputs
     if torch.compiler.is_compiling():
         return tuple(sequence_forward(cell, arguments)[:outputs])
+    if (places := segments.states_of(cell)) and segments.wanted():
+        return segments.by_cell(run, cell, arguments, places)
     results: tuple[Tensor, ...] = apply(_Forward, cell, *arguments)
     return results[:outputs]
 
