@@ -349,3 +349,32 @@ def test_going_on_without_a_recording() -> None:
     recorder = Fails()
     assert_same(device(CG(), Matrix(a), b, None, None, recorder), host(CG(), Matrix(a), b))
     assert (recorder.watched, recorder.repeated) == (1, 0)
+
+
+@pytest.mark.parametrize("preconditioner", [None, "empirical-fisher"])
+def test_whole_steps(preconditioner: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer whose solves are recorded takes the same steps; lambda is found at the first one."""
+    recorders: list[Recorder] = []
+
+    def recorded(*args: Any) -> DeviceRun:
+        recorders.append(Recorder(proven=bool(recorders)))
+        recorders[-1].run = DeviceRun(*args, recorders[-1])
+        return recorders[-1].run
+
+    steps = []
+    for run in (Run, recorded):
+        monkeypatch.setattr(hfopt.cg, "Run", run)
+        v, w, h0 = randn(6, 8, 5, seed=7), nn.Parameter(0.3 * randn(5, 5, seed=8)), nn.Parameter(randn(5, seed=9))
+        readout, target = nn.Parameter(randn(5, 2, seed=10)), randn(6, 8, 2, seed=11)
+        options: dict[str, Any] = {"structural": 0.3, "preconditioner": preconditioner, "batch_dim": 1}
+        optimizer = hfopt.HessianFree([w, h0, readout], weight_decay=1e-3, **options)
+        for _ in range(2):
+            optimizer.step(
+                lambda v=v, w=w, h0=h0, out=readout, target=target: F.mse_loss(simple_rnn(v, w, h0) @ out, target)
+            )
+        steps.append(optimizer.stats)
+    assert sum(r.repeated for r in recorders) > 20
+    for ours, expected in zip(steps[1], steps[0], strict=True):
+        assert (ours.cg_reason, ours.cg_iterations) == (expected.cg_reason, expected.cg_iterations)
+        assert same([ours.new_loss, ours.rho, ours.damping], [expected.new_loss, expected.rho, expected.damping])
+        assert ours.products >= expected.products
