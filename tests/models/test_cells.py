@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import hfopt
 from hfopt import structural
-from models import GRU, LSTM, MRNN
+from models import GRU, LSTM, MRNN, RNN
 from models.recurrent import Recurrent
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -277,6 +277,19 @@ def test_autocast(name: str) -> None:
     outputs.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert (outputs.float() - model(inputs)).norm() <= 0.03 * model(inputs).norm()
+
+
+@pytest.mark.parametrize("name", [*BUILDS, "rnn"])
+@pytest.mark.parametrize("output", ["all", "last"])
+def test_compiled(name: str, output: str) -> None:
+    model: Any = RNN(3, 5, 2, output=output, dtype=F64) if name == "rnn" else network(name, output=output)
+    inputs = randn(7, 4, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(inputs), model(inputs), **EXACT)
+    params = tuple(model.parameters())
+    mine = torch.autograd.grad(compiled(inputs).square().sum(), params)
+    assert_close(mine, torch.autograd.grad(model(inputs).square().sum(), params), **EXACT)
 
 
 @NAMES

@@ -21,7 +21,7 @@ F64 = torch.float64
 T, B, V, H = 4, 3, 2, 3
 LENGTHS = torch.tensor([2, 4, 1])
 KINDS = ("lstm", "gru", "mrnn")
-POLICIES = ("auto", "double-backward", "linearize", "recompute")
+POLICIES = ("auto", "double-backward", "linearize", "checkpoint", "recompute")
 
 
 def randn(*shape: int, seed: int) -> Tensor:

@@ -149,7 +149,7 @@ def flat_jacobian(function: Callable[..., Tensor], params: tuple[Tensor, ...]) -
     return torch.cat([r.reshape(count, -1) for r in rows], 1)
 
 
-@pytest.mark.parametrize("policy", ["auto", "double-backward", "recompute"])
+@pytest.mark.parametrize("policy", ["auto", "double-backward", "linearize", "recompute"])
 @pytest.mark.parametrize("build", [simple_net, memory_net])
 def test_gauss_newton_matrix_with_structural_damping(build: Callable[..., Unrolled], policy: str) -> None:
     net = build(damped=0)
