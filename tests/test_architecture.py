@@ -80,9 +80,12 @@ def test_hfopt_imports_only_what_it_installs() -> None:
     on_demand = at_once | requirements(config, "options.extras_require", "plot")
     files = sorted((ROOT / "hfopt").rglob("*.py"))
     assert files
+    kernels = ROOT / "hfopt" / "recurrences" / "triton"
     for path in files:
-        assert imported_roots(path, eager=True) <= at_once, path
-        assert imported_roots(path) <= on_demand, path
+        # A CUDA build of torch brings Triton along; the kernels' modules are imported by their package, on demand.
+        triton = {"triton"} if path.parent == kernels and path.name != "__init__.py" else set()
+        assert imported_roots(path, eager=True) <= at_once | triton, path
+        assert imported_roots(path) <= on_demand | triton, path
 
 
 def test_packages_never_import_tests_or_benchmarks() -> None:
