@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hfopt.recurrences import MULTIPLICATIVE, mrnn_layer
+from hfopt.recurrences.arguments import ended
 from models.recurrent import Recurrent, maker
 
 
@@ -24,13 +25,15 @@ class MRNN(Recurrent):
         factors: F, number of factors (as many as hidden units in the source).
         outputs: O, number of outputs; None for no readout (the outputs are the hidden states then, O = h).
         nonlinearity: f, one of "tanh", "relu", "sigmoid".
+        bounded_factors: whether tanh(v_t W_vf) + b_f takes the place of v_t W_vf, as in the authors' later code; it
+            costs a product with F more columns of inputs.
         biases: whether there are b_h and b_o.
         output: "all" for the outputs of all steps, "last" for those of each sequence's last step.
         batch_first: whether inputs and outputs are (B, T, .) instead of (T, B, .).
         device, dtype: of the parameters.
 
-    Parameters: h_init (h,), W_vf (V, F), W_hf (h, F), W_fh (F, h), W_vh (V, h), W_ho (h, O), b_h (h,), b_o (O,). They
-    start uniform within +-1/sqrt(h), h_init at zero; see `sparse_init`.
+    Parameters: h_init (h,), W_vf (V, F), W_hf (h, F), W_fh (F, h), W_vh (V, h), W_ho (h, O), b_h (h,), b_o (O,), and
+    b_f (F,) for bounded factors. They start uniform within +-1/sqrt(h), h_init at 0, b_f at 1; see `sparse_init`.
 
     Raises:
         ValueError: a size below 1, or an unknown `nonlinearity` or `output`.
@@ -46,6 +49,7 @@ class MRNN(Recurrent):
         outputs: int | None,
         *,
         nonlinearity: str = "tanh",
+        bounded_factors: bool = False,
         biases: bool = True,
         output: str = "all",
         batch_first: bool = False,
@@ -65,7 +69,14 @@ class MRNN(Recurrent):
         self.W_ho = None if outputs is None else parameter(hidden, outputs)
         self.b_h = parameter(hidden) if biases else None
         self.b_o = parameter(outputs) if biases and outputs is not None else None
+        self.b_f = parameter(factors) if bounded_factors else None
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights and biases uniformly within +-1/sqrt(h) from torch's generator; h_init = 0, b_f = 1."""
+        super().reset_parameters()
+        if self.b_f is not None:
+            nn.init.ones_(self.b_f)
 
     def _weights(self) -> list[tuple[Tensor, bool]]:
         return [(self.W_vf, True), (self.W_hf, False), (self.W_fh, False), (self.W_vh, True)]
@@ -80,8 +91,8 @@ class MRNN(Recurrent):
         """Sparse random weights: every unit and factor has `connections` random incoming weights of each kind.
 
         W_hf, W_fh, W_ho: N(0, scale^2 / connections). W_vf, W_vh: N(0, input_scale^2). h_init: N(0, 1), all of it. The
-        other weights and the biases: 0. A matrix with fewer rows than `connections` is full and counts its rows
-        instead.
+        other weights and the biases: 0, but b_f: 1. A matrix with fewer rows than `connections` is full and counts its
+        rows instead.
 
         Args:
             seed: an int, or a CPU generator that the draws go on from.
@@ -98,9 +109,19 @@ class MRNN(Recurrent):
         Source: Sutskever, Martens & Hinton, ICML 2011 (15 connections); Sutskever, PhD thesis 2013, chapter 4.
         """
         self._start_sparse(seed, connections, scale, input_scale)
+        if self.b_f is not None:
+            nn.init.ones_(self.b_f)
         return self
 
     def _layer(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         start = self.h_init if starts[0] is None else starts[0]
-        weights = (self.W_vf, self.W_hf, self.W_fh, self.W_vh)
-        return mrnn_layer(inputs, *weights, start, self.b_h, self.nonlinearity, lengths)
+        W_vf: Tensor = self.W_vf
+        W_vh: Tensor = self.W_vh
+        if self.b_f is not None:
+            # The layer's factors are linear in its inputs: these ones are inputs of their own, and their own factors.
+            inputs, _ = ended(inputs, lengths)
+            bounded = torch.tanh(inputs @ W_vf) + self.b_f
+            inputs = torch.cat((inputs, bounded.to(inputs.dtype)), -1)
+            W_vf = torch.cat((torch.zeros_like(W_vf), torch.eye(self.factors, dtype=W_vf.dtype, device=W_vf.device)))
+            W_vh = torch.cat((W_vh, W_vh.new_zeros(self.factors, self.hidden)))
+        return mrnn_layer(inputs, W_vf, self.W_hf, self.W_fh, W_vh, start, self.b_h, self.nonlinearity, lengths)

@@ -26,6 +26,9 @@ BUILDS: dict[str, Build] = {
     "lstm": LSTM,
     "gru": GRU,
     "mrnn": lambda inputs, hidden, outputs, **options: MRNN(inputs, hidden, 4, outputs, **options),
+    "bounded": lambda inputs, hidden, outputs, **options: MRNN(
+        inputs, hidden, 4, outputs, bounded_factors=True, **options
+    ),
 }
 NAMES = pytest.mark.parametrize("name", list(BUILDS))
 GATED = pytest.mark.parametrize(("name", "kind"), [("lstm", nn.LSTM), ("gru", nn.GRU)])
@@ -53,7 +56,8 @@ def by_definition(model: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
     for v in inputs.unbind():
         if isinstance(model, MRNN):
             f = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid}[model.nonlinearity]
-            h = f(((v @ model.W_vf) * (h @ model.W_hf)) @ model.W_fh + v @ model.W_vh + b)
+            e = v @ model.W_vf if model.b_f is None else torch.tanh(v @ model.W_vf) + model.b_f
+            h = f((e * (h @ model.W_hf)) @ model.W_fh + v @ model.W_vh + b)
         elif isinstance(model, LSTM):
             a = v @ model.W_vh + h @ model.W_hh + b
             i, f, g, o = a[:, :n], a[:, n : 2 * n], a[:, 2 * n : 3 * n], a[:, 3 * n :]
@@ -100,6 +104,7 @@ def test_parameters_and_their_shapes() -> None:
     )
     multiplicative = {"h_init": (5,), "W_vf": (3, 4), "W_hf": (5, 4), "W_fh": (4, 5), "W_vh": (3, 5), "b_h": (5,)}
     assert shapes(network("mrnn")) == multiplicative | ends
+    assert shapes(network("bounded")) == multiplicative | ends | {"b_f": (4,)}
 
 
 @NAMES
@@ -125,7 +130,11 @@ def test_padding_changes_nothing_that_counts(name: str) -> None:
     other = inputs.clone()
     for b, length in enumerate(LENGTHS):
         other[length:, b] = math.nan
-    assert torch.equal(model(inputs, lengths=LENGTHS), model(other, lengths=LENGTHS))
+    params = tuple(model.parameters())
+    results = [model(x, lengths=LENGTHS) for x in (inputs, other)]
+    assert torch.equal(*results)
+    for g, e in zip(*(torch.autograd.grad(y.sum(), params) for y in results), strict=True):
+        assert torch.equal(g, e)
 
 
 @NAMES
@@ -221,6 +230,13 @@ def test_sparse_initialisation_of_few_factors_counts_them() -> None:
     assert many.std().item() == pytest.approx(1 / 2, rel=0.05)
 
 
+def test_bounded_factors_start_as_a_simple_recurrence() -> None:
+    model = MRNN(3, 5, 4, 2, bounded_factors=True)
+    for started in (model, model.sparse_init(0)):
+        assert started.b_f is not None
+        assert torch.equal(started.b_f, torch.ones(4))
+
+
 def test_forget_bias() -> None:
     model = LSTM(3, 5, 2).sparse_init(0, forget_bias=1.5)
     assert model.b_h is not None
@@ -252,9 +268,9 @@ def test_structural_damping_finds_the_hidden_states(name: str) -> None:
     hidden = model.hidden_states(inputs)
     mask = (torch.arange(7).unsqueeze(1) < LENGTHS).unsqueeze(-1)
     where = mask.expand(7, 4, 5)
-    marked = torch.atanh(hidden) if name == "mrnn" else hidden
+    marked = torch.atanh(hidden) if name in ("mrnn", "bounded") else hidden
     assert_close(state.preactivations[where], marked[where], rtol=1e-8, atol=1e-9)
-    curvature = 1 - hidden**2 if name == "mrnn" else torch.ones_like(hidden)
+    curvature = 1 - hidden**2 if name in ("mrnn", "bounded") else torch.ones_like(hidden)
     assert_close(state.weight, curvature * mask / 4, rtol=1e-9, atol=1e-12)
 
 
