@@ -52,7 +52,7 @@ class Cost:
     Attributes:
         kept: bytes that stay allocated between products (an estimate for "linearize").
         budget: bytes that were there to be used.
-        gradient: seconds of the closure's run and a backward pass.
+        gradient: seconds of the closure's run (at most those of an adjoint pass) and of an adjoint pass.
         setup: seconds of making the linearisation, with the gradient that falls out of it.
         product: seconds of the first tangent and adjoint pass.
     """

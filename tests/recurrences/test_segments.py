@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -278,6 +281,24 @@ def test_evaluations_take_no_more() -> None:
             return allocated(lambda: model(inputs), torch.device("cpu"))[0]
 
     assert run(1024) < 5.0 * run(64)
+
+
+def test_the_documented_recurrence() -> None:
+    """The example of docs/linearisation.md: an LSTM with its readout."""
+    text = (Path(__file__).parents[2] / "docs" / "linearisation.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "over_time(" in block)
+    w_ih, w_hh, readout = Ws = weights((16, V), (16, 4), (4, 2))
+    start, inputs, targets = torch.zeros(B, 4, dtype=torch.float64), randn(T, B, V, seed=5), randn(T, B, 2, seed=6)
+    given = {"inputs": inputs, "h0": start, "c0": start, "w_ih": w_ih, "w_hh": w_hh, "readout": readout}
+
+    def closure() -> Tensor:
+        names: dict[str, Any] = dict(given)
+        exec(code, names)
+        return F.mse_loss(names["outputs"], targets)
+
+    mine, plain = (hfopt.GaussNewton(closure, Ws, linearisation=p) for p in ("checkpoint", "double-backward"))
+    assert mine.linearisation.name == "checkpoint"
+    assert relative(matrix(mine), matrix(plain)) < 1e-10
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
