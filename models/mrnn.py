@@ -25,8 +25,8 @@ class MRNN(Recurrent):
         factors: F, number of factors (as many as hidden units in the source).
         outputs: O, number of outputs; None for no readout (the outputs are the hidden states then, O = h).
         nonlinearity: f, one of "tanh", "relu", "sigmoid".
-        bounded_factors: whether tanh(v_t W_vf) + b_f takes the place of v_t W_vf, as in the authors' later code; it
-            costs a product with F more columns of inputs.
+        bounded_factors: whether tanh(v_t W_vf) + b_f takes the place of v_t W_vf, as in code that one of the authors
+            released; it costs products with F more columns of inputs.
         biases: whether there are b_h and b_o.
         output: "all" for the outputs of all steps, "last" for those of each sequence's last step.
         batch_first: whether inputs and outputs are (B, T, .) instead of (T, B, .).

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,3 +258,16 @@ def test_a_damped_part_without_sequences_is_refused() -> None:
     net = simple_net(damped=lambda h: h.sum())
     with structural.collecting(), pytest.raises(TypeError, match="damped gives no tensor"):
         net(randn(T, B, V))
+
+
+def test_the_guides_examples_run() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "recurrences.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(examples) == 2
+    torch.manual_seed(0)
+    layers, own = ({} for _ in examples)
+    exec(examples[0], layers)
+    expected = layers["lstm"](layers["inputs"])[0]
+    assert_close(layers["H"][:, 0], expected[:, 0], rtol=1e-5, atol=1e-6)
+    exec(examples[1], own)
+    assert own["outputs"].shape == (50, 8, 20)
