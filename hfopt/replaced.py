@@ -14,7 +14,6 @@ layers cannot be differentiated twice, and round their inputs to TF32.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hfopt import structural
-from hfopt.recurrences import simple_rnn_layer
+from hfopt.notice import logger
+from hfopt.recurrences import gru_layer, lstm_layer, simple_rnn_layer
 
-logger = logging.getLogger("hfopt")
+# Fewer steps than this are no faster as one operator than one by one (measured on a CPU, 4 to 64 units).
+SHORTEST = 8
 
 # What a run of the closure is for: products with J and J', derivatives of any kind, or the loss and its gradient.
 Purpose = Literal["products", "hessian", "value"]
@@ -50,14 +51,15 @@ def replacing(enabled: bool) -> Iterator[None]:
 
 
 class Layout(Protocol):
-    """How a call's rows of data stand in time.
+    """How a call's rows of data stand in time."""
 
-    ``mask`` (T, B) is False beyond a sequence's end, and None where all sequences have one length.
-    """
+    @property
+    def lengths(self) -> Tensor | None:
+        """(B,), on the CPU; None where all sequences have one length."""
 
     @property
     def mask(self) -> Tensor | None:
-        """(T, B) bool, or None."""
+        """(T, B) bool, False beyond a sequence's end; None where there is no such step."""
 
     def spread(self, x: Tensor, reverse: bool) -> Tensor:
         """Data as (T, B, V), each sequence beginning at t = 0; ``reverse``: with its last step."""
@@ -72,7 +74,7 @@ class Layout(Protocol):
 class Equal:
     """Sequences of one length: data are (T, B, V)."""
 
-    mask = None
+    lengths = mask = None
 
     def spread(self, x: Tensor, reverse: bool) -> Tensor:
         """In the order of time, or against it."""
@@ -96,6 +98,7 @@ class Packed:
         t, b = np.arange(self.steps)[:, None], np.arange(self.batch)
         mask = b < np.asarray(batch_sizes)[:, None]
         length = mask.sum(0)
+        self.lengths = torch.from_numpy(length)
         self._rows = torch.from_numpy((t * self.batch + b)[mask]).to(device)
         self._reverse = torch.from_numpy(((length - 1 - t) * self.batch + b)[mask]).to(device)
         self._last = torch.from_numpy((length - 1) * self.batch + b).to(device)
@@ -155,8 +158,9 @@ class Call:
         return self.weights[i * n : (i + 1) * n]
 
 
-# One layer in one direction: (inputs (T, B, V), its weights, its first states (B, h), mask) -> every state (T, B, h).
-Layer = Callable[[Tensor, Sequence[Tensor], tuple[Tensor, ...], "Tensor | None"], tuple[Tensor, ...]]
+# A layer in one direction: (inputs (T, B, V), its weights, its first states (B, h), where sequences end) -> hidden
+# states (T, B, h) and the last states (B, h) of each sequence.
+Layer = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Layout], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -167,29 +171,52 @@ class Replacement:
         layer: a layer in one direction.
         states: how many states it has.
         gates: rows of W_ih and W_hh per hidden unit.
-        shortest: fewer steps than this are no faster as one operator than one by one (measured on a CPU).
-        hessian: whether second derivatives are faster too.
+        hessian: whether products with a Hessian are faster too (the gated layers' go through a loop of their own).
     """
 
     layer: Layer
     states: int
     gates: int
-    shortest: int
     hessian: bool
 
 
 def _simple(nonlinearity: str) -> Layer:
-    def layer(x: Tensor, weights: Sequence[Tensor], start: tuple[Tensor, ...], mask: Tensor | None) -> tuple[Tensor]:
+    def layer(
+        x: Tensor, weights: Sequence[Tensor], start: Sequence[Tensor], layout: Layout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         W_ih, W_hh, *b = weights
         bias = b[0] + b[1] if b else None
-        return (simple_rnn_layer(x, W_ih.t(), W_hh.t(), start[0], bias, nonlinearity, mask),)
+        H = simple_rnn_layer(x, W_ih.t(), W_hh.t(), start[0], bias, nonlinearity, layout.mask)
+        return H, (layout.last(H),)
 
     return layer
 
 
+def _lstm(
+    x: Tensor, weights: Sequence[Tensor], start: Sequence[Tensor], layout: Layout
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    h0, c0 = start
+    return lstm_layer(x, *_all_four(weights), h0, c0, layout.lengths)
+
+
+def _gru(
+    x: Tensor, weights: Sequence[Tensor], start: Sequence[Tensor], layout: Layout
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    H, last = gru_layer(x, *_all_four(weights), start[0], layout.lengths)
+    return H, (last,)
+
+
+def _all_four(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Weights and biases; None where there are no biases."""
+    W_ih, W_hh, *b = weights
+    return (W_ih, W_hh, b[0], b[1]) if b else (W_ih, W_hh, None, None)
+
+
 REPLACEMENTS = {
-    "rnn_tanh": Replacement(_simple("tanh"), states=1, gates=1, shortest=10, hessian=True),
-    "rnn_relu": Replacement(_simple("relu"), states=1, gates=1, shortest=10, hessian=True),
+    "rnn_tanh": Replacement(_simple("tanh"), states=1, gates=1, hessian=True),
+    "rnn_relu": Replacement(_simple("relu"), states=1, gates=1, hessian=True),
+    "lstm": Replacement(_lstm, states=2, gates=4, hessian=False),
+    "gru": Replacement(_gru, states=1, gates=3, hessian=False),
 }
 
 RECURRENT = {getattr(torch._C._VariableFunctions, name): name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
@@ -210,14 +237,12 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def worthwhile(c: Call, purpose: Purpose) -> bool:
     """Whether hfopt's recurrences serve the ``purpose`` better than torch's layer (that without cuDNN, on CUDA)."""
-    if not torch.is_grad_enabled():
-        return c.data.is_cuda
-    if structural.wanted():
+    differentiated = torch.is_grad_enabled()
+    if differentiated and structural.wanted():
         return True  # torch's layers mark no hidden states
-    own = REPLACEMENTS[c.name]
-    if c.steps < own.shortest or (purpose == "hessian" and not own.hessian):
+    if c.steps < SHORTEST or (purpose == "hessian" and not REPLACEMENTS[c.name].hessian):
         return False
-    return purpose != "value" or c.data.is_cuda
+    return c.data.is_cuda or (differentiated and purpose != "value")
 
 
 def understood(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -240,21 +265,23 @@ def understood(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
     found = Call(name, data, batch_sizes, states, weights, biases, layers, dropout, train, bidirectional, batch_first)
     if len(states) != REPLACEMENTS[name].states or len(weights) != layers * found.directions * (4 if biases else 2):
         return None  # a projection has one weight more
-    return found if _shapes_fit(found) and _types_fit(tensors) else None
+    return found if _shapes_fit(found) and _types_fit(name, tensors) else None
 
 
 def _plain(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter) and not t.is_nested and t.layout is torch.strided
 
 
-def _types_fit(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are of one floating type on one device; torch's autocast may bring together those that are not."""
+def _types_fit(name: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether all are of one floating type on one device. Under autocast torch computes the gated layers partly in one
+    type and partly in another, which ours do not.
+    """
     one = tensors[0]
     if any(t.device != one.device or not t.is_floating_point() for t in tensors):
         return False
-    return torch.is_autocast_enabled(one.device.type) or (
-        one.dtype in (torch.float32, torch.float64) and all(t.dtype == one.dtype for t in tensors)
-    )
+    if torch.is_autocast_enabled(one.device.type):
+        return REPLACEMENTS[name].gates == 1
+    return one.dtype in (torch.float32, torch.float64) and all(t.dtype == one.dtype for t in tensors)
 
 
 def _shapes_fit(c: Call) -> bool:
@@ -290,10 +317,10 @@ def compute(c: Call) -> tuple[Tensor, ...]:
         for reverse in range(c.directions):
             i = n * c.directions + reverse
             start = tuple(s[i] for s in c.states)
-            sequences = own.layer(layout.spread(x, bool(reverse)), c.group(i), start, layout.mask)
-            outputs.append(layout.collect(sequences[0], bool(reverse)))
-            for kept, S in zip(final, sequences, strict=True):
-                kept.append(layout.last(S))
+            H, last = own.layer(layout.spread(x, bool(reverse)), c.group(i), start, layout)
+            outputs.append(layout.collect(H, bool(reverse)))
+            for kept, state in zip(final, last, strict=True):
+                kept.append(state)
         x = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         if n < c.layers - 1 and c.dropout > 0 and c.train:
             x = F.dropout(x, c.dropout)

@@ -28,7 +28,6 @@ KINDS: dict[str, Callable[..., nn.RNNBase]] = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
 }
-KINDS = {kind: KINDS[kind] for kind in replaced.REPLACEMENTS}
 SMOOTH = [kind for kind in KINDS if kind != "rnn_relu"]
 
 
@@ -108,7 +107,7 @@ OPTIONS = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout:UserWarning")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     options=OPTIONS,
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5)),
@@ -224,8 +223,10 @@ def test_products_are_exact(kind: str, policy: str, packed: bool, monkeypatch: p
     op = hfopt.GaussNewton(closure(net, x, y), net.parameters(), linearisation=policy)
     assert seen
     expected = dense(net, lambda m: m(x), lambda z: F.mse_loss(z.view(12, 3, 2), y))
-    assert relative(matrix(op), expected) < 1e-11
-    assert relative(op @ torch.eye(op.shape[0], dtype=F64)[:, :5], expected[:, :5]) < 1e-11
+    vectors = randn(op.shape[0], 5, seed=3)
+    for v in vectors.unbind(1):
+        assert relative(op @ v, expected @ v) < 1e-11
+    assert relative(op @ vectors, expected @ vectors) < 1e-11
     grads = torch.autograd.grad(F.mse_loss(net(x), y), list(net.parameters()))
     assert relative(op.gradient, flat(grads)) < 1e-12
 
@@ -280,9 +281,8 @@ def test_structural_damping_finds_the_hidden_states_of_torchs_layers(kind: str, 
     valid = torch.arange(steps).unsqueeze(1) < torch.tensor(lengths)
     weight = (weight * valid.unsqueeze(-1) / 2).reshape(-1)
     expected = dense(net, hidden, lambda z: 0.5 * (weight * z.reshape(-1) ** 2).sum())
-    eye = torch.eye(op.shape[0], dtype=F64)
-    found = torch.stack([op.structural_product(e) for e in eye], 1)
-    assert relative(found, expected) < 1e-11
+    for v in randn(5, op.shape[0], seed=3):
+        assert relative(op.structural_product(v), expected @ v) < 1e-11
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
@@ -375,7 +375,7 @@ def test_functions_called_by_hand_with_keywords_stay_with_torch() -> None:
     assert replaced.understood("rnn_tanh", growing, {}) is None
 
 
-@pytest.mark.parametrize("kind", SMOOTH)
+@pytest.mark.parametrize("kind", ["rnn_tanh", "rnn_relu"])
 def test_under_autocast_results_have_torchs_type(kind: str) -> None:
     torch.manual_seed(0)
     module = KINDS[kind](2, 5)
@@ -387,6 +387,16 @@ def test_under_autocast_results_have_torchs_type(kind: str) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_under_autocast_gated_layers_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = nn.GRU(2, 5)
+    x = randn(12, 3, 2, dtype=torch.float32)
+    seen = calls(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        trace(lambda: F.mse_loss(module(x)[0].float(), torch.zeros(12, 3, 5)))
+    assert seen == []
 
 
 def test_the_replacement_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
