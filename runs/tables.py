@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pathological import PROBLEMS
 from runs.cells import Cell
+from runs.presets import PATHOLOGICAL
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def _problems(*lengths: int, xor: int) -> tuple[Row, ...]:
 def _damping(T: int) -> tuple[Row, ...]:
     with_, without = "solved", "not solved at lags above 50"
     return tuple(
-        Row(f"{name}, T = {T}, mu = {mu}", (name, "--T", str(T), *words), claim)
+        Row(f"{name}, T = {T}, mu = {mu:g}", (name, "--T", str(T), *words), claim)
         for name in ("memorization_5bit", "memorization_20bit")
-        for mu, words, claim in (("1/30", (), with_), ("0", ("--structural", "0"), without))
+        for mu, words, claim in ((PATHOLOGICAL[name].structural, (), with_), (0, ("--structural", "0"), without))
     )
 
 
