@@ -1,20 +1,48 @@
-"""Who carries out a recurrence's passes: the fastest that serves the tensors at hand."""
+"""Who carries out the passes of the simple recurrence: the fastest that serves the tensors at hand."""
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 from torch import Tensor
 
-from hfopt.recurrences import loops
+from hfopt.recurrences import loops, triton
 from hfopt.recurrences.native import simple as native
 from hfopt.recurrences.native.passes import serves
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
 
 Maybe = Tensor | None
 
+log = logging.getLogger("hfopt")
+
+
+@cache
+def _told_of_loops() -> None:
+    log.warning(
+        "Triton is not installed: recurrences on a CUDA device run as loops of torch's operators, many times more "
+        "slowly; install it with pip install triton"
+    )
+
+
+def kernels_serve(like: Tensor) -> bool:
+    """Whether Triton's kernels are to be used: on CUDA devices, where they serve the tensor's dtype."""
+    if like.device.type != "cuda":
+        return False
+    if not triton.installed():
+        _told_of_loops()
+        return False
+    return triton.available(like)
+
 
 def forward(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
     """H (T, B, h): see `loops.forward`."""
-    return loops.forward(P, X, K, h0, NONLINEARITIES[nonlinearity])
+    f = NONLINEARITIES[nonlinearity]
+    if kernels_serve(K):
+        from hfopt.recurrences.triton import simple as kernels
+
+        return kernels.forward(P, X, K, h0, f)
+    return loops.forward(P, X, K, h0, f)
 
 
 def tangent(
@@ -27,7 +55,12 @@ def tangent(
         moved = native.tangent(point, dP=dP, dK=dK, dh0=dh0, preactivations=preactivations)
         assert moved.R is not None
         return moved.R, moved.R_a
-    return loops.tangent(dP, dK, dh0, X, H, h0, K, NONLINEARITIES[nonlinearity], preactivations)
+    f = NONLINEARITIES[nonlinearity]
+    if kernels_serve(H):
+        from hfopt.recurrences.triton import simple as kernels
+
+        return kernels.tangent(dP, dK, dh0, X, H, h0, K, f, preactivations)
+    return loops.tangent(dP, dK, dh0, X, H, h0, K, f, preactivations)
 
 
 def adjoint(
@@ -37,4 +70,9 @@ def adjoint(
     if serves(H):
         pulled = native.adjoint(native.Point(X, H, h0, K, nonlinearity), U=U, U_a=Ua, on_P=inputs)
         return pulled.dP, pulled.dK, pulled.dh0
-    return loops.adjoint(U, Ua, X, H, h0, K, NONLINEARITIES[nonlinearity], inputs)
+    f = NONLINEARITIES[nonlinearity]
+    if kernels_serve(H):
+        from hfopt.recurrences.triton import simple as kernels
+
+        return kernels.adjoint(U, Ua, X, H, h0, K, f, inputs)
+    return loops.adjoint(U, Ua, X, H, h0, K, f, inputs)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
-from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -85,18 +83,15 @@ def register(cell: Cell) -> None:
     CELLS[cell.name] = cell
 
 
-@cache
-def _faster(kind: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(_FASTER[kind]) if kind in _FASTER else None
-    except ImportError:
-        return None
+def backend(cell: Cell, like: Tensor) -> Passes:
+    """Who runs the passes of `cell` on tensors like this one: compiled kernels where there are some, else the cell."""
+    # Imported when it is needed: these modules know the cells.
+    from hfopt.recurrences.backends import kernels_serve
 
-
-def backend(cell: Cell, device: torch.device) -> Passes:
-    """Who runs the passes of `cell` on `device`: compiled kernels where there are some for it, else the cell itself."""
-    kernels = getattr(_faster(device.type), "cell", None)
-    found = None if kernels is None else kernels(cell.name)
+    place = _FASTER.get(like.device.type)
+    if place is None or (like.device.type == "cuda" and not kernels_serve(like)):
+        return cell
+    found = importlib.import_module(place).cell(cell.name)
     return cell if found is None else cast(Passes, found)
 
 

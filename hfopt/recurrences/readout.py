@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
-from hfopt.recurrences import loops
+from hfopt.recurrences import backends
 from hfopt.recurrences.cell import Cell, Maybe, Maybes, Tensors, carried, correlate_, register, with_vectors
 from hfopt.recurrences.linear import apply, seen
 from hfopt.recurrences.nonlinearities import NONLINEARITIES, Nonlinearity
@@ -55,7 +55,7 @@ class ReadoutCell(Cell):
     def forward(self, arguments: Tensors) -> list[Tensor]:
         """(O, H) or (O, A, H)."""
         X, K, h0, Ko = arguments
-        H = loops.forward(None, X, K, h0, self.f)
+        H = backends.forward(None, X, K, h0, self.f.name)
         O = _read(H, Ko)
         return [O, seen(X, H, h0) @ K, H] if self.preactivations else [O, H]
 
@@ -76,7 +76,7 @@ class ReadoutCell(Cell):
                     dK = None
                 if inputs is None:
                     inputs = H.new_zeros(()).expand(with_vectors(H.shape, vectors))
-            R, Ra = loops.tangent(inputs, dK, dh0, X, H, h0, K, self.f, self.preactivations)
+            R, Ra = backends.tangent(inputs, dK, dh0, X, H, h0, K, self.f.name, self.preactivations)
         read = results[0].new_zeros(with_vectors(results[0].shape, vectors)) if R is None else R @ Ko[:-1]
         if dKo is not None:
             states = H.unsqueeze(1) if vectors else H
@@ -91,7 +91,7 @@ class ReadoutCell(Cell):
         X, K, h0, Ko = arguments
         H, hidden = results[-1], h0.shape[1]
         U = None if Uo is None else Uo @ Ko[:-1].t()
-        dA, dK, dh0 = loops.adjoint(U, Ua, X, H, h0, K, self.f, needed[0])
+        dA, dK, dh0 = backends.adjoint(U, Ua, X, H, h0, K, self.f.name, needed[0])
         vectors = dh0.shape[:-2]
         dKo = K.new_zeros(with_vectors(Ko.shape, tuple(vectors)))
         if Uo is not None:
