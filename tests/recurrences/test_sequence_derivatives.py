@@ -18,7 +18,7 @@ from tests.recurrences.cells import NAMES, PLAIN, Sizes, arguments, cell
 from tests.recurrences.plain import Calls, like
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
-SMALL = Sizes(3, 2, 2, 2, 2)
+SMALL, TINY = Sizes(3, 2, 2, 2, 2), Sizes(3, 1, 1, 2, 1)
 # One of each kind, and both ways of marking; the others differ in f alone.
 SOME = ("lstm", "gru", "mrnn_sigmoid", "mrnn_tanh+a")
 Function = Callable[..., Any]
@@ -39,7 +39,7 @@ def scalar(function: Function) -> Function:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck_of_first_and_second_order(name: str) -> None:
-    at = tuple(x.requires_grad_() for x in arguments(name, SMALL, seed=4))
+    at = tuple(x.requires_grad_() for x in arguments(name, TINY, seed=4))
     assert torch.autograd.gradcheck(cell(name), at, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(scalar(cell(name)), at, check_fwd_over_rev=True)
 
@@ -217,7 +217,7 @@ def test_nested_vmap(name: str) -> None:
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_bare_operator_can_be_differentiated_twice(name: str) -> None:
-    at = tuple(x.requires_grad_() for x in arguments(name, SMALL, seed=4))
+    at = tuple(x.requires_grad_() for x in arguments(name, TINY, seed=4))
     outputs = CELLS[name].outputs
     assert torch.autograd.gradgradcheck(lambda *x: tuple(sequence_forward(name, x)[:outputs]), at)
 
@@ -251,3 +251,23 @@ def test_arguments_are_left_as_they_are(name: str) -> None:
     ones = [torch.ones_like(x) for x in (*u, *v)]
     for now, before in zip((*at, *u, *v), (*copies, *ones), strict=True):
         assert torch.equal(now, before)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_transforms_inside_no_grad(name: str) -> None:
+    """What torch.func differentiates is watched, whatever the grad mode around it."""
+    at = arguments(name, SMALL)
+    every = tuple(range(len(at)))
+    expected = hessian(scalar(PLAIN[name]), every)(*at)
+    with torch.no_grad():
+        for outer, inner in itertools.product((jacfwd, jacrev), repeat=2):
+            mine = outer(inner(scalar(cell(name)), every), every)(*at)
+            assert_close(mine, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_torchs_older_way_to_batch_is_refused_and_not_wrong() -> None:
+    at = tuple(x.requires_grad_() for x in arguments("lstm"))
+    outputs = cell("lstm")(*at)
+    us = tuple(torch.stack([like(outputs, seed)[i] for seed in range(3)]) for i in range(2))
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for hfopt::sequence_adjoint"):
+        torch.autograd.grad(outputs, at, us, is_grads_batched=True)
