@@ -151,17 +151,28 @@ class Checkpoint(DoubleBackward):
         params: Sequence[Tensor],
         at: Sequence[Tensor],
         sequences: Sequence[Segments],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """``sequences``: those that were checkpointed in the run that gave ``outputs``."""
-        super().__init__(outputs, params, at)
-        self._sequences = list(sequences)
+        """``sequences``: those that were checkpointed in the run that gave ``outputs``.
+
+        ``around`` is the context of a pass, since a segment that is computed again may write to the model's buffers.
+        """
+        self._sequences, self._around = list(sequences), around
+        with around():
+            super().__init__(outputs, params, at)
+
+    def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
+        """``J v``, segment by segment."""
+        with self._around():
+            return super().jvp(v, batched)
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
         """``J' w``, and the structural damping of the checkpointed hidden states in the same pass."""
         try:
             for s in self._sequences:
                 s.structural = structural
-            return super().vjp(w, batched)
+            with self._around():
+                return super().vjp(w, batched)
         finally:
             for s in self._sequences:
                 s.structural = 0.0

@@ -172,7 +172,8 @@ class _Build:
             double = DoubleBackward(heads, params, part.at)
             return double, double.gradient
         if policy == "checkpoint":
-            kept = Checkpoint(heads, params, part.at, self.run.checkpointed)
+            around = partial(self.model.frozen.again, watch=False)
+            kept = Checkpoint(heads, params, part.at, self.run.checkpointed, around)
             return kept, kept.gradient
         again = self.model.again(part, self.seen)
         if policy == "linearize":

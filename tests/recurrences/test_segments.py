@@ -223,6 +223,32 @@ def test_random_draws_are_those_of_the_forward_pass() -> None:
     assert relative(op.to_dense(), dense) < 1e-10
 
 
+class Counting(nn.Module):
+    """A recurrence whose segments write to a buffer, as normalisation layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.K = nn.Parameter(0.5 * randn(4, 4, seed=2))
+        self.steps = nn.Buffer(torch.zeros(()))
+
+    def part(self, xs: Given, states: Given, Ws: Given) -> Found:
+        self.steps = self.steps + len(xs[0])
+        H = simple_rnn(xs[0], Ws[0], states[0])
+        return (H,), (H[-1],)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (H,), _ = over_time(self.part, (x,), (x.new_zeros(B, 4),), (self.K,))
+        return H
+
+
+def test_buffers_are_written_once_a_step() -> None:
+    model, inputs, targets = Counting(), randn(T, B, 4), randn(T, B, 4, seed=3)
+    optimizer = hfopt.HessianFree(model.parameters(), linearisation="checkpoint")
+    optimizer.step(lambda: F.mse_loss(model(inputs), targets))
+    assert optimizer.stats[-1].products > 3
+    assert model.steps.item() == T
+
+
 def test_autocast_is_that_of_the_forward_pass() -> None:
     model = models.RNN(V, 16, 2)
     inputs, targets = torch.randn(T, B, V), torch.randn(T, B, 2)
