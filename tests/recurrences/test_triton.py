@@ -1,4 +1,4 @@
-"""The simple RNN's Triton kernels against the loops, interpreted on the CPU or compiled on a GPU; what all kernels share."""
+"""The simple RNN's Triton kernels against the loops, interpreted or on a GPU, and what all kernels share."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_errors_name_the_argument() -> None:
         simple.forward(*half, f)
     with pytest.raises(TypeError, match=r"dP is torch.float32 .*H is torch.float64.*\.to\(\)"):
         simple.tangent(P.float(), None, None, X, P, h0, K, f, False)
-    with pytest.raises(TypeError, match="Ua is torch.int64"):
+    with pytest.raises(TypeError, match=r"Ua is torch.int64"):
         simple.adjoint(None, P.long(), X, P, h0, K, f, False)
     with pytest.raises(ValueError, match=r"mode is 'exact'.*'ieee', 'tf32x3', 'tf32'"):
         package.precision("exact")

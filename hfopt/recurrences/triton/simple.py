@@ -30,7 +30,7 @@ Maybe = Tensor | None
 
 
 @triton.jit(do_not_specialize=["steps"])
-def _kernel(
+def kernel(
     Q: tl.tensor, H: tl.tensor, U: tl.tensor, M: tl.tensor, S: tl.tensor, A: tl.tensor, OUT: tl.tensor,
     steps: tl.tensor, count: tl.tensor, batch: tl.tensor, row_stride: tl.tensor, sequence_stride: tl.tensor,
     F: tl.constexpr, FORWARD: tl.constexpr, HAS_Q: tl.constexpr, HAS_U: tl.constexpr, KEEP_A: tl.constexpr,
@@ -102,7 +102,7 @@ def _pass(
         t = steps - 1 - done if reverse else done
         q, u, a = (out[t] if x is None else x[t] for x in (Q, U, A))
         tiles.launch(
-            _kernel, plan.grid(count, units), out,
+            kernel, plan.grid(count, units), out,
             q, H[t], u, M, start if done == 0 else out[t - sign], a, out[t],
             number, count, batch, sign * count * units, sign * batch * units,
             F=f.name, FORWARD=forward, HAS_Q=Q is not None, HAS_U=U is not None, KEEP_A=A is not None, UNITS=units,

@@ -1,0 +1,52 @@
+"""Compile all Triton kernels for CUDA devices of capability 9.0, which takes no GPU, and print what each needs.
+
+Run as a program without TRITON_INTERPRET: one line a kernel, with its form and bytes of shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hfopt.recurrences.triton import gru_kernels, lstm_kernels, mrnn_kernels, simple, tiles
+
+UNITS = 20
+PHASED = {"PHASE": 0, "FACTORS": 17, "F": "tanh"}
+# Every kernel with all that can be given, how many matrices it has, and its switches.
+KERNELS: list[tuple[Any, int, dict[str, Any]]] = [
+    (simple.kernel, 1, {"F": "tanh", "FORWARD": True, "HAS_Q": True, "HAS_U": False, "KEEP_A": True}),
+    (simple.kernel, 1, {"F": "sigmoid", "FORWARD": False, "HAS_Q": True, "HAS_U": True, "KEEP_A": True}),
+    (lstm_kernels.forward_kernel, 4, {}),
+    (lstm_kernels.tangent_kernel, 4, {"HAS_Q": True}),
+    (lstm_kernels.adjoint_kernel, 4, {"HAS_U": True, "HAS_UC": True}),
+    (gru_kernels.forward_kernel, 3, {}),
+    (gru_kernels.tangent_kernel, 3, {"HAS_Q": True}),
+    (gru_kernels.adjoint_kernel, 3, {}),
+    (mrnn_kernels.onward_kernel, 2, {"FORWARD": True, "HAS_P": False, "HAS_Q": True, "KEEP_A": True, **PHASED}),
+    (mrnn_kernels.onward_kernel, 2, {"FORWARD": False, "HAS_P": True, "HAS_Q": True, "KEEP_A": False, **PHASED}),
+    (mrnn_kernels.adjoint_kernel, 2, {"HAS_U": True, "HAS_UA": True, **PHASED}),
+]
+
+
+def main() -> None:
+    for kernel, matrices, switches in KERNELS:
+        for form, resident, walked in (("resident", 1 << 17, 1 << 20), ("walked", 0, 1 << 20)):
+            tiles.RESIDENT_BYTES, tiles.WALKED_BYTES = resident, walked
+            settings = tiles.plan(torch.empty(1), 1000, UNITS, matrices).settings()
+            options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
+            constants = {**settings, **switches, "UNITS": UNITS, "INTERPRETED": False}
+            assert constants["FORM"] == form
+            # The names of tensors are capitals.
+            kinds = {p.name: "*fp32" if p.name.isupper() or p.name[0].isupper() else "i32" for p in kernel.params}
+            kinds |= {p.name: "constexpr" for p in kernel.params if p.is_constexpr}
+            source = ASTSource(kernel, kinds, {name: constants[name] for name in kinds if kinds[name] == "constexpr"})
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            print(kernel.__module__.rpartition(".")[2], kernel.__name__, form, compiled.metadata.shared)
+
+
+if __name__ == "__main__":
+    main()
