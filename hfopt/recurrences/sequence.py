@@ -27,6 +27,11 @@ from hfopt.recurrences.cell import CELLS, Cell, Maybe, Maybes, Tensors, backend,
 from hfopt.recurrences.linear import apply, plus
 
 
+def _own(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, none of them a view: torch's forward mode cannot give a tangent to a view of what nobody sees."""
+    return [x.clone() if x._is_view() else x for x in tensors]
+
+
 @torch.library.custom_op("hfopt::sequence_forward", mutates_args=())
 def sequence_forward(cell: str, arguments: Sequence[Tensor]) -> list[Tensor]:
     """The results of the cell: its outputs, then what the other passes want stored."""
@@ -38,7 +43,7 @@ def sequence_tangent(
     cell: str, tangents: Sequence[Tensor | None], arguments: Sequence[Tensor], results: Sequence[Tensor]
 ) -> list[Tensor]:
     """J d, one tensor per output, of one tangent per argument (None: zero)."""
-    return backend(CELLS[cell], arguments[0]).tangent(tangents, arguments, results)
+    return _own(backend(CELLS[cell], arguments[0]).tangent(tangents, arguments, results))
 
 
 @torch.library.custom_op("hfopt::sequence_adjoint", mutates_args=())
@@ -50,7 +55,7 @@ def sequence_adjoint(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """J' U, one tensor per argument (empty where not needed), of one cotangent per output (None: zero)."""
-    return backend(CELLS[cell], arguments[0]).adjoint(cotangents, arguments, results, needed)
+    return _own(backend(CELLS[cell], arguments[0]).adjoint(cotangents, arguments, results, needed))
 
 
 @sequence_forward.register_fake
