@@ -83,21 +83,21 @@ class LoopRNN(Loop):
 
 
 class LoopMRNN(Loop):
-    """The multiplicative RNN with tanh: a_t = ((x_t W_xf) * (h_{t-1} W_hf)) W_fh + x_t W_xh + b_h."""
+    """The multiplicative RNN with tanh, with the parameters of `models.MRNN`."""
 
-    W_xf: Tensor
+    W_vf: Tensor
     W_hf: Tensor
     W_fh: Tensor
-    W_xh: Tensor
+    W_vh: Tensor
     b_h: Tensor
 
     def __init__(self, inputs: int, hidden: int, factors: int, outputs: int) -> None:
-        into, back = {"W_xf": (inputs, factors), "W_hf": (hidden, factors)}, {"W_fh": (factors, hidden)}
-        super().__init__(hidden, outputs, **into, **back, W_xh=(inputs, hidden), b_h=(hidden,))
+        into, back = {"W_vf": (inputs, factors), "W_hf": (hidden, factors)}, {"W_fh": (factors, hidden)}
+        super().__init__(hidden, outputs, **into, **back, W_vh=(inputs, hidden), b_h=(hidden,))
 
     def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
         states = []
-        factors, projected = inputs @ self.W_xf, F.linear(inputs, self.W_xh.t(), self.b_h)
+        factors, projected = inputs @ self.W_vf, F.linear(inputs, self.W_vh.t(), self.b_h)
         for e, p in zip(factors.unbind(), projected.unbind(), strict=True):
             h = torch.addmm(p, e * (h @ self.W_hf), self.W_fh).tanh()
             states.append(h)
@@ -105,21 +105,21 @@ class LoopMRNN(Loop):
 
 
 class LoopLSTM(Loop):
-    """The LSTM, gates in torch's order i, f, g, o."""
+    """The LSTM, with the parameters of `models.LSTM`; gates in the order i, f, g, o."""
 
-    W_x: Tensor
-    W_h: Tensor
-    b: Tensor
+    W_vh: Tensor
+    W_hh: Tensor
+    b_h: Tensor
     c_init: Tensor
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         gates = 4 * hidden
-        super().__init__(hidden, outputs, c_init=(hidden,), W_x=(inputs, gates), W_h=(hidden, gates), b=(gates,))
+        super().__init__(hidden, outputs, c_init=(hidden,), W_vh=(inputs, gates), W_hh=(hidden, gates), b_h=(gates,))
 
     def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
         states, c = [], self.c_init.expand(inputs.shape[1], -1)
-        for p in F.linear(inputs, self.W_x.t(), self.b).unbind():
-            i, f, g, o = torch.addmm(p, h, self.W_h).chunk(4, 1)
+        for p in F.linear(inputs, self.W_vh.t(), self.b_h).unbind():
+            i, f, g, o = torch.addmm(p, h, self.W_hh).chunk(4, 1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             states.append(h)
@@ -127,24 +127,23 @@ class LoopLSTM(Loop):
 
 
 class LoopGRU(Loop):
-    """The GRU, gates in torch's order r, z, n, with the biases of input and state apart."""
+    """The GRU, with the parameters of `models.GRU`; gates in the order r, z, n."""
 
-    W_x: Tensor
-    W_h: Tensor
-    b_x: Tensor
+    W_vh: Tensor
+    W_hh: Tensor
     b_h: Tensor
+    b_n: Tensor
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
         gates = 3 * hidden
-        super().__init__(hidden, outputs, W_x=(inputs, gates), W_h=(hidden, gates), b_x=(gates,), b_h=(gates,))
+        super().__init__(hidden, outputs, W_vh=(inputs, gates), W_hh=(hidden, gates), b_h=(gates,), b_n=(hidden,))
 
     def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
-        states = []
-        for p in F.linear(inputs, self.W_x.t(), self.b_x).unbind():
-            x_r, x_z, x_n = p.chunk(3, 1)
-            h_r, h_z, h_n = torch.addmm(self.b_h, h, self.W_h).chunk(3, 1)
-            z = (x_z + h_z).sigmoid()
-            n = (x_n + (x_r + h_r).sigmoid() * h_n).tanh()
+        states, hidden = [], h.shape[1]
+        for p in F.linear(inputs, self.W_vh.t(), self.b_h).unbind():
+            moved = h @ self.W_hh
+            r, z = (p[:, : 2 * hidden] + moved[:, : 2 * hidden]).sigmoid().chunk(2, 1)
+            n = (p[:, 2 * hidden :] + r * (moved[:, 2 * hidden :] + self.b_n)).tanh()
             h = n + z * (h - n)
             states.append(h)
         return states

@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks.case import Case, Form, Named, Work
 from benchmarks.networks import LoopGRU, LoopLSTM, LoopMRNN, LoopRNN, PerStep, TorchRecurrent
-from models import RNN
+from models import GRU, LSTM, MRNN, RNN
 
 LOOP = "a Python loop"
 
@@ -19,8 +19,7 @@ def rnn_case(steps: int, batch: int, hidden: int, inputs: int = 2, outputs: int 
     def weights(theirs: Named) -> Named:
         return {
             **_shared(theirs),
-            "W_vh": theirs["recurrent.weight_ih_l0"].t(),
-            "W_hh": theirs["recurrent.weight_hh_l0"].t(),
+            **_matrices(theirs),
             "b_h": theirs["recurrent.bias_ih_l0"] + theirs["recurrent.bias_hh_l0"],
         }
 
@@ -49,34 +48,43 @@ def lstm_case(steps: int, batch: int, hidden: int, symbols: int) -> Case:
     def weights(theirs: Named) -> Named:
         return {
             **_shared(theirs),
+            **_matrices(theirs),
             "c_init": theirs["cell"].flatten(),
-            "W_x": theirs["recurrent.weight_ih_l0"].t(),
-            "W_h": theirs["recurrent.weight_hh_l0"].t(),
-            "b": theirs["recurrent.bias_ih_l0"] + theirs["recurrent.bias_hh_l0"],
+            "b_h": theirs["recurrent.bias_ih_l0"] + theirs["recurrent.bias_hh_l0"],
         }
 
-    loop = Form.of(LoopLSTM(symbols, hidden, symbols), plain, weights)
-    return _gated("LSTM", plain, 4, steps, batch, hidden, symbols, loop)
+    sizes = symbols, hidden, symbols
+    forms = Form.of(LSTM(*sizes), plain, weights), Form.of(LoopLSTM(*sizes), plain, weights)
+    return _gated("LSTM", plain, 4, steps, batch, hidden, symbols, *forms)
 
 
 def gru_case(steps: int, batch: int, hidden: int, symbols: int) -> Case:
     plain = TorchRecurrent(nn.GRU(symbols, hidden), symbols)
 
     def weights(theirs: Named) -> Named:
+        b_r, b_z, b_n = theirs["recurrent.bias_hh_l0"].chunk(3)
         return {
             **_shared(theirs),
-            "W_x": theirs["recurrent.weight_ih_l0"].t(),
-            "W_h": theirs["recurrent.weight_hh_l0"].t(),
-            "b_x": theirs["recurrent.bias_ih_l0"],
-            "b_h": theirs["recurrent.bias_hh_l0"],
+            **_matrices(theirs),
+            "b_h": theirs["recurrent.bias_ih_l0"] + torch.cat((b_r, b_z, torch.zeros_like(b_n))),
+            "b_n": b_n,
         }
 
-    loop = Form.of(LoopGRU(symbols, hidden, symbols), plain, weights)
-    return _gated("GRU", plain, 3, steps, batch, hidden, symbols, loop)
+    sizes = symbols, hidden, symbols
+    forms = Form.of(GRU(*sizes), plain, weights), Form.of(LoopGRU(*sizes), plain, weights)
+    return _gated("GRU", plain, 3, steps, batch, hidden, symbols, *forms)
 
 
 def _gated(
-    kind: str, plain: TorchRecurrent, gates: int, steps: int, batch: int, hidden: int, symbols: int, loop: Form
+    kind: str,
+    plain: TorchRecurrent,
+    gates: int,
+    steps: int,
+    batch: int,
+    hidden: int,
+    symbols: int,
+    ours: Form,
+    loop: Form,
 ) -> Case:
     """Inputs, recurrence and readout all count: per sequence and step V g h, h g h and h V multiplications."""
     at_once = 2.0 * steps * batch
@@ -89,18 +97,19 @@ def _gated(
         PerStep(),
         Work(at_once * (gates * hidden**2 + hidden * symbols), at_once * gates * symbols * hidden),
         (batch, hidden, gates * hidden),
+        ours=ours,
         others={LOOP: loop},
     )
 
 
 def mrnn_case(steps: int, batch: int, hidden: int, factors: int, symbols: int) -> Case:
-    """Two recurrent products, h F and F h, of the one size that is the yardstick where F = h."""
+    """Two recurrent products, h by F and F by h; the yardstick is the first. The plain model is the Python loop."""
     plain = LoopMRNN(symbols, hidden, factors, symbols)
     at_once = 2.0 * steps * batch
     return Case(
         "mrnn",
         f"multiplicative tanh RNN, h = {hidden}, F = {factors}, T = {steps}, B = {batch}, {symbols} inputs and "
-        "outputs; the unit is a Python loop",
+        f"outputs; the unit is {LOOP}",
         plain,
         torch.randn(steps, batch, symbols),
         torch.randint(symbols, (steps, batch)),
@@ -110,7 +119,13 @@ def mrnn_case(steps: int, batch: int, hidden: int, factors: int, symbols: int) -
             at_once * symbols * (factors + hidden),
         ),
         (batch, hidden, factors),
+        ours=Form.of(MRNN(symbols, hidden, factors, symbols), plain, dict),
     )
+
+
+def _matrices(theirs: Named) -> Named:
+    """The weights of a layer, as matrices that rows are multiplied with from the left."""
+    return {"W_vh": theirs["recurrent.weight_ih_l0"].t(), "W_hh": theirs["recurrent.weight_hh_l0"].t()}
 
 
 def _shared(theirs: Named) -> Named:

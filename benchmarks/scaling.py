@@ -2,11 +2,10 @@
 
 Between products, the cached double backward keeps of one batch, in numbers of four bytes,
 
-    T B (3 h + V + 1 + 3 O) + 3 P:
+    T B (h + V + 1 + 3 O) + 3 P:
 
-the hidden states, the cotangents of the loss that come to them and the adjoint's; the inputs with their column of ones;
-the outputs, their copy that the loss is taken of, and the loss's cotangents; the gradient, and the parameters as the
-operator has them (the weights in one matrix, twice).
+the hidden states; the inputs with their column of ones; the outputs, their copy that the loss is taken of, and the
+loss's cotangents; the gradient, and the parameters as the operator has them (the weights in one matrix, twice).
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def measure(along: str, rounds: int, budget: float, device: torch.device, toy: b
 def kept_bytes(T: int, B: int, h: int, V: int = INPUTS, O: int = OUTPUTS) -> int:
     """Bytes that the cached double backward keeps between products, in float32."""
     parameters = h + h * h + V * h + h + h * O + O
-    return 4 * (T * B * (3 * h + V + 1 + 3 * O) + 3 * parameters)
+    return 4 * (T * B * (h + V + 1 + 3 * O) + 3 * parameters)
 
 
 def _unit(sizes: dict[str, int]) -> float:

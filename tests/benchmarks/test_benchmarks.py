@@ -37,6 +37,8 @@ def test_every_method_that_is_possible_agrees_with_float64(name: str) -> None:
         assert row.gradients is not None
         assert row.gradients.median > 0
         assert (row.of_floor is None) == (method == "gradient")
+    assert ("hfopt, checkpoint" in rows) == (name in ("mrnn", "lstm", "gru"))
+    assert ("hfopt, on torch's layer" in rows) == (name in ("lstm", "gru"))
     cached, again = rows["hfopt, double-backward"], rows["hfopt, recompute"]
     assert cached.set_up
     if name == "autoencoder":
