@@ -6,8 +6,9 @@ cuBLAS over all steps. N vectors that are carried together, (T, N, B, .), are ro
 and meet the same h_t in the second-level cache. There are three forms of every kernel, chosen by size (`tiles.plan`):
 
     resident   the recurrent matrices stay on the multiprocessor, in shared memory, and the state in registers: units
-               padded to a power of two, matrices up to 128 KB (h <= 128 in float32 for the simple RNN and the MRNN,
-               h <= 64 for LSTM and GRU; in bfloat16 256 and 128; less on a chip with less shared memory);
+               padded to a power of two, matrices up to 128 KB together (h <= 128 in float32 for the simple RNN and the
+               MRNN, h <= 64 for LSTM and GRU; in bfloat16 256 for the simple RNN and 128 for the others; in float64
+               128 and 64; less on a chip with less shared memory);
     walked     one program still does all steps, but walks the matrices in blocks, which the second-level cache serves,
                and hands the state on through memory: matrices up to 1 MB (h <= 256 in float32 for all cells, for the
                simple RNN 512);
@@ -18,12 +19,13 @@ Arithmetic of the resident form, by the example of h = 100, B = 1000, T = 200 in
 multiprocessors of 128 multiply-adds a cycle, 228 KB of shared memory, 1.98 GHz): eight sequences a tile make 125
 programs of four warps, one wave. W is padded to 128 x 128 (64 KB in shared memory). Each thread works out 4 x 2
 numbers of a step; a step is 1032 multiply-adds of the 1400 instructions that a warp issues, hence 1400 cycles, and some
-1500 cycles of shared-memory reads (each half of the warps reads W once a step), in which the loads of p_t and h_t from
+1600 cycles of shared-memory reads (each half of the warps reads W once a step), in which the loads of p_t and h_t from
 memory hide; barriers between them added, about 2000 cycles or 1 us. A pass of 200 steps then takes 0.2 to 0.3 ms, a
 product (tangent, adjoint and two large matrix products of 4 GFLOP each, at about 0.1 ms) 0.6 to 0.9 ms. 16 sequences a
 tile read W half as often per sequence, but would leave half of the multiprocessors idle here; they are taken when there
 are sequences enough. The products over h are cut into pieces of 32 rows of W, since operands of a whole row would take
-more registers than a thread has. These are counts from the machine code that the compiler makes for that chip.
+more registers than a thread has. These are counts from the machine code that the compiler makes for that chip, not
+measurements.
 
 Float32 products are exact float32 (`precision("ieee")`), whatever torch's own setting for its products is; "tf32x3"
 (three tf32 products on the tensor cores, close to float32) and "tf32" are there to be chosen. Float64 products use the
