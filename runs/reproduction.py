@@ -107,7 +107,11 @@ def show(cell: Cell, folder: Path, images: Path, title: str) -> str:
 def machine(found: Result) -> str:
     """What a run ran on and with."""
     v = found.versions
-    where = f"{v['threads']} thread(s) of {v['device_name'] or 'a CPU'}" if found.on_cpu else v["device_name"]
+    where = (
+        f"{v['threads']} thread{'s' * (v['threads'] != '1')} of {v['device_name'] or 'a CPU'}"
+        if found.on_cpu
+        else v["device_name"]
+    )
     return f"{where}, {v['platform']}, Python {v['python']}, torch {v['torch']}"
 
 
@@ -216,8 +220,9 @@ def draw(found: list[Entry]) -> Figure:
                 axes.plot(seconds[-1:], shown[-1:], ending, color=f"C{i}", markersize=4)
                 label = None
         axes.axhline(1, color="0.6", linewidth=0.8, linestyle=":")
-        axes.set(title=problem, xscale="log", yscale="log")
-        axes.legend(fontsize="x-small", frameon=False, loc="lower left")
+        axes.set(title=problem, yscale="log")
+        axes.set_xlim(left=0)
+        axes.legend(fontsize="x-small", loc="upper right")
     for axes in grid[-1]:
         axes.set_xlabel("seconds")
     for row in grid:
