@@ -34,18 +34,22 @@ KERNELS: list[tuple[Any, int, dict[str, Any]]] = [
 
 def main() -> None:
     for kernel, matrices, switches in KERNELS:
-        for form, resident, walked in (("resident", 1 << 17, 1 << 20), ("walked", 0, 1 << 20)):
-            tiles.RESIDENT_BYTES, tiles.WALKED_BYTES = resident, walked
-            settings = tiles.plan(torch.empty(1), 1000, UNITS, matrices).settings()
+        for form, resident, kind, dtype in (
+            ("resident", 1 << 17, "fp32", torch.float32),
+            ("resident", 1 << 17, "fp64", torch.float64),
+            ("walked", 0, "bf16", torch.bfloat16),
+        ):
+            tiles.RESIDENT_BYTES = resident
+            settings = tiles.plan(torch.empty(1, dtype=dtype), 1000, UNITS, matrices).settings()
             options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
             constants = {**settings, **switches, "UNITS": UNITS, "INTERPRETED": False}
             assert constants["FORM"] == form
             # The names of tensors are capitals.
-            kinds = {p.name: "*fp32" if p.name.isupper() or p.name[0].isupper() else "i32" for p in kernel.params}
+            kinds = {p.name: f"*{kind}" if p.name.isupper() or p.name[0].isupper() else "i32" for p in kernel.params}
             kinds |= {p.name: "constexpr" for p in kernel.params if p.is_constexpr}
             source = ASTSource(kernel, kinds, {name: constants[name] for name in kinds if kinds[name] == "constexpr"})
             compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-            print(kernel.__module__.rpartition(".")[2], kernel.__name__, form, compiled.metadata.shared)
+            print(kernel.__module__.rpartition(".")[2], kernel.__name__, form, kind, compiled.metadata.shared)
 
 
 if __name__ == "__main__":

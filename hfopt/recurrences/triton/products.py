@@ -1,6 +1,7 @@
 """What the kernels are made of: products with a recurrent matrix, and the nonlinearities.
 
-A product is either with a matrix that stays (`matrix`, `multiply`) or walks through one in memory (`walk`).
+A product is either with a matrix that stays (`matrix`, `multiply`) or walks through one in memory (`walk`). The
+compiler goes on behind a return inside a branch, so every function has one, at its end.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from triton.language.extra import libdevice
 @triton.jit
 def zeros(TILE: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr) -> tl.tensor:
     """Zeros (TILE, COLUMNS) of the type that products and pointwise functions of `dtype` are worked out in."""
+    a = tl.zeros((TILE, COLUMNS), tl.float32)
     if dtype == tl.float64:
-        return tl.zeros((TILE, COLUMNS), tl.float64)
-    return tl.zeros((TILE, COLUMNS), tl.float32)
+        a = a.to(tl.float64)
+    return a
 
 
 @triton.jit
 def wide(x: tl.tensor) -> tl.tensor:
     """Convert x to the type that it is worked on in."""
-    if x.dtype == tl.float64:
-        return x
-    return x.to(tl.float32)
+    if x.dtype != tl.float64:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -84,8 +86,10 @@ def dot(s: tl.tensor, m: tl.tensor, a: tl.tensor, PRECISION: tl.constexpr, INTER
     """The sum a + s m, accumulated in the type of a."""
     if INTERPRETED:
         # The interpreter would multiply the bits of bfloat16 numbers.
-        return tl.dot(s.to(a.dtype), m.to(a.dtype), a, out_dtype=a.dtype)
-    return tl.dot(s, m, a, input_precision=PRECISION, out_dtype=a.dtype)
+        a = tl.dot(s.to(a.dtype), m.to(a.dtype), a, out_dtype=a.dtype)
+    else:
+        a = tl.dot(s, m, a, input_precision=PRECISION, out_dtype=a.dtype)
+    return a
 
 
 @triton.jit
@@ -136,10 +140,10 @@ def recur(
     """The product s M at some columns: of s and W, which stay, in the resident form, otherwise of S and M in memory."""
     a = zeros(TILE, COLUMNS, S.dtype.element_ty)
     if FORM == "resident":
-        return multiply(s, W, a, COLUMNS, PIECES, PRECISION, INTERPRETED)
-    return walk(
-        S, stride, LENGTH, row, inside, M, width, last, column, a, DEPTH, PRECISION, INTERPRETED
-    )  # fmt: skip
+        a = multiply(s, W, a, COLUMNS, PIECES, PRECISION, INTERPRETED)
+    else:
+        a = walk(S, stride, LENGTH, row, inside, M, width, last, column, a, DEPTH, PRECISION, INTERPRETED)
+    return a
 
 
 @triton.jit
@@ -174,10 +178,9 @@ def gathered(
     if FORM == "resident":
         for i in tl.static_range(COUNT):
             a = multiply(s[i], W[i], a, COLUMNS, PIECES, PRECISION, INTERPRETED)
-        return a
-    return walk(
-        S, stride, COUNT * H, row, inside, M, H, H, column, a, DEPTH, PRECISION, INTERPRETED
-    )  # fmt: skip
+    else:
+        a = walk(S, stride, COUNT * H, row, inside, M, H, H, column, a, DEPTH, PRECISION, INTERPRETED)
+    return a
 
 
 @triton.jit
@@ -201,31 +204,32 @@ def tanh(a: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
     Without a branch: behind those of CUDA's own function the compiler moves products, and runs out of registers.
     """
     e = tl.exp(2.0 * tl.abs(a))
-    far = tl.where(a >= 0, 1.0, -1.0) * (1.0 - 2.0 / (e + 1.0))
+    x = tl.where(a >= 0, 1.0, -1.0) * (1.0 - 2.0 / (e + 1.0))
     if a.dtype == tl.float64:
-        if INTERPRETED:
-            # The interpreter does not know CUDA's own.
-            return far
-        return libdevice.tanh(a)
-    # Near zero the difference would cancel: tanh(a) / a - 1 by a polynomial in a^2, the best for |a| < 0.6.
-    y = a * a
-    p = -0.006269119679927826 * y + 0.021110959351062775
-    p = p * y - 0.053873948752880096
-    p = p * y + 0.13332915306091309
-    p = p * y - 0.3333333134651184
-    return tl.where(y < 0.36, a + a * (y * p), far)
+        # The interpreter does not know CUDA's own.
+        if not INTERPRETED:
+            x = libdevice.tanh(a)
+    else:
+        # Near zero the difference cancels: tanh(a) / a - 1 by a polynomial in a^2, the best for |a| < 0.6.
+        y = a * a
+        p = -0.006269119679927826 * y + 0.021110959351062775
+        p = p * y - 0.053873948752880096
+        p = p * y + 0.13332915306091309
+        p = p * y - 0.3333333134651184
+        x = tl.where(y < 0.36, a + a * (y * p), x)
+    return x
 
 
 @triton.jit
 def apply(F: tl.constexpr, a: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
     """f(a)."""
     if F == "tanh":
-        return tanh(a, INTERPRETED)
-    if F == "sigmoid":
-        return sigmoid(a)
-    if F == "relu":
+        a = tanh(a, INTERPRETED)
+    elif F == "sigmoid":
+        a = sigmoid(a)
+    elif F == "relu":
         # A comparison, since a maximum would lose a NaN.
-        return tl.where(a < 0, 0.0, a)
+        a = tl.where(a < 0, 0.0, a)
     return a
 
 
@@ -233,9 +237,9 @@ def apply(F: tl.constexpr, a: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor
 def slope(F: tl.constexpr, h: tl.tensor, x: tl.tensor) -> tl.tensor:
     """f'(a) x by h = f(a)."""
     if F == "tanh":
-        return (1.0 - h * h) * x
-    if F == "sigmoid":
-        return h * (1.0 - h) * x
-    if F == "relu":
-        return tl.where(h > 0, x, 0.0)
+        x = (1.0 - h * h) * x
+    elif F == "sigmoid":
+        x = h * (1.0 - h) * x
+    elif F == "relu":
+        x = tl.where(h > 0, x, 0.0)
     return x
