@@ -126,6 +126,8 @@ def obstacle(op: object) -> str | None:
     policy = getattr(getattr(op, "linearisation", None), "name", None)
     if policy not in (None, "double-backward", "checkpoint"):
         return f"the linearisation {policy!r} runs parts of the model again, random draws and buffers included"
+    if getattr(op, "processes", None) is not None:
+        return "products are means over several processes"
     made = getattr(op, "origin", None)
     if isinstance(made, Origin):
         if made.shared:

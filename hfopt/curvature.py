@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hfopt import graph
+from hfopt import amp, graph
 from hfopt.batches import Maybe, Part, again
 from hfopt.closure import Closure, trace
+from hfopt.distributed import Processes
 from hfopt.errors import ClosureError
 from hfopt.frozen import Frozen
 from hfopt.linearisation import POLICIES, Cost, DoubleBackward, Linearisation, available_bytes, not_differentiable
@@ -48,6 +49,7 @@ class GaussNewton(Local):
         known: the policy that ``"auto"`` took for an operator before, and for how many outputs: taken again without
             another look at memory while the number of outputs gives no reason to (see :func:`hfopt.policy.trusted`)
             and the model allows it.
+        processes: others that build the same operator on data of their own; gradient, loss and products are the means.
 
     Attributes:
         gradient: of the loss, flat (P,).
@@ -72,16 +74,20 @@ class GaussNewton(Local):
         outputs: nn.Module | None = None,
         known: Known | None = None,
         frozen: Frozen | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        super().__init__(params)
+        super().__init__(params, processes)
         if linearisation not in POLICIES:
             raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
         self._frozen = Frozen(self.device) if frozen is None else frozen
         self._closure, self._budget = closure, memory_budget
         model = Model(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
-        built = build(model, linearisation, known)
+        with amp.watching() as scaling:
+            built = build(model, linearisation, known)
+        self.scaler, self.unit = scaling.scaler, scaling.unit
         seen, self.parts, self.linearisation = built.seen, built.parts, built.linearisation
-        self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
+        self.loss = self._loss_of_all(seen.total)
+        self.result, self.differentiates = seen.result, seen.differentiates
         self.has_structural = any(part.hidden for part in self.parts)
         if structural and not self.has_structural:
             raise ClosureError(
@@ -92,7 +98,7 @@ class GaussNewton(Local):
         self._one_by_one = False
         shares = [*built.gradients, *(part.space.direct for part in self.parts)]
         _refuse_independence(self.params, [g for share in shares for g in share])
-        self.gradient = self._flat(shares)
+        self.gradient = self._of_all(self._flat(shares))
 
     def __repr__(self) -> str:
         lin = self.linearisation
@@ -107,7 +113,8 @@ class GaussNewton(Local):
     @property
     def cotangents(self) -> list[Tensor]:
         """``dL/dz`` for every output."""
-        return [t for part in self.parts for t in part.space.cotangents]
+        found = [t for part in self.parts for t in part.space.cotangents]
+        return found if self.unit == 1.0 else [t * self.unit for t in found]
 
     @property
     def outputs(self) -> int:
@@ -143,7 +150,8 @@ class GaussNewton(Local):
         self._check_point()
         self.products += 1
         vs = self.vector.cast_views(v)
-        return self._flat(self._shares(lambda i, lin: self._product(i, lin, vs, structural)), out)
+        mu = structural / self.unit  # S belongs to no loss
+        return self._of_all(self._flat(self._shares(lambda i, lin: self._product(i, lin, vs, mu)), out))
 
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
         """``G V`` for ``V (P, k)`` in batched tangent and adjoint passes, of as many columns as fit into memory.
@@ -168,12 +176,13 @@ class GaussNewton(Local):
     def _multiply_batch(self, v: Tensor, structural: float) -> Tensor:
         vs = rows(self.vector, v)
         total = torch.zeros(v.shape[1], v.shape[0], dtype=self.dtype, device=self.device)
-        for share in self._shares(lambda i, lin: self._product(i, lin, vs, structural, batched=True)):
+        mu = structural / self.unit
+        for share in self._shares(lambda i, lin: self._product(i, lin, vs, mu, batched=True)):
             for piece, part in zip(torch.split(total, self.vector.sizes, 1), share, strict=True):
                 if part is not None:
                     piece.add_(part.detach().reshape(len(piece), -1))
         self.products += v.shape[1]
-        return total.t()
+        return self._of_all(total).t()
 
     def _shares(self, product: Callable[[int, Linearisation], list[Maybe]]) -> Iterable[Maybe]:
         """What every part contributes: those that are kept, then the others from another run of the closure."""
@@ -230,7 +239,8 @@ class GaussNewton(Local):
             hidden = self._hidden_part(i, lin.jvp(vs)[count:], 1.0)
             return [lin.vjp([*([None] * count), *hidden], structural=1.0)]
 
-        return self._flat(self._shares(product), out)
+        out = self._flat(self._shares(product), out)
+        return out if self.processes is None else self.processes.mean_(out)
 
     def structural_quadratic(self, v: Tensor) -> float:
         """``v' S v = sum D'' (J_a v)^2``."""
@@ -242,10 +252,10 @@ class GaussNewton(Local):
                 tangents = part.linearisation.jvp(vs)[part.count :]
                 pairs = zip(tangents, part.hidden, strict=True)
                 total += sum(float((w * t * t).sum(dtype=torch.float64)) for t, w in pairs if t is not None)
-        return total
+        return total if self.processes is None else self.processes.mean(total)
 
     def pull(self, cotangents: Sequence[Tensor]) -> Tensor:
-        """``J' w`` for one tensor per output, flat (P,)."""
+        """``J' w`` for one tensor per output of this process, flat (P,)."""
         left = list(cotangents)
         given = [[left.pop(0) for _ in range(part.count)] for part in self.parts]
 
@@ -320,6 +330,7 @@ class Hessian(Local):
         closure: computes the loss by any differentiable operations.
         params: the parameters theta.
         loss: a function of what the closure returns, if that is not the loss.
+        processes: as for :class:`GaussNewton`.
     """
 
     def __init__(
@@ -329,11 +340,14 @@ class Hessian(Local):
         *,
         loss: Callable[..., Tensor] | None = None,
         frozen: Frozen | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        super().__init__(params)
-        with (frozen or Frozen(self.device)).run(), differentiable_attention():
+        super().__init__(params, processes)
+        with (frozen or Frozen(self.device)).run(), differentiable_attention(), amp.watching() as scaling:
             seen = trace(closure, loss=loss, cut=False)
-        self.loss, self.result, self.differentiates = seen.total.detach(), seen.result, seen.differentiates
+        self.scaler, self.unit = scaling.scaler, scaling.unit
+        self.loss = self._loss_of_all(seen.total)
+        self.result, self.differentiates = seen.result, seen.differentiates
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             seen.total, self.params, create_graph=True, allow_unused=True
         )
@@ -344,7 +358,7 @@ class Hessian(Local):
             raise not_differentiable({"double-backward": error}) from error
         self._one_by_one = False
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self.gradient = self.vector.flatten(grads)
+        self.gradient = self._of_all(self.vector.flatten(grads))
 
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """``H v = d<grad L, v>/dtheta``.
@@ -361,7 +375,7 @@ class Hessian(Local):
             heads, tangents = [g for _, g in self._live], [vs[i] for i, _ in self._live]
             parts = torch.autograd.grad(heads, self.params, tangents, retain_graph=True, allow_unused=True)
         out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
-        return self.vector.flatten_into(out, parts)
+        return self._of_all(self.vector.flatten_into(out, parts))
 
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
         """``H V`` for ``V (P, k)`` in batched passes, of as many columns as fit into memory.
@@ -386,4 +400,4 @@ class Hessian(Local):
             logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
             return super().multiply_many(v)
         self.products += v.shape[1]
-        return torch.cat(done, 1)
+        return self._of_all(torch.cat(done, 1).contiguous())

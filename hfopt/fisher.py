@@ -58,7 +58,7 @@ class Fisher(GaussNewton):
         """(number of the output, g) for every draw."""
         if kind == "empirical":
             return [
-                (i, t * z.shape[self.batch_dim] ** 0.5 if z.dim() else t)
+                (i, t * (z.shape[self.batch_dim] * self.unit if z.dim() else self.unit) ** 0.5)
                 for i, (z, t) in enumerate(zip(space.outputs, space.cotangents, strict=True))
             ]
         if not isinstance(space, Matching) or any(b.closed is None for b in space.blocks):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hfopt.cudagraphs import origin
+from hfopt.distributed import Processes
 from hfopt.vector import ParameterVector
 
 
@@ -138,13 +139,29 @@ class Local(Operator):
     gradient: Tensor  # flat (P,)
     result: Any  # what an optimizer's step returns for this run of the closure
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
+    def __init__(self, params: Iterable[Tensor], processes: Processes | None = None) -> None:
         if isinstance(params, Tensor):
             raise TypeError("params must be an iterable of tensors, not one tensor; write [tensor]")
         super().__init__(ParameterVector(p for p in params if p.requires_grad))
         self.origin = origin(self.vector.params)
+        self.processes = processes
+        self.unit = 1.0  # 1/s where the closure's loss is s times what it means
 
     @property
     def params(self) -> list[Tensor]:
         """The parameters theta that require a gradient."""
         return self.vector.params
+
+    def _loss_of_all(self, total: Tensor) -> Tensor:
+        """The loss, of all processes and without its scaling."""
+        if self.unit == 1.0 and self.processes is None:
+            return total.detach()
+        value = float(total.detach()) * self.unit
+        value = value if self.processes is None else self.processes.mean(value)
+        return torch.tensor(value, dtype=torch.float64, device=self.device)
+
+    def _of_all(self, share: Tensor) -> Tensor:
+        """What belongs to the loss of all processes, given this one's share of it; in place."""
+        if self.unit != 1.0:
+            share.mul_(self.unit)
+        return share if self.processes is None else self.processes.mean_(share)
