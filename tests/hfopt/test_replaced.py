@@ -401,6 +401,7 @@ def test_under_autocast_gated_layers_stay_with_torch(monkeypatch: pytest.MonkeyP
 
 def test_the_replacement_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaced, "_told", set())
+    monkeypatch.setattr(replaced.logger, "disabled", False)  # as tools that configure logging leave it
     net = Net("rnn_tanh", 2, 4)
     run = closure(net, randn(12, 6, 2, seed=1), randn(12, 6, 2, seed=2))
     with caplog.at_level(logging.INFO, "hfopt"):
