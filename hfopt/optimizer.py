@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,6 +14,7 @@ from hfopt.cg import CG
 from hfopt.closure import Closure
 from hfopt.cudagraphs import side_stream
 from hfopt.damping import Damping, as_damping
+from hfopt.distributed import without_reductions
 from hfopt.linearisation import POLICIES
 from hfopt.linesearch import LineSearch
 from hfopt.preconditioner import Preconditioner, as_preconditioner
@@ -35,9 +37,12 @@ class HessianFree(Optimizer):
     the same data.
 
     Args:
-        params: parameters or parameter groups; groups may have their own ``lr`` and ``weight_decay``. A group
-            with ``lr`` 0 is left out of a step, its ``p.grad`` too.
-        lr: the longest step, as a multiple of CG's solution.
+        params: parameters or parameter groups, which may have their own ``lr`` and ``weight_decay``.
+        lr: the longest step, as a multiple of CG's solution. Where groups differ in it, the largest one is that; the
+            others weigh the groups against each other: with ``sigma = lr / max lr``, the step is computed in the
+            coordinates ``theta / sqrt(sigma)``, so that it solves ``(G + lambda / sigma) p = -g``. A group of a
+            small ``lr`` is damped that much more: for a large lambda all go along ``-lr g``, as in SGD, and
+            whatever lambda the step leads downhill. A group with ``lr`` 0 is left out, its ``p.grad`` too.
         weight_decay: c of a penalty ``c/2 |theta|^2``, part of loss, gradient and curvature.
         curvature: ``"gauss-newton"``, ``"hessian"``, ``"fisher"`` (targets sampled from the model) or
             ``"empirical-fisher"``.
@@ -57,6 +62,10 @@ class HessianFree(Optimizer):
             given by name.
         loss: a function of what the closure returns, if the loss is not a criterion of torch.nn.functional.
         outputs: the module whose result is the network's output, everything after it being the loss.
+        process_group: ``"auto"``: all processes of ``torch.distributed``, if it was initialised, train one model, the
+            loss being the mean of what their closures compute (see :mod:`hfopt.distributed`); a group: those of it;
+            None: this process trains by itself.
+        history: how many entries ``stats`` has at most; None: no limit.
 
     Attributes:
         stats: one :class:`hfopt.StepStats` per step of this object, the newest last.
@@ -66,6 +75,7 @@ class HessianFree(Optimizer):
     """
 
     stats: list[StepStats]
+    _step_supports_amp_scaling = True  # asks torch.amp.GradScaler.step to leave scaled gradients and infinities to us
 
     def __init__(
         self,
@@ -86,6 +96,8 @@ class HessianFree(Optimizer):
         batch_dim: int = 0,
         loss: Callable[..., Tensor] | None = None,
         outputs: nn.Module | None = None,
+        process_group: Any = "auto",
+        history: int | None = 10_000,
     ) -> None:
         _one_of("curvature", curvature, CURVATURES)
         _one_of("backtracking", backtracking, BACKTRACKING)
@@ -96,11 +108,14 @@ class HessianFree(Optimizer):
             raise ValueError("structural damping needs curvature 'gauss-newton' or a Fisher matrix, not 'hessian'")
         if loss is not None and outputs is not None:
             raise ValueError("give loss= or outputs=, not both")
+        if history is not None and history < 1:
+            raise ValueError(f"history is {history}, but must be at least 1, or None for no limit")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.curvature, self.backtracking = curvature, backtracking
         self.structural, self.linearisation, self.memory_budget = structural, linearisation, memory_budget
         self.replace_recurrences = replace_recurrences
         self.batch_dim, self.loss, self.outputs = batch_dim, loss, outputs
+        self.process_group, self.history = process_group, history
         self.damping = as_damping(damping)
         self.cg = CG() if cg is None else cg
         self.preconditioner = as_preconditioner(preconditioner, batch_dim)
@@ -132,8 +147,8 @@ class HessianFree(Optimizer):
                 ``backward()`` and returns the loss, as for LBFGS. ``backward()`` may be called several times, one
                 batch each (the loss is their sum), or not at all. It may also return ``(outputs, loss)``. It is run
                 several times a step and must then see the same data; torch's random draws and running statistics are
-                put back by the optimizer. Gradients are set when the step is done: clipping inside the closure has no
-                effect.
+                put back by the optimizer, but draws from ``random`` and numpy are not: make those before the step.
+                Gradients are set when the step is done: clipping inside the closure has no effect.
             curvature: a closure on the data of the curvature products; default: ``closure``.
             evaluation: a closure on the data that iterates, step lengths and rho are judged by; default: ``closure``.
 
@@ -148,10 +163,12 @@ class HessianFree(Optimizer):
             raise ValueError("step() needs a closure that computes the loss, as torch.optim.LBFGS does")
         step = Step(self, closure, curvature, evaluation)
         graphs = self.cg.cuda_graphs is not False
-        with replacing(self.replace_recurrences), side_stream(step.vector.device, graphs):
+        with replacing(self.replace_recurrences), side_stream(step.vector.device, graphs), without_reductions():
             result = step.run()
         self.steps += 1
         self.stats.append(dataclasses.replace(step.stats, step=self.steps))
+        if self.history is not None:
+            del self.stats[: -self.history]
         return result
 
     def trainable(self) -> list[tuple[dict[str, Any], Tensor]]:
@@ -168,31 +185,46 @@ class HessianFree(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`, of an optimizer over parameters of the same shapes.
+        """Restore :meth:`state_dict`, of an optimizer over parameters of the same shapes; all of it or nothing.
 
         Raises:
-            ValueError: a state of another optimizer, or of other parameters.
+            ValueError: a state of another optimizer, or of other parameters; nothing has been changed then.
         """
         if "hessian_free" not in state_dict:
             raise ValueError("state_dict is not that of a HessianFree optimizer: the entry 'hessian_free' is missing")
         own = state_dict["hessian_free"]
+        steps = int(own["steps"])
+        chosen = None if own["chosen"] is None else (str(own["chosen"][0]), int(own["chosen"][1]))
+        damping = copy.copy(self.damping)
+        damping.load_state_dict(own["damping"])
+        starts = self._checked_starts(state_dict)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "hessian_free"})
         # torch brings states to the precision of their parameters; CG's start has that of the flat vector.
-        own_params = [p for g in self.param_groups for p in g["params"]]
+        for p, start in starts:
+            self.state[p]["cg_start"] = start.to(p.device, copy=True)
+        self.steps, self.chosen = steps, chosen
+        self.damping.load_state_dict(own["damping"])
+
+    def _checked_starts(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, its CG start) of a state that fits this optimizer's groups."""
+        counts = [[len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"state_dict has parameter groups of {counts[0]} parameters, but the optimizer of {counts[1]}"
+            )
+        own = [p for g in self.param_groups for p in g["params"]]
         indices = [i for g in state_dict["param_groups"] for i in g["params"]]
-        for i, p in zip(indices, own_params, strict=True):
+        found = []
+        for i, p in zip(indices, own, strict=True):
             start = state_dict["state"].get(i, {}).get("cg_start")
             if start is not None:
-                self.state[p]["cg_start"] = start.to(p.device, copy=True)
-        for _, p in self.trainable():
-            start = self.state[p].get("cg_start")
-            if start is not None and start.shape != p.shape:
-                raise ValueError(
-                    f"state_dict has a CG start of shape {tuple(start.shape)} for a parameter of shape {tuple(p.shape)}"
-                )
-        self.steps = int(own["steps"])
-        self.chosen = None if own["chosen"] is None else (str(own["chosen"][0]), int(own["chosen"][1]))
-        self.damping.load_state_dict(own["damping"])
+                if start.shape != p.shape:
+                    raise ValueError(
+                        f"state_dict has a CG start of shape {tuple(start.shape)} for a parameter of shape "
+                        f"{tuple(p.shape)}"
+                    )
+                found.append((p, start))
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but what torch attaches and makes anew."""
@@ -205,8 +237,19 @@ class HessianFree(Optimizer):
             "replace_recurrences",
             "batch_dim",
             "loss",
+            "history",
         )
-        more = ("outputs", "damping", "cg", "preconditioner", "line_search", "stats", "steps", "chosen")
+        more = (
+            "outputs",
+            "damping",
+            "cg",
+            "preconditioner",
+            "line_search",
+            "stats",
+            "steps",
+            "chosen",
+            "process_group",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in (*kept, *more)}}
 
 

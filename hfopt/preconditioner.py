@@ -64,7 +64,7 @@ class EmpiricalFisherDiagonal(Preconditioner):
             signed = [self._signed(t, generator) for t in op.cotangents]
             pulled = op.pull(signed)
             total.addcmul_(pulled, pulled, value=1 / self.probes)
-        self._diagonal = total
+        self._diagonal = total if op.processes is None else op.processes.mean_(total)
 
     def _signed(self, cotangent: Tensor, generator: torch.Generator) -> Tensor:
         if cotangent.dim() == 0:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hfopt import amp
 from hfopt.cg import Iterate, Solution
 from hfopt.closure import Closure, differentiate, evaluate
 from hfopt.curvature import GaussNewton, Hessian
+from hfopt.distributed import processes_of
 from hfopt.fisher import Fisher
 from hfopt.frozen import Frozen
 from hfopt.linesearch import LineSearchResult
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
 NOT_FINITE = (
     "the loss or its gradient is not finite before the step, so the step is skipped and the parameters stay: look "
     "for NaN or infinity in this batch, or for parameters that have overflowed"
+)
+CONSTANT = (
+    "the loss was the same, to the bit, at every point that the step tried, so that no step can be judged: check that "
+    "the closure (or the evaluation= closure) computes the model's outputs anew at every call, for the parameters of "
+    "this optimizer"
 )
 
 # First step: lambda is tried over this many powers of ten, downwards from the curvature along the gradient.
@@ -71,9 +80,16 @@ class Step:
         self.own_evaluation = evaluation is not None
         self.frozen = Frozen(self.vector.device)
         self.decay = self._per_parameter([float(g["weight_decay"]) for g, _ in groups_params])
-        self.rate = self._per_parameter([float(g["lr"]) for g, _ in groups_params])
+        rates = [float(g["lr"]) for g, _ in groups_params]
+        self.rate = max(rates)
+        # sigma, the square of the scale of each parameter's coordinate; None where all groups have one lr.
+        scale = self._per_parameter([r / self.rate if self.rate else 1.0 for r in rates])
+        self.scale = scale if isinstance(scale, Tensor) else None
         self.gradients = self.evaluations = self.products = 0
         self.differentiates = False
+        self.values: set[float] = set()  # of the evaluation loss, wherever it was looked at
+        self.processes = processes_of(optimizer.process_group, self.vector.device)
+        self._same_everywhere()
 
     def _per_parameter(self, values: list[float]) -> float | Tensor:
         """A number if all parameters share it, else a flat vector (P,)."""
@@ -83,12 +99,21 @@ class Step:
         flat = torch.repeat_interleave(torch.tensor(values, dtype=self.vector.dtype), sizes)
         return flat.to(self.vector.device)
 
+    def _same_everywhere(self) -> None:
+        """All processes must begin at the same point."""
+        if self.processes is not None:
+            theta = self.vector.flatten(self.vector.params)
+            damping = self.o.damping.value or 0.0
+            sizes = {"numbers of parameters": float(self.vector.size), "numbers of steps": float(self.o.steps)}
+            self.processes.agree(**sizes, **{"norms of the parameters": norm(theta), "lambda": damping})
+
     # -- the parts of a step ---------------------------------------------------------------------------------------
 
     def run(self) -> Any:
         """Take the step and fill in ``stats``; returns what the closure returned."""
         start = time.perf_counter()
         loss, gradient, result = self.differentiate()
+        self._tell_scaler(gradient)
         theta = self.vector.flatten(self.vector.params)
         self.saved = self.vector.views(theta) if self._same_dtype() else self.vector.snapshot()
         self.g = gradient + theta * self.decay if self._decays() else gradient
@@ -98,7 +123,8 @@ class Step:
         self.loss = loss
         size = norm(self.g)
         if not (math.isfinite(self.f0) and math.isfinite(loss) and math.isfinite(size)):
-            warn(NOT_FINITE)
+            if self.scaler is None:  # which tries scales until one is too large
+                warn(NOT_FINITE)
             self._stay("not finite")
         elif size == 0.0:
             self._stay("zero gradient")
@@ -106,8 +132,7 @@ class Step:
             self._stay("zero learning rate")
         else:
             self._solve_and_move()
-        for p, g in zip(self.vector.params, self.vector.cast_views(gradient), strict=True):
-            p.grad = g
+        self._set_gradient(gradient)
         self.stats = replace(self.stats, seconds=time.perf_counter() - start)
         return result
 
@@ -115,12 +140,18 @@ class Step:
         """Loss and gradient; the operator comes with them unless it has a closure of its own."""
         if self.curvature is None:
             self.op = self.operator(self.closure)
+            self.scaler = self.op.scaler
             loss, gradient, result = float(self.op.loss), self.op.gradient, self.op.result
         else:
-            with self.frozen.run(), differentiable_attention(), checkpointing(self._checkpointed()):
+            with self._running() as scaling:
                 value, result = differentiate(self.closure, self.vector.params, loss=self.o.loss)
             loss, gradient = float(value), self.vector.flatten([p.grad for p in self.vector.params])
+            if scaling.scaler is not None:
+                loss, gradient = loss * scaling.unit, gradient.mul_(scaling.unit)
+            if self.processes is not None:
+                loss, gradient = self.processes.mean(loss), self.processes.mean_(gradient)
             self.op = self.operator(self.curvature)
+            self.scaler = scaling.scaler
         self.gradients += 1
         self.differentiates = self.op.differentiates
         return loss, gradient, result
@@ -129,7 +160,7 @@ class Step:
         """The curvature operator that the optimizer asks for."""
         o = self.o
         if o.curvature == "hessian":
-            return Hessian(closure, self.vector.params, loss=o.loss, frozen=self.frozen)
+            return Hessian(closure, self.vector.params, loss=o.loss, frozen=self.frozen, processes=self.processes)
         options: dict[str, Any] = {
             "structural": o.structural > 0,
             "linearisation": o.linearisation,
@@ -138,6 +169,7 @@ class Step:
             "loss": o.loss,
             "outputs": o.outputs,
             "frozen": self.frozen,
+            "processes": self.processes,
         }
         op = self._matrix(closure, options)
         outputs, name = op.outputs, op.linearisation.name
@@ -151,9 +183,21 @@ class Step:
         if o.curvature == "gauss-newton":
             return GaussNewton(closure, self.vector.params, **options)
         # Seeded by the step, so that a resumed run draws the same targets and the user's generator is left alone.
-        generator = torch.Generator(device=self.vector.device).manual_seed(o.steps)
+        rank = 0 if self.processes is None else self.processes.rank
+        generator = torch.Generator(device=self.vector.device).manual_seed(o.steps + (rank << 32))
         kind = "sampled" if o.curvature == "fisher" else "empirical"
         return Fisher(closure, self.vector.params, kind=kind, batch_dim=o.batch_dim, generator=generator, **options)
+
+    @contextmanager
+    def _running(self) -> Iterator[amp.Scaling]:
+        """The context of a run of a closure for its loss, or its loss and gradient."""
+        with (
+            self.frozen.run(),
+            differentiable_attention(),
+            checkpointing(self._checkpointed()),
+            amp.watching() as scaling,
+        ):
+            yield scaling
 
     def _checkpointed(self) -> bool:
         """Whether sequences are long enough that no run may hold all their hidden states."""
@@ -175,9 +219,11 @@ class Step:
     def loss_alone(self) -> float:
         """The evaluation closure's loss at the present parameters."""
         self.evaluations += 1
-        with self.frozen.run(), differentiable_attention(), checkpointing(self._checkpointed()):
-            value = evaluate(self.evaluation, loss=self.o.loss, differentiates=self.differentiates)
-        return float(value)
+        with self._running() as scaling:
+            value = float(evaluate(self.evaluation, loss=self.o.loss, differentiates=self.differentiates))
+        if scaling.scaler is not None:
+            value *= scaling.unit
+        return value if self.processes is None else self.processes.mean(value)
 
     def f(self, direction: Tensor, length: float = 1.0) -> float:
         """Loss and penalty at ``theta + length * direction``; the parameters come back to the bit."""
@@ -186,6 +232,7 @@ class Step:
             value = self.loss_alone()
         finally:
             self.vector.restore(self.saved)
+        self.values.add(value)
         if self._decays():
             value += self.penalty(self.theta + length * direction)
         return value
@@ -202,21 +249,27 @@ class Step:
     def candidate(self, damping: float, x0: Tensor | None) -> Candidate:
         """Solve with ``lambda = damping``, backtrack, and judge the step by rho."""
         o = self.o
-        system = self.op.damped(damping, o.structural, self.decay)
+        decay = self.decay if self.scale is None else self.decay + damping * (1 / self.scale - 1)
+        system = self.op.damped(damping, o.structural, decay)
+        preconditioner = o.preconditioner if o.preconditioner is not None else self.coordinates
         if o.preconditioner is not None:
-            o.preconditioner.damp(damping, self.decay)
-        solution = o.cg.solve(system, -self.g, x0, o.preconditioner)
+            o.preconditioner.damp(damping, decay)
+        solution = o.cg.solve(system, -self.g, x0, preconditioner)
         self.products += solution.products
         chosen, p, value, evaluated = self.backtrack(solution)
-        quadratic = self.quadratic(p, chosen, damping)
+        quadratic = self.quadratic(chosen, damping)
         change = value - self.f0
         rho = change / quadratic if quadratic < 0 and math.isfinite(change) else math.nan
         return Candidate(solution, chosen, p, value, quadratic, rho, evaluated)
 
+    @property
+    def coordinates(self) -> Callable[[Tensor], Tensor] | None:
+        """What makes conjugate gradients those of the scaled coordinates: ``sigma r``, their metric's inverse."""
+        scale = self.scale
+        return None if scale is None else lambda r: r * scale
+
     def scaled(self, x: Tensor) -> Tensor:
         """The longest step along an iterate: ``lr x``."""
-        if isinstance(self.rate, Tensor):
-            return x * self.rate
         return x if self.rate == 1.0 else x * self.rate
 
     def backtrack(self, solution: Solution) -> tuple[Iterate, Tensor, float, dict[int, float]]:
@@ -237,15 +290,11 @@ class Step:
                 break
         return best, p, value, evaluated
 
-    def quadratic(self, p: Tensor, chosen: Iterate, damping: float) -> float:
+    def quadratic(self, chosen: Iterate, damping: float) -> float:
         """``q(p) = g'p + p'(G + c)p/2``, without lambda and mu."""
-        if isinstance(self.rate, Tensor):
-            self.products += 1
-            curved = self.op.damped(0.0, 0.0, self.decay).multiply(p)
-            return dot(self.g, p) + 0.5 * dot(p, curved)
         linear = dot(self.g, chosen.x)
         curvature = 2.0 * (chosen.phi - linear)  # x'Ax
-        curvature -= damping * dot(chosen.x, chosen.x)
+        curvature -= damping * dot(chosen.x, chosen.x if self.scale is None else chosen.x / self.scale)
         if self.o.structural and isinstance(self.op, GaussNewton):
             curvature -= damping * self.o.structural * self.op.structural_quadratic(chosen.x)
         return self.rate * linear + 0.5 * self.rate**2 * curvature
@@ -258,9 +307,10 @@ class Step:
         below the lower one.
         """
         self.products += 1
-        curved = self.op.damped(0.0, 0.0, self.decay).multiply(self.g)
-        gg = dot(self.g, self.g)
-        damping = abs(dot(self.g, curved)) / gg if gg > 0 else 0.0
+        d = self.g if self.scale is None else self.g * self.scale
+        curved = self.op.damped(0.0, 0.0, self.decay).multiply(d)
+        gg = dot(self.g, d)
+        damping = abs(dot(d, curved)) / gg if gg > 0 else 0.0
         if not (math.isfinite(damping) and damping > 0):
             damping = math.sqrt(gg) if gg > 0 else 1.0
         best = (damping, self.candidate(damping, None))
@@ -298,6 +348,9 @@ class Step:
                 lambda s: self.f(candidate.p, s), self.f0, dot(self.g, candidate.p), candidate.value
             )
         accepted = found.length > 0
+        # Rounding aside: a step that must have changed the loss, at several points, and did not.
+        if self.values == {self.f0_plain} and self.evaluations > 2 and abs(candidate.quadratic) > rounding:
+            warn(CONSTANT)
         if accepted:
             self.vector.move(self.saved, candidate.p, found.length)
             for p in self.vector.params:
@@ -313,6 +366,16 @@ class Step:
                 self.o.state[p].pop("cg_start", None)
             else:
                 self.o.state[p]["cg_start"] = self.vector.views(x)[i].clone()
+
+    def _set_gradient(self, gradient: Tensor) -> None:
+        for p, g in zip(self.vector.params, self.vector.cast_views(gradient), strict=True):
+            p.grad = g
+
+    def _tell_scaler(self, gradient: Tensor) -> None:
+        """Let a gradient scaler see the scaled gradient, whose infinities decide on its next scale."""
+        if self.scaler is not None:
+            self._set_gradient(gradient * self.scaler.get_scale())
+            self.scaler.unscale_(self.o)
 
     def _record(self, damping: float, new_damping: float, c: Candidate, found: LineSearchResult) -> None:
         accepted = found.length > 0
@@ -334,7 +397,7 @@ class Step:
             cg_iterations=c.solution.iterations,
             cg_reason=c.solution.reason,
             backtracked=c.chosen.iteration,
-            step_length=found.length * (self.rate if isinstance(self.rate, float) else 1.0),
+            step_length=found.length * self.rate,
             line_search_tries=found.tries,
             gradient_norm=norm(self.g),
             solution_norm=norm(c.solution.x),
