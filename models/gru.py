@@ -101,10 +101,13 @@ class GRU(Recurrent):
         self._start_sparse(seed, connections, scale, input_scale)
         return self
 
-    def _layer(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _layer(
+        self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         start = self.h_init if starts[0] is None else starts[0]
         b_n = None if self.b_n is None else torch.cat((self.b_n.new_zeros(2 * self.hidden), self.b_n))
-        return gru_layer(inputs, self.W_vh.t(), self.W_hh.t(), self.b_h, b_n, start, lengths)
+        outputs, last = gru_layer(inputs, self.W_vh.t(), self.W_hh.t(), self.b_h, b_n, start, lengths)
+        return outputs, (last,)
 
     @classmethod
     def from_torch(cls, recurrent: nn.GRU, readout: nn.Linear | None = None, *, output: str = "all") -> GRU:

@@ -133,10 +133,11 @@ class LSTM(Recurrent):
         """
         return self._outputs(inputs, [h0, c0], lengths)
 
-    def _layer(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _layer(
+        self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         h, c = (own if s is None else s for s, own in zip((*starts, None)[:2], self._starts(), strict=True))
-        outputs, (last, _) = lstm_layer(inputs, self.W_vh.t(), self.W_hh.t(), self.b_h, None, h, c, lengths)
-        return outputs, last
+        return lstm_layer(inputs, self.W_vh.t(), self.W_hh.t(), self.b_h, None, h, c, lengths)
 
     @classmethod
     def from_torch(cls, recurrent: nn.LSTM, readout: nn.Linear | None = None, *, output: str = "all") -> LSTM:

@@ -113,7 +113,9 @@ class MRNN(Recurrent):
             nn.init.ones_(self.b_f)
         return self
 
-    def _layer(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _layer(
+        self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         start = self.h_init if starts[0] is None else starts[0]
         W_vf: Tensor = self.W_vf
         W_vh: Tensor = self.W_vh
@@ -124,4 +126,7 @@ class MRNN(Recurrent):
             inputs = torch.cat((inputs, bounded.to(inputs.dtype)), -1)
             W_vf = torch.cat((torch.zeros_like(W_vf), torch.eye(self.factors, dtype=W_vf.dtype, device=W_vf.device)))
             W_vh = torch.cat((W_vh, W_vh.new_zeros(self.factors, self.hidden)))
-        return mrnn_layer(inputs, W_vf, self.W_hf, self.W_fh, W_vh, start, self.b_h, self.nonlinearity, lengths)
+        outputs, last = mrnn_layer(
+            inputs, W_vf, self.W_hf, self.W_fh, W_vh, start, self.b_h, self.nonlinearity, lengths
+        )
+        return outputs, (last,)

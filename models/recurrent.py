@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hfopt.recurrences import segments
 from hfopt.recurrences.arguments import Ends, ends
 from models.initialisation import generator_of, sparse_
 
@@ -53,8 +55,13 @@ class Recurrent(nn.Module, ABC):
         self.output, self.batch_first = output, batch_first
 
     @abstractmethod
-    def _layer(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Hidden states (T, B, h) and the last of each sequence (B, h); a start that is None is the learned one."""
+    def _layer(
+        self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Hidden states (T, B, h), and the states after each sequence's last step, each (B, h), h_t first.
+
+        A start that is None is the learned one.
+        """
 
     @abstractmethod
     def _weights(self) -> list[tuple[Tensor, bool]]:
@@ -106,8 +113,30 @@ class Recurrent(nn.Module, ABC):
         return self._outputs(inputs, [h0], lengths)
 
     def _outputs(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> Tensor:
-        hidden, last = self._layer(self._checked(inputs), starts, lengths)
+        inputs = self._checked(inputs)
+        if lengths is None and segments.wanted():
+            return self._checkpointed(inputs, starts)
+        hidden, (last, *_) = self._layer(inputs, starts, lengths)
         return self._readout(last if self.output == "last" else hidden)
+
+    def _checkpointed(self, inputs: Tensor, starts: Sequence[Tensor | None]) -> Tensor:
+        """The same in segments, each with its part of the readout: the hidden states are never there all at once."""
+        own = self._starts()
+        names, weights = zip(*((n, p) for n, p in self.named_parameters() if all(p is not s for s in own)), strict=True)
+        given = [s if s is not None else first for s, first in zip((*starts, *own)[: len(own)], own, strict=True)]
+        states = [s if s.dim() == 2 else s.expand(inputs.shape[1], -1) for s in given]
+
+        def part(xs: segments.Given, states: segments.Given, weights: segments.Given) -> segments.Found:
+            # A derivative in the weights needs them as arguments: the same network around these tensors.
+            network = copy.copy(self)
+            network._parameters = {**self._parameters, **dict(zip(names, weights, strict=True))}
+            hidden, after = network._layer(xs[0], states, None)
+            return [network._read_out(hidden)] if self.output == "all" else [], after
+
+        outputs, after = segments.over_time(part, (inputs,), states, weights)
+        if self.output == "last":
+            return self._read_out(after[0])
+        return outputs[0].transpose(0, 1) if self.batch_first else outputs[0]
 
     @torch.no_grad()
     def hidden_states(self, inputs: Tensor, h0: Tensor | None = None) -> Tensor:
@@ -115,8 +144,11 @@ class Recurrent(nn.Module, ABC):
         hidden, _ = self._layer(self._checked(inputs), [h0], None)
         return hidden.transpose(0, 1) if self.batch_first else hidden
 
+    def _read_out(self, hidden: Tensor) -> Tensor:
+        return hidden if self.W_ho is None else F.linear(hidden, self.W_ho.t(), self.b_o)
+
     def _readout(self, hidden: Tensor) -> Tensor:
-        outputs = hidden if self.W_ho is None else F.linear(hidden, self.W_ho.t(), self.b_o)
+        outputs = self._read_out(hidden)
         return outputs.transpose(0, 1) if self.batch_first and self.output == "all" else outputs
 
     def _checked(self, inputs: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class RNN(Recurrent):
         start = self.h_init if starts[0] is None else starts[0]
         mask, last = (None, None) if reached is None else reached
         if segments.wanted():
-            return self._checkpointed(inputs, start, mask, last)
+            return self._in_segments(inputs, start, mask, last)
         # A readout of all steps inside the recurrence costs less than taking its hidden states through memory.
         inside = self.W_ho is not None and (self.output == "all" or self.W_ho.shape[1] <= self.hidden // 2)
         found = self._read(inputs, start, mask) if inside else self._hidden(inputs, start, mask)
@@ -122,7 +122,7 @@ class RNN(Recurrent):
             return self._readout(found)
         return found.transpose(0, 1) if self.batch_first and self.output == "all" else found
 
-    def _checkpointed(self, inputs: Tensor, start: Tensor, mask: Tensor | None, last: Tensor | None) -> Tensor:
+    def _in_segments(self, inputs: Tensor, start: Tensor, mask: Tensor | None, last: Tensor | None) -> Tensor:
         """The same in segments, each with its part of the readout: the hidden states are never there all at once."""
         every, batch = self.output == "all", inputs.shape[1]
         final = None
@@ -149,11 +149,13 @@ class RNN(Recurrent):
             return outputs[0].transpose(0, 1) if self.batch_first else outputs[0]
         return self._readout(after[-1])
 
-    def _layer(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _layer(
+        self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         reached = self._ends(inputs, lengths)
         start = self.h_init if starts[0] is None else starts[0]
         hidden = self._hidden(inputs, start, None if reached is None else reached.mask)
-        return hidden, hidden[-1] if reached is None else reached.final(hidden)
+        return hidden, (hidden[-1] if reached is None else reached.final(hidden),)
 
     def _hidden(self, inputs: Tensor, start: Tensor, mask: Tensor | None) -> Tensor:
         return simple_rnn_layer(inputs, self.W_vh, self.W_hh, start, self.b_h, self.nonlinearity, mask)
