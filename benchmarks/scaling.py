@@ -23,10 +23,10 @@ from benchmarks.recurrent import rnn_case
 from hfopt import GaussNewton
 
 # Each list spans a factor of eight (h: beyond, since T B h^2 is the claim); the other two sizes stay at the middle.
-SIZES = {"T": (50, 100, 200, 400), "B": (250, 500, 1000, 2000), "h": (32, 64, 100, 128, 256)}
+SIZES = {"T": (100, 200, 400, 800), "B": (250, 500, 1000, 2000), "h": (32, 64, 100, 128, 256)}
 TOY = {"T": (2, 4), "B": (2, 4), "h": (3, 5)}
 INPUTS, OUTPUTS = 2, 1
-MIDDLE = {"T": 100, "B": 500, "h": 100}
+MIDDLE = {"T": 200, "B": 500, "h": 100}
 TOY_MIDDLE = {"T": 3, "B": 3, "h": 4}
 
 
