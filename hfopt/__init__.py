@@ -9,7 +9,7 @@ from hfopt.hf import HF
 from hfopt.linesearch import LineSearch
 from hfopt.operators import Damped
 from hfopt.optimizer import HessianFree
-from hfopt.preconditioner import EmpiricalFisherDiagonal
+from hfopt.preconditioners import EmpiricalFisherDiagonal
 from hfopt.runfile import RunError
 from hfopt.runreader import Run, read_run
 from hfopt.stats import StepStats

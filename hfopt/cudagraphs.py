@@ -122,6 +122,8 @@ def innermost(op: object) -> object:
 
 def obstacle(op: object) -> str | None:
     """Why products with ``op`` cannot be recorded on the current stream, as far as that shows beforehand."""
+    if getattr(op, "watched", False):
+        return "the preconditioner learns from the products, one by one"
     op = innermost(op)
     policy = getattr(getattr(op, "linearisation", None), "name", None)
     if policy not in (None, "double-backward", "checkpoint"):

@@ -80,7 +80,7 @@ class GaussNewton(Local):
         if linearisation not in POLICIES:
             raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
         self._frozen = Frozen(self.device) if frozen is None else frozen
-        self._closure, self._budget = closure, memory_budget
+        self._closure, self.memory_budget = closure, memory_budget
         model = Model(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
         with amp.watching() as scaling:
             built = build(model, linearisation, known)
@@ -96,6 +96,8 @@ class GaussNewton(Local):
             )
         self._versions = [p._version for p in self.params]
         self._one_by_one = False
+        whole = len(self.parts) == 1 and bool(seen.calls or seen.outputs)
+        self._again = model.again(self.parts[0], seen) if whole else None
         shares = [*built.gradients, *(part.space.direct for part in self.parts)]
         _refuse_independence(self.params, [g for share in shares for g in share])
         self.gradient = self._of_all(self._flat(shares))
@@ -162,7 +164,7 @@ class GaussNewton(Local):
         self._check_point()
         if self._one_by_one:
             return super().multiply_many(v, structural=structural)
-        width = columns_at_once(self.linearisation.column_bytes(), self.vector.size, self._budget, self.device)
+        width = columns_at_once(self.linearisation.column_bytes(), self.vector.size, self.memory_budget, self.device)
         try:
             done = [self._multiply_batch(part, structural) for part in torch.split(v, width, 1)]
         except RuntimeError as error:
@@ -263,6 +265,27 @@ class GaussNewton(Local):
             return [lin.vjp([*given[i], *([None] * len(self.parts[i].hidden))])]
 
         return self._flat(self._shares(product))
+
+    def pull_many(self, cotangents: Sequence[Tensor | None]) -> Tensor:
+        """``J' W`` for k cotangents along a new first dimension of one tensor per output (None: zero), (P, k)."""
+        left = list(cotangents)
+        given = [[left.pop(0) for _ in range(part.count)] for part in self.parts]
+        k = next(len(t) for t in cotangents if t is not None)
+        total = torch.zeros(k, self.vector.size, dtype=self.dtype, device=self.device)
+
+        def product(i: int, lin: Linearisation) -> list[Maybe]:
+            w: Maybe = [*given[i], *([None] * len(self.parts[i].hidden))]
+            return [lin.vjp(w, True) if any(t is not None for t in w) else [None] * len(self.params)]
+
+        for share in self._shares(product):
+            for piece, part in zip(torch.split(total, self.vector.sizes, 1), share, strict=True):
+                if part is not None:
+                    piece.add_(part.detach().reshape(k, -1))
+        return total.t()
+
+    def outputs_again(self) -> list[Tensor] | None:
+        """The outputs from another run of the closure, in a graph of their own; None where a sum is taken in parts."""
+        return None if self._again is None else self._again()[: self.parts[0].count]
 
 
 def rows(vector: ParameterVector, v: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ from hfopt.damping import Damping, as_damping
 from hfopt.distributed import without_reductions
 from hfopt.linearisation import POLICIES
 from hfopt.linesearch import LineSearch
-from hfopt.preconditioner import Preconditioner, as_preconditioner
+from hfopt.preconditioners import Preconditioner, as_preconditioner
 from hfopt.replaced import replacing
 from hfopt.stats import StepStats
 from hfopt.step import Step
@@ -49,7 +49,8 @@ class HessianFree(Optimizer):
         damping: None (lambda found at the first step), a number (lambda of the first step), or a rule such as
             :class:`hfopt.LevenbergMarquardt` or :class:`hfopt.FixedDamping`.
         cg: settings of the solver, :class:`hfopt.CG`.
-        preconditioner: None, ``"empirical-fisher"`` or a :class:`hfopt.preconditioner.Preconditioner`.
+        preconditioner: None, ``"empirical-fisher"``, ``"hutchinson"``, ``"nystrom"``, ``"kfac"``, ``"lbfgs"`` or an
+            object of :mod:`hfopt.preconditioners`.
         line_search: :class:`hfopt.LineSearch`; None: the full step or none.
         backtracking: over CG's stored iterates, by the evaluation loss: ``"walk"`` from the last one back while the
             loss falls, ``"smallest"`` of all, ``"none"``.
@@ -182,6 +183,8 @@ class HessianFree(Optimizer):
         state = super().state_dict()
         chosen = None if self.chosen is None else list(self.chosen)
         state["hessian_free"] = {"steps": self.steps, "damping": self.damping.state_dict(), "chosen": chosen}
+        if self.preconditioner is not None:
+            state["hessian_free"]["preconditioner"] = self.preconditioner.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,6 +207,8 @@ class HessianFree(Optimizer):
             self.state[p]["cg_start"] = start.to(p.device, copy=True)
         self.steps, self.chosen = steps, chosen
         self.damping.load_state_dict(own["damping"])
+        if self.preconditioner is not None:
+            self.preconditioner.load_state_dict(own.get("preconditioner", {}))
 
     def _checked_starts(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """(parameter, its CG start) of a state that fits this optimizer's groups."""

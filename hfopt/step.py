@@ -254,7 +254,8 @@ class Step:
         preconditioner = o.preconditioner if o.preconditioner is not None else self.coordinates
         if o.preconditioner is not None:
             o.preconditioner.damp(damping, decay)
-        solution = o.cg.solve(system, -self.g, x0, preconditioner)
+        seen = system if o.preconditioner is None else o.preconditioner.watch(system)
+        solution = o.cg.solve(seen, -self.g, x0, preconditioner)
         self.products += solution.products
         chosen, p, value, evaluated = self.backtrack(solution)
         quadratic = self.quadratic(chosen, damping)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import hfopt
 from hfopt.cg import CG, Run, Solution
 from hfopt.device_cg import DeviceRun
-from hfopt.preconditioner import EmpiricalFisherDiagonal
+from hfopt.preconditioners import EmpiricalFisherDiagonal
 from hfopt.recurrences import simple_rnn
 from hfopt.vector import norm
 from tests.hfopt.tape import NoReads, Reading, Recorder

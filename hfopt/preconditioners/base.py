@@ -1,0 +1,88 @@
+"""What every preconditioner offers: ``z = M^-1 r`` with M symmetric, positive definite and cheap to invert."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hfopt.curvature import GaussNewton
+from hfopt.operators import Operator
+
+
+class System(Protocol):
+    """The damped system that conjugate gradients solve."""
+
+    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """``A v``."""
+
+
+class Preconditioner(ABC):
+    """Refreshed once a step, at the new point; damped before every solve; applied at every CG iteration.
+
+    While a solve runs, M is fixed, and :meth:`apply` reads no number of a device.
+    """
+
+    @abstractmethod
+    def refresh(self, op: Operator, step: int) -> None:
+        """Take the new point from ``op``; ``step`` seeds whatever is drawn."""
+
+    @abstractmethod
+    def damp(self, damping: float, decay: float | Tensor) -> None:
+        """Set the lambda and the weight decay c (a number or (P,)) of the system that is solved next."""
+
+    @abstractmethod
+    def apply(self, r: Tensor) -> Tensor:
+        """``M^-1 r`` for ``r (P,)``."""
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """``M^-1 r`` for ``r (P,)``."""
+        return self.apply(r)
+
+    def watch(self, system: System) -> System:
+        """The system as conjugate gradients are to see it, for preconditioners that learn from its products."""
+        return system
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step needs of those before; empty for a preconditioner that every step makes anew."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - nothing to restore by default
+        """Restore :meth:`state_dict`."""
+
+
+def with_outputs(op: Operator, name: str) -> GaussNewton:
+    """``op``, if it has outputs.
+
+    Raises:
+        TypeError: for an operator without outputs (the Hessian of a loss).
+    """
+    if not isinstance(op, GaussNewton):
+        raise TypeError(
+            f"the {name} preconditioner needs outputs, which a {type(op).__name__} operator does not have; use "
+            "curvature 'gauss-newton' or no preconditioner"
+        )
+    return op
+
+
+def ready(value: Tensor | None, before: str, now: str) -> Tensor:
+    """``value``, which ``before`` sets.
+
+    Raises:
+        RuntimeError: it is not there.
+    """
+    if value is None:
+        raise RuntimeError(f"{before} must come before {now}")
+    return value
+
+
+def mean_decay(decay: float | Tensor) -> float:
+    """One number for the weight decay, where M has room for a multiple of the identity alone."""
+    return float(decay.mean()) if isinstance(decay, Tensor) else decay
+
+
+def generator(op: Operator, seed: int) -> torch.Generator:
+    """Draws of a step, the same in every process and after a resumption; the user's generator is left alone."""
+    return torch.Generator(device=op.device).manual_seed(seed)

@@ -1,0 +1,163 @@
+"""Linear and convolution layers as they are used in a closure: their inputs and the gradients of their outputs.
+
+Both are ``y = W x`` over rows: those of a linear layer's input, or the patches of a convolution's. With ``x_nt`` and
+``g_nt = dL/dy_nt`` for case n and position t, case n's gradient of W is ``sum_t g_nt x_nt'``, that of the bias
+``sum_t g_nt``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from hfopt.curvature import GaussNewton
+
+# Numbers that the rows, patches and per-case gradients of one block of cases may have.
+BLOCK = 1 << 23
+
+
+@dataclass
+class Layer:
+    """One call of a layer.
+
+    Attributes:
+        weight, bias: which parameter each is; None where it is none of the parameters.
+        x, y: input and output; ``y`` is in the graph.
+        case: the dimension of ``x`` and ``y`` along which cases stand.
+        patches: from inputs (n, ...) to patches (n, k, T) of a convolution; None for a linear layer.
+        g: ``dL/dy``, once it is there.
+    """
+
+    weight: int | None
+    bias: int | None
+    x: Tensor
+    y: Tensor
+    case: int
+    patches: Callable[[Tensor], Tensor] | None
+    g: Tensor | None = None
+
+    @property
+    def cases(self) -> int:
+        """How many."""
+        return self.x.shape[self.case]
+
+    @property
+    def positions(self) -> int:
+        """T, the number of rows of one case."""
+        size = self.y[..., 0] if self.patches is None else self.y[:, 0]
+        return size.numel() // self.cases
+
+    def block(self) -> int:
+        """How many cases are taken at a time."""
+        k = self.x.shape[-1] if self.patches is None else self.patches(self.x[:1].detach()).shape[1]
+        o = self.y.shape[-1] if self.patches is None else self.y.shape[1]
+        return max(1, BLOCK // max(1, self.positions * (k + o) + k * o))
+
+    def rows(self, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of ``size`` cases with ``x (n, T, k)`` and ``g (n, T, o)``."""
+        assert self.g is not None
+        x, g = self.x.detach().movedim(self.case, 0), self.g.movedim(self.case, 0)
+        if self.patches is None:
+            x, g = x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
+        else:
+            g = g.flatten(2).transpose(1, 2)
+        for start in range(0, len(x), size):
+            block = slice(start, min(start + size, len(x)))
+            part = x[block].to(dtype)
+            yield block, part if self.patches is None else self.patches(part).transpose(1, 2), g[block].to(dtype)
+
+
+class Watching(TorchFunctionMode):
+    """Takes down every call of a layer whose weight or bias is a parameter, while a closure runs."""
+
+    def __init__(self, params: Sequence[Tensor], case: int, cases: int) -> None:
+        super().__init__()
+        self._index = {id(p): i for i, p in enumerate(params)}
+        self._case, self._cases = case, cases
+        self.layers: list[Layer] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in (F.linear, F.conv1d, F.conv2d) or not result.requires_grad:
+            return result
+        named = dict(kwargs or {})
+        given = (*args, named.pop("input")) if "input" in named else args
+        found = self._layer(func, result, *given, **named)
+        if found is None:
+            return result
+        self.layers.append(found)
+        return result.clone()  # what follows may be in place
+
+    def _layer(
+        self, func: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *more: Any, **named: Any
+    ) -> Layer | None:
+        w, b = self._index.get(id(weight)), None if bias is None else self._index.get(id(bias))
+        if w is None and b is None:
+            return None
+        if func is F.linear:
+            case = self._case_of(x)
+            return None if case is None else Layer(w, b, x, y, case, None)
+        patches = patches_of(weight, *more, **named)
+        if patches is None or x.dim() != weight.dim() or x.shape[0] != self._cases:
+            return None
+        return Layer(w, b, x, y, 0, patches)
+
+    def _case_of(self, x: Tensor) -> int | None:
+        lead = x.shape[:-1]
+        for dim in (self._case, 0):
+            if dim < len(lead) and lead[dim] == self._cases:
+                return dim
+        return None
+
+
+def patches_of(
+    weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Callable[[Tensor], Tensor] | None:
+    """The patches (n, C k, T) that a convolution multiplies; None for groups, and for padding that is not symmetric."""
+    kernel = tuple(weight.shape[2:])
+    wide = [_each(v, len(kernel)) for v in (stride, dilation)]
+    if groups != 1:
+        return None
+    if isinstance(padding, str):
+        reach = [d * (k - 1) for d, k in zip(wide[1], kernel, strict=True)]
+        if padding == "same" and any(r % 2 for r in reach):
+            return None
+        padding = [r // 2 if padding == "same" else 0 for r in reach]
+    options = {"stride": wide[0], "dilation": wide[1], "padding": _each(padding, len(kernel))}
+    if len(kernel) == 2:
+        return lambda x: F.unfold(x, kernel, **options)
+    flat = {name: (0 if name == "padding" else 1, value[0]) for name, value in options.items()}
+    return lambda x: F.unfold(x.unsqueeze(2), (1, *kernel), **flat)
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return given * count if len(given) == 1 else given
+
+
+def watched(op: GaussNewton, batch_dim: int) -> tuple[list[Tensor], list[Layer]] | None:
+    """The output and the layers of another run of the closure; None unless it has one output, with several cases."""
+    parts = op.parts
+    if len(parts) != 1 or len(parts[0].space.outputs) != 1 or parts[0].space.outputs[0].dim() == 0:
+        return None
+    shape = parts[0].space.outputs[0].shape
+    case = batch_dim % len(shape)
+    with Watching(op.params, case, shape[case]) as mode:
+        heads = op.outputs_again()
+    return None if heads is None else (heads, mode.layers)
+
+
+def backward(heads: Sequence[Tensor], layers: list[Layer], cotangents: Sequence[Tensor]) -> list[Layer]:
+    """Set ``g`` of every layer that the outputs depend on, for ``cotangents`` of the outputs; those layers."""
+    found = torch.autograd.grad(
+        list(heads), [layer.y for layer in layers], list(cotangents), retain_graph=True, allow_unused=True
+    )
+    for layer, g in zip(layers, found, strict=True):
+        layer.g = g
+    return [layer for layer in layers if layer.g is not None]
