@@ -245,7 +245,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for row, value in ((0, plain.iterations), (1, 1e3 * plain.total.median)):
             axes[row, column].axvline(value, color="0.3", lw=0.8, ls=":")
             axes[row, column].invert_yaxis()
-            if column:
+            if column and systems[column - 1][0] == system[0]:
                 axes[row, column].set_yticklabels([])
     figure.savefig(path, dpi=90)
     plt.close(figure)
