@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt import CG
+from hfopt.cudagraphs import obstacle
 from hfopt.preconditioners import (
     KFAC,
     LBFGS,
@@ -199,6 +200,13 @@ def test_lbfgs_samples_a_run_evenly() -> None:
     for i in range(21):
         seen.multiply(torch.tensor([float(i)]))
     assert [float(v) for v, _ in seen.pairs] == [0.0, 8.0, 16.0]
+
+
+def test_products_that_are_watched_are_not_recorded() -> None:
+    system = problem().damped(0.1)
+    assert obstacle(system) is None
+    assert "one by one" in str(obstacle(LBFGS().watch(system)))
+    assert obstacle(KFAC().watch(system)) is None
 
 
 MADE: dict[str, Callable[[], Preconditioner]] = {
