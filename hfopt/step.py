@@ -88,6 +88,7 @@ class Step:
         self.gradients = self.evaluations = self.products = 0
         self.differentiates = False
         self.values: set[float] = set()  # of the evaluation loss, wherever it was looked at
+        self.farthest = 0.0  # from theta
         self.processes = processes_of(optimizer.process_group, self.vector.device)
         self._same_everywhere()
 
@@ -113,7 +114,6 @@ class Step:
         """Take the step and fill in ``stats``; returns what the closure returned."""
         start = time.perf_counter()
         loss, gradient, result = self.differentiate()
-        self._tell_scaler(gradient)
         theta = self.vector.flatten(self.vector.params)
         self.saved = self.vector.views(theta) if self._same_dtype() else self.vector.snapshot()
         self.g = gradient + theta * self.decay if self._decays() else gradient
@@ -132,6 +132,7 @@ class Step:
             self._stay("zero learning rate")
         else:
             self._solve_and_move()
+        self._tell_scaler(gradient)
         self._set_gradient(gradient)
         self.stats = replace(self.stats, seconds=time.perf_counter() - start)
         return result
@@ -233,6 +234,7 @@ class Step:
         finally:
             self.vector.restore(self.saved)
         self.values.add(value)
+        self.farthest = max(self.farthest, abs(length) * norm(direction))
         if self._decays():
             value += self.penalty(self.theta + length * direction)
         return value
@@ -336,10 +338,14 @@ class Step:
             self.o.preconditioner.refresh(self.op, self.o.steps)
         if rule.calibrates:
             damping, candidate = self.calibrated()
+            if self._overflown(candidate):
+                return
             rule.start(damping)
         else:
             damping = rule.value or 0.0
             candidate = self.candidate(damping, self.cg_start())
+            if self.scaler is not None and self._overflown(candidate):
+                return
         # A decrease below the rounding error of the loss says nothing about the model: the minimum is reached.
         rounding = 4 * torch.finfo(self.vector.dtype).eps * abs(self.f0)
         if abs(candidate.quadratic) <= rounding and not candidate.value < self.f0:
@@ -349,17 +355,27 @@ class Step:
                 lambda s: self.f(candidate.p, s), self.f0, dot(self.g, candidate.p), candidate.value
             )
         accepted = found.length > 0
-        # Rounding aside: a step that must have changed the loss, at several points, and did not.
-        if self.values == {self.f0_plain} and self.evaluations > 2 and abs(candidate.quadratic) > rounding:
+        # Rounding aside: steps that must have changed the loss, and did not.
+        seen = self.farthest > 1e3 * torch.finfo(self.vector.dtype).eps * norm(self.theta)
+        if seen and self.values == {self.f0_plain} and abs(candidate.quadratic) > rounding:
             warn(CONSTANT)
         if accepted:
             self.vector.move(self.saved, candidate.p, found.length)
             for p in self.vector.params:
                 torch.autograd.graph.increment_version(p)
-        if accepted or not abs(candidate.quadratic) <= rounding:
+        # Nor does a step below that of the parameters, at a minimum where the loss is zero.
+        least = 16 * torch.finfo(self.vector.dtype).eps * norm(self.theta)
+        if accepted or not (abs(candidate.quadratic) <= rounding or norm(candidate.p) <= least):
             rule.update(candidate.rho, accepted)
         self._keep_start(candidate.solution.x if accepted else None)
         self._record(damping, rule.value or 0.0, candidate, found)
+
+    def _overflown(self, candidate: Candidate) -> bool:
+        """Whether products were not finite and nothing came of them, which tells nothing of lambda; if so, stay."""
+        if candidate.solution.reason != "not finite" or candidate.value < self.f0:
+            return False
+        self._stay("not finite")
+        return True
 
     def _keep_start(self, x: Tensor | None) -> None:
         for i, p in enumerate(self.vector.params):
@@ -373,9 +389,10 @@ class Step:
             p.grad = g
 
     def _tell_scaler(self, gradient: Tensor) -> None:
-        """Let a gradient scaler see the scaled gradient, whose infinities decide on its next scale."""
+        """Let a gradient scaler see the scaled gradient, whose infinities (or a product's) decide on its next scale."""
         if self.scaler is not None:
-            self._set_gradient(gradient * self.scaler.get_scale())
+            overflown = self.stats.cg_reason == "not finite"
+            self._set_gradient(gradient * (math.inf if overflown else self.scaler.get_scale()))
             self.scaler.unscale_(self.o)
 
     def _record(self, damping: float, new_damping: float, c: Candidate, found: LineSearchResult) -> None:

@@ -254,78 +254,6 @@ def test_a_step_shows_in_the_version_counters() -> None:
         old.backward()
 
 
-class Odd(nn.Module):
-    """0-dim, empty, unused, frozen, tied, transposed and 4-d parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
-        self.empty = nn.Parameter(torch.zeros(0, 4, dtype=torch.float64))
-        self.unused = nn.Parameter(randn(3, seed=8))
-        self.frozen = nn.Parameter(randn(3, 3, seed=9), requires_grad=False)
-        self.tied = nn.Linear(3, 3, dtype=torch.float64)
-        self.again = nn.Linear(3, 3, dtype=torch.float64)
-        self.again.weight = self.tied.weight
-        self.transposed = nn.Parameter(randn(2, 3, seed=10).t())
-        self.kernel = nn.Parameter(randn(1, 2, 2, 2, seed=11).to(memory_format=torch.channels_last))
-        with torch.no_grad():
-            for i, p in enumerate([*self.tied.parameters(), self.again.bias]):
-                p.copy_(0.5 * randn(*p.shape, seed=12 + i))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.tied(x @ self.frozen))
-        h = torch.tanh(self.again(h)) * self.scale + torch.cat([self.empty.sum(1), h.new_zeros(1)]).sum()
-        return h @ self.transposed + self.kernel.sum()
-
-
-def test_parameters_of_every_sort() -> None:
-    model = Odd()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    strides = {n: p.stride() for n, p in model.named_parameters()}
-    optimizer = hfopt.HessianFree(model.parameters())
-    for _ in range(5):
-        optimizer.step(lbfgs_style(model, optimizer))
-    losses = [s.loss for s in optimizer.stats]
-    assert losses[-1] < 0.7 * losses[0]
-    after = dict(model.named_parameters())
-    assert model.again.weight is model.tied.weight
-    moved = {n for n in before if not torch.equal(before[n], after[n])}
-    assert moved == set(before) - {"empty", "unused", "frozen"}
-    assert model.frozen.grad is None
-    assert {n: p.stride() for n, p in after.items()} == strides
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in trainable)
-
-
-def test_product_with_tied_and_odd_parameters() -> None:
-    model = Odd()
-    params = [p for p in model.parameters() if p.requires_grad]
-
-    def loss(*values: Tensor) -> Tensor:
-        names = [n for n, p in model.named_parameters() if p.requires_grad]
-        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (X,))
-
-    jac = torch.autograd.functional.jacobian(loss, tuple(params))
-    j = torch.cat([x.reshape(Y.numel(), -1) for x in jac], 1)
-    op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
-    v = randn(op.shape[0], seed=20)
-    assert torch.allclose(op @ v, j.T @ (2 / Y.numel() * (j @ v)), rtol=1e-10)
-
-
-def test_embeddings_with_sparse_gradients() -> None:
-    words, classes = torch.arange(30) % 7, torch.arange(30) % 3
-    ends = []
-    for sparse in (False, True):
-        embedding = nn.Embedding(7, 4, sparse=sparse, _weight=randn(7, 4, seed=22))
-        model = nn.Sequential(embedding, nn.Tanh(), mlp(4, 3, seed=23))
-        optimizer = hfopt.HessianFree(model.parameters())
-        for curvature in (None, lambda net=model: F.cross_entropy(net(words), classes)):
-            optimizer.step(lambda net=model: F.cross_entropy(net(words), classes), curvature=curvature)
-        assert optimizer.stats[-1].accepted
-        ends.append(theta(model))
-    assert torch.allclose(ends[0], ends[1], rtol=1e-12)
-
-
 def test_nothing_to_optimize_is_an_error() -> None:
     model = mlp(3, 2)
     model.requires_grad_(False)
@@ -334,21 +262,6 @@ def test_nothing_to_optimize_is_an_error() -> None:
         optimizer.step(loss_only(model, optimizer))
     with pytest.raises(ValueError, match="closure"):
         optimizer.step(None)  # type: ignore[arg-type]
-
-
-def test_parameters_frozen_in_the_course_of_training() -> None:
-    model = mlp(3, 4, 2, seed=21)
-    optimizer = hfopt.HessianFree(model.parameters())
-    optimizer.step(loss_only(model, optimizer))
-    model[0].requires_grad_(False)
-    frozen = flat(model[0].parameters())
-    optimizer.step(loss_only(model, optimizer))
-    assert torch.equal(flat(model[0].parameters()), frozen)
-    model[0].requires_grad_(True)
-    optimizer.step(loss_only(model, optimizer))
-    assert not torch.equal(flat(model[0].parameters()), frozen)
-    losses = [s.loss for s in optimizer.stats]
-    assert losses == sorted(losses, reverse=True)
 
 
 def test_a_criterion_that_only_measures_is_passed_over() -> None:

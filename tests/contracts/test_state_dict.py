@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from typing import Any
 
 import pytest
@@ -13,40 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hfopt
+from tests.contracts.training import OPTIONS, X, Y, model_of, train
 from tests.hfopt.tools import mlp, randn, theta
-
-X, Y = randn(30, 3, seed=1), randn(30, 2, seed=2)
-
-
-def model_of(seed: int, dtype: torch.dtype = torch.float64) -> Any:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        mlp(3, 5, seed=seed, dtype=dtype), nn.Tanh(), nn.Dropout(0.2), mlp(5, 2, seed=seed, dtype=dtype)
-    )
-
-
-def train(model: nn.Module, optimizer: hfopt.HessianFree, steps: int) -> list[Any]:
-    dtype = next(model.parameters()).dtype
-    x, y = X.to(dtype), Y.to(dtype)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(x), y)
-        loss.backward()
-        return loss
-
-    for _ in range(steps):
-        optimizer.step(closure)
-    return [(s.step, s.loss, s.new_loss, s.rho, s.damping, s.cg_iterations) for s in optimizer.stats[-steps:]]
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"preconditioner": "empirical-fisher", "weight_decay": 0.01},
-    {"curvature": "fisher"},
-    {"curvature": "hessian", "damping": 0.5},
-    {"damping": hfopt.FixedDamping(0.2), "lr": 0.7},
-]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
@@ -134,46 +101,6 @@ def test_states_that_do_not_fit_are_refused() -> None:
         hfopt.HessianFree(list(model.parameters())[:2]).load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=lambda o: "-".join(o) or "default")
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_copies_go_on_by_themselves(way: str, options: dict[str, Any]) -> None:
-    model = model_of(10)
-    optimizer = hfopt.HessianFree(model.parameters(), **copy.deepcopy(options))
-    train(model, optimizer, 3)
-    pair = (model, optimizer)
-    twin, copied = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))  # noqa: S301
-    assert len(copied.stats) == 3
-    assert copied.param_groups[0]["params"][0] is next(twin.parameters())
-    state, still = torch.get_rng_state(), theta(model)
-    record = train(twin, copied, 5)
-    assert torch.equal(theta(model), still)
-    torch.set_rng_state(state)
-    assert train(model, optimizer, 5) == record
-    assert torch.equal(theta(twin), theta(model))
-    assert repr(copied) == repr(optimizer)
-
-
-def test_repr_tells_the_groups() -> None:
-    text = repr(hfopt.HessianFree(mlp(3, 2).parameters(), lr=0.5, weight_decay=0.1))
-    assert "HessianFree" in text
-    assert "lr: 0.5" in text
-    assert "weight_decay: 0.1" in text
-
-
-def test_a_group_added_later_starts_from_zero() -> None:
-    model = model_of(11)
-    optimizer = hfopt.HessianFree(model[0].parameters())
-    train(model, optimizer, 3)
-    optimizer.add_param_group({"params": model[3].parameters(), "weight_decay": 0.1})
-    before = theta(model[3])
-    train(model, optimizer, 3)
-    assert not torch.equal(theta(model[3]), before)
-    with pytest.raises(ValueError, match="lr"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1, dtype=torch.float64))], "lr": -1.0})
-    assert len(optimizer.param_groups) == 2
-    train(model, optimizer, 1)
-
-
 def test_a_run_with_fixed_damping_may_go_on_with_an_adaptive_one() -> None:
     model = model_of(12)
     optimizer = hfopt.HessianFree(model.parameters(), damping=hfopt.FixedDamping(0.3))
@@ -183,3 +110,31 @@ def test_a_run_with_fixed_damping_may_go_on_with_an_adaptive_one() -> None:
     train(model, other, 3)
     assert other.stats[0].damping == 0.3
     assert other.damping.value != 0.3
+
+
+@pytest.mark.parametrize("broken", ["shape", "damping", "chosen", "groups"])
+def test_a_state_that_is_refused_changes_nothing(broken: str) -> None:
+    """The optimizer goes on as if nothing had been tried."""
+    model, twin = model_of(13), model_of(13)
+    optimizer, other = hfopt.HessianFree(model.parameters()), hfopt.HessianFree(twin.parameters(), lr=0.5)
+    random = torch.get_rng_state()
+    train(model, optimizer, 2)
+    torch.set_rng_state(random)
+    train(twin, other, 3)
+    state = copy.deepcopy(other.state_dict())
+    if broken == "shape":
+        state["state"][3]["cg_start"] = torch.zeros(7)
+    elif broken == "damping":
+        state["hessian_free"]["damping"] = {}
+    elif broken == "chosen":
+        state["hessian_free"]["chosen"] = ["double-backward"]
+    else:
+        state["param_groups"][0]["params"] = [0, 1]
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises((ValueError, KeyError, IndexError)):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert after["hessian_free"] == before["hessian_free"]
+    assert after["param_groups"] == before["param_groups"]
+    for i, entry in before["state"].items():
+        assert torch.equal(after["state"][i]["cg_start"], entry["cg_start"])
