@@ -91,6 +91,12 @@ class Frozen:
             torch.cuda.set_rng_state(state[1], self._device)
 
     def _see(self, module: nn.Module, _args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # what is inside was seen with the compiled module itself
+        for inner in module.modules() if hasattr(module, "_orig_mod") else (module,):
+            self._note(inner)
+
+    def _note(self, module: nn.Module) -> None:
         if id(module) in self._modules:
             return
         self._modules[id(module)] = module
