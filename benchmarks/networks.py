@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import cast
 
@@ -44,7 +45,7 @@ class PerStep(nn.CrossEntropyLoss):
         return super().forward(outputs.flatten(0, 1), symbols.flatten())
 
 
-class Loop(nn.Module):
+class Loop(nn.Module, ABC):
     """A recurrent network as a Python loop over unbound steps: inputs are projected before it, outputs after it."""
 
     def __init__(self, hidden: int, outputs: int, **weights: tuple[int, ...]) -> None:
@@ -54,9 +55,9 @@ class Loop(nn.Module):
             bound = 0.0 if name == "h_init" else hidden**-0.5
             self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
 
+    @abstractmethod
     def loop(self, inputs: Tensor, h: Tensor) -> list[Tensor]:
         """The hidden states (B, h) of every step, from h_{-1}."""
-        raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
         W_ho, b_o, h_init = cast(Tensor, self.W_ho), cast(Tensor, self.b_o), cast(Tensor, self.h_init)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 
@@ -25,7 +26,7 @@ def _asked(needed: Sequence[bool], *pulled: Maybe) -> list[Tensor]:
     return [x if wanted and x is not None else given.new_empty(0) for x, wanted in zip(pulled, needed, strict=True)]
 
 
-class _Compiled:
+class _Compiled(ABC):
     """Passes in C where they serve the tensors, those of the cell itself elsewhere."""
 
     def __init__(self, cell: Cell) -> None:
@@ -47,13 +48,15 @@ class _Compiled:
             return self.cell.adjoint(cotangents, arguments, results, needed)
         return self._adjoint(cotangents, arguments, results, needed)
 
+    @abstractmethod
     def _tangent(self, tangents: Maybes, arguments: Tensors, results: Tensors) -> list[Tensor]:
-        raise NotImplementedError
+        """The tangent in C."""
 
+    @abstractmethod
     def _adjoint(
         self, cotangents: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]
     ) -> list[Tensor]:
-        raise NotImplementedError
+        """The adjoint in C."""
 
 
 class _LSTM(_Compiled):
