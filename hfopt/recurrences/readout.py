@@ -18,11 +18,12 @@ from torch import Tensor
 
 from hfopt import structural
 from hfopt.recurrences import backends
+from hfopt.recurrences.arguments import checked
 from hfopt.recurrences.cell import Cell, Maybe, Maybes, Tensors, carried, correlate_, register, with_vectors
 from hfopt.recurrences.linear import apply, seen
 from hfopt.recurrences.nonlinearities import NONLINEARITIES, Nonlinearity
 from hfopt.recurrences.sequence import run
-from hfopt.recurrences.simple import Recurrence, check_types, layer_point, same_precision
+from hfopt.recurrences.simple import Recurrence, layer_point
 
 
 class ReadoutCell(Cell):
@@ -138,20 +139,12 @@ def simple_rnn_readout(
         ValueError, TypeError: as `simple_rnn_layer`.
     """
     X, K, h0 = layer_point(inputs, weight_vh, weight_hh, h0, bias, nonlinearity, mask)
-    named = {"weight_ho": weight_ho} if bias_o is None else {"weight_ho": weight_ho, "bias_o": bias_o}
-    check_types(**named)
-    W, *b = same_precision(*named.values())
+    _, W, *b = checked(weight_hh=weight_hh, weight_ho=weight_ho, bias_o=bias_o).values()
     hidden = K.shape[1]
     if W.dim() != 2 or W.shape[0] != hidden:
         raise ValueError(f"weight_ho has shape {tuple(W.shape)}; with {hidden} hidden units it is ({hidden}, O)")
     if b and b[0].shape != (W.shape[1],):
         raise ValueError(f"bias_o has shape {tuple(b[0].shape)}; with weight_ho's outputs it is ({W.shape[1]},)")
-    for name, tensor in zip(named, (W, *b), strict=True):
-        if tensor.dtype != K.dtype or tensor.device != K.device:
-            raise TypeError(
-                f"{name} is {tensor.dtype} on {tensor.device}, but weight_hh is {K.dtype} on {K.device}; bring them "
-                "together with .to()"
-            )
     K_o = torch.cat((W, b[0].unsqueeze(0) if b else W.new_zeros(1, W.shape[1])))
     if h0.dim() == 1:
         h0 = h0.expand(X.shape[1], -1)

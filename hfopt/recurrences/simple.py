@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hfopt import structural
 from hfopt.recurrences import segments
+from hfopt.recurrences.arguments import check_inputs, checked
 from hfopt.recurrences.linear import Maybe, adjoint, apply, seen, tangent
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
 from hfopt.recurrences.operators import rnn_forward
@@ -123,9 +124,8 @@ def simple_rnn(
 
     Reference: Martens & Sutskever, "Learning recurrent neural networks with Hessian-free optimization", ICML 2011.
     """
-    check_types(inputs_projected=inputs_projected, weight_hh=weight_hh, h0=h0)
-    P, W, h0 = same_precision(inputs_projected, weight_hh, h0)
-    _check({"inputs_projected": P, "weight_hh": W, "h0": h0}, nonlinearity)
+    P, W, h0 = checked(inputs_projected=inputs_projected, weight_hh=weight_hh, h0=h0).values()
+    _check_nonlinearity(nonlinearity)
     if P.dim() != 3 or P.numel() == 0:
         raise ValueError(
             f"inputs_projected has shape {tuple(P.shape)}; it is (T, B, h), steps, sequences and units, none of them 0"
@@ -172,16 +172,10 @@ def layer_point(
     inputs: Tensor, weight_vh: Tensor, weight_hh: Tensor, h0: Tensor, bias: Maybe, nonlinearity: str, mask: Maybe
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(X, K, h0) of `simple_rnn_layer`'s arguments, which are checked: X with a column of ones if there is a bias."""
-    named = {"inputs": inputs, "weight_vh": weight_vh, "weight_hh": weight_hh, "h0": h0}
-    if bias is not None:
-        named["bias"] = bias
-    check_types(**named)
-    X, Wx, W, h0, *biases = same_precision(*named.values())
-    _check(dict(zip(named, (X, Wx, W, h0, *biases), strict=True)), nonlinearity)
-    if X.dim() != 3 or X.numel() == 0:
-        raise ValueError(
-            f"inputs has shape {tuple(X.shape)}; it is (T, B, V): steps, sequences and inputs, none of them 0"
-        )
+    given = checked(inputs=inputs, weight_vh=weight_vh, weight_hh=weight_hh, h0=h0, bias=bias)
+    X, Wx, W, h0, *biases = given.values()
+    _check_nonlinearity(nonlinearity)
+    check_inputs(X)
     if Wx.dim() != 2 or Wx.shape[0] != X.shape[2]:
         raise ValueError(f"weight_vh has shape {tuple(Wx.shape)}; with the {X.shape[2]} inputs it is ({X.shape[2]}, h)")
     steps, batch, hidden = X.shape[0], X.shape[1], Wx.shape[1]
@@ -195,32 +189,7 @@ def layer_point(
     return X, K, h0
 
 
-def check_types(**named: object) -> None:
-    """Refuse what is no floating-point tensor, by its name."""
-    for name, given in named.items():
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name} is a {type(given).__name__}, not a tensor")
-        if not given.is_floating_point():
-            raise TypeError(f"{name} has dtype {given.dtype}; give a floating-point tensor")
-
-
-def same_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, float32 tensors in the autocast dtype, as for torch's recurrent layers; otherwise as they are."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.dtype == torch.float32 else t for t in tensors)
-
-
-def _check(named: dict[str, Tensor], nonlinearity: str) -> None:
-    name, given = next(iter(named.items()))
-    for other, tensor in named.items():
-        if tensor.dtype != given.dtype or tensor.device != given.device:
-            raise TypeError(
-                f"{other} is {tensor.dtype} on {tensor.device}, but {name} is {given.dtype} on {given.device}; "
-                "bring them together with .to()"
-            )
+def _check_nonlinearity(nonlinearity: str) -> None:
     if nonlinearity not in NONLINEARITIES:
         raise ValueError(f"nonlinearity is {nonlinearity!r}; it is one of {', '.join(map(repr, NONLINEARITIES))}")
 
