@@ -13,15 +13,17 @@ from hfopt import structural
 Maybe = Tensor | None
 
 
-def checked(**named: Tensor | None) -> dict[str, Tensor]:
+def checked(*optional: str, **named: Tensor | None) -> dict[str, Tensor]:
     """The tensors that are there, in one floating-point dtype on one device; under autocast in its dtype.
+
+    Those named in `optional` may be None.
 
     Raises:
         TypeError: an argument that is no floating-point tensor, or has another dtype or device than the first.
     """
     given: dict[str, Tensor] = {}
     for name, tensor in named.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is a {type(tensor).__name__}, not a tensor")

@@ -247,7 +247,10 @@ def gru_layer(
 
     Reference: Cho et al., "Learning phrase representations using RNN encoder-decoder", EMNLP 2014.
     """
-    given = checked(inputs=inputs, weight_ih=weight_ih, weight_hh=weight_hh, bias_ih=bias_ih, bias_hh=bias_hh, h0=h0)
+    given = checked(
+        "bias_ih", "bias_hh", "h0",
+        inputs=inputs, weight_ih=weight_ih, weight_hh=weight_hh, bias_ih=bias_ih, bias_hh=bias_hh, h0=h0,
+    )  # fmt: skip
     hidden = gated(given, 3)
     h = initial("h0", given.get("h0"), given["inputs"], hidden)
     X, reached = ended(given["inputs"], lengths)

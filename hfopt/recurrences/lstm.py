@@ -239,8 +239,9 @@ def lstm_layer(
     Reference: Hochreiter & Schmidhuber, "Long short-term memory", Neural Computation 1997.
     """
     given = checked(
-        inputs=inputs, weight_ih=weight_ih, weight_hh=weight_hh, bias_ih=bias_ih, bias_hh=bias_hh, h0=h0, c0=c0
-    )
+        "bias_ih", "bias_hh", "h0", "c0",
+        inputs=inputs, weight_ih=weight_ih, weight_hh=weight_hh, bias_ih=bias_ih, bias_hh=bias_hh, h0=h0, c0=c0,
+    )  # fmt: skip
     hidden = gated(given, 4)
     h, c = (initial(name, given.get(name), given["inputs"], hidden) for name in ("h0", "c0"))
     X, reached = ended(given["inputs"], lengths)

@@ -250,6 +250,7 @@ def mrnn_layer(
     Reference: Sutskever, Martens & Hinton, "Generating text with recurrent neural networks", ICML 2011, section 3.
     """
     given = checked(
+        "h0", "bias",
         inputs=inputs, weight_xf=weight_xf, weight_hf=weight_hf, weight_fh=weight_fh, weight_xh=weight_xh, h0=h0,
         bias=bias,
     )  # fmt: skip

@@ -139,7 +139,7 @@ def simple_rnn_readout(
         ValueError, TypeError: as `simple_rnn_layer`.
     """
     X, K, h0 = layer_point(inputs, weight_vh, weight_hh, h0, bias, nonlinearity, mask)
-    _, W, *b = checked(weight_hh=weight_hh, weight_ho=weight_ho, bias_o=bias_o).values()
+    _, W, *b = checked("bias_o", weight_hh=weight_hh, weight_ho=weight_ho, bias_o=bias_o).values()
     hidden = K.shape[1]
     if W.dim() != 2 or W.shape[0] != hidden:
         raise ValueError(f"weight_ho has shape {tuple(W.shape)}; with {hidden} hidden units it is ({hidden}, O)")

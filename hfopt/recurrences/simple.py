@@ -172,7 +172,7 @@ def layer_point(
     inputs: Tensor, weight_vh: Tensor, weight_hh: Tensor, h0: Tensor, bias: Maybe, nonlinearity: str, mask: Maybe
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(X, K, h0) of `simple_rnn_layer`'s arguments, which are checked: X with a column of ones if there is a bias."""
-    given = checked(inputs=inputs, weight_vh=weight_vh, weight_hh=weight_hh, h0=h0, bias=bias)
+    given = checked("bias", inputs=inputs, weight_vh=weight_vh, weight_hh=weight_hh, h0=h0, bias=bias)
     X, Wx, W, h0, *biases = given.values()
     _check_nonlinearity(nonlinearity)
     check_inputs(X)
