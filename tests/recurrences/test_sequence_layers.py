@@ -296,3 +296,18 @@ def test_every_weight_of_another_shape_is_named(layer: Callable[..., Any], right
 def test_more_errors(layer: Callable[..., Any], right: dict[str, Tensor], wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layer(**({"inputs": X} | right | wrong))
+
+
+@pytest.mark.parametrize("layer", [lstm_layer, gru_layer])
+@pytest.mark.parametrize("missing", ["inputs", "weight_ih", "weight_hh"])
+def test_a_missing_argument_is_named(layer: Callable[..., object], missing: str) -> None:
+    gates = 4 if layer is lstm_layer else 3
+    given: dict[str, torch.Tensor | None] = {
+        "inputs": torch.zeros(2, 3, 1),
+        "weight_ih": torch.zeros(gates * 2, 1),
+        "weight_hh": torch.zeros(gates * 2, 2),
+    }
+    layer(**given)
+    given[missing] = None
+    with pytest.raises(TypeError, match=f"{missing} is a NoneType"):
+        layer(**given)
