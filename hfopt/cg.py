@@ -218,6 +218,12 @@ class Run:
         self.products += 1
         return self.op.multiply(v, self.scratch)
 
+    def along(self, d: Tensor, ad: Tensor, alpha: float) -> str | None:
+        """Move by ``alpha d``, given ``A d``; a reason not to is given back."""
+        self.x.add_(d, alpha=alpha)
+        self.r.add_(ad, alpha=-alpha)
+        return None
+
     def residual_from_scratch(self) -> None:
         """``r = b - A x``."""
         torch.sub(self.b, self.multiply(self.x), out=self.r)
@@ -276,14 +282,13 @@ class Run:
                 return self.back_off("not finite", i)
             if curvature <= 0:
                 if i == 0 and curvature < 0:
-                    self.x.add_(d, alpha=rz / -curvature)
-                    self.r.add_(ad, alpha=rz / curvature)
+                    self.along(d, ad, rz / -curvature)
                     self.history.append(self.phi())
                     return self.done("negative curvature", 1)
                 return self.done("negative curvature", i)
             alpha = rz / curvature
-            self.x.add_(d, alpha=alpha)
-            self.r.add_(ad, alpha=-alpha)
+            if (reason := self.along(d, ad, alpha)) is not None:
+                return self.back_off(reason, i) if reason == "not finite" else self.done(reason, i)
             if o.repair_every and (i + 1) % o.repair_every == 0:
                 self.residual_from_scratch()
             self.carried = self.carries(i + 1)
