@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -61,3 +62,27 @@ def test_parameters_in_bfloat16_have_vectors_in_float32() -> None:
     assert optimizer.stats[-1].new_loss < optimizer.stats[0].loss
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert any(s.get("cg_start", X).dtype == torch.float32 for s in optimizer.state.values())
+
+
+@pytest.mark.parametrize("roles", [False, True])
+def test_autocast_around_a_step_keeps_no_cast_of_parameters(roles: bool) -> None:
+    """The same losses as with autocast inside the closure."""
+
+    def run(outside: bool) -> list[float]:
+        model = mlp(5, 4, 3, seed=3, dtype=torch.float32)
+        optimizer = hfopt.HessianFree(model.parameters())
+
+        def closure() -> Tensor:
+            with nullcontext() if outside else torch.autocast("cpu", dtype=torch.bfloat16):
+                z = model(X)
+            return F.mse_loss(z.float(), Y)
+
+        options = {"curvature": closure, "evaluation": closure} if roles else {}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+            losses = [float(optimizer.step(closure, **options)) for _ in range(3)]
+        assert all(s.accepted for s in optimizer.stats)
+        return losses
+
+    inside = run(False)
+    assert inside[2] < inside[0]
+    assert run(True) == inside

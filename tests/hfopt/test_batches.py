@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hfopt
 from benchmarks.memory import allocated
 from hfopt.recurrences import simple_rnn_layer
-from tests.hfopt.tools import dense_gauss_newton, matrix, mlp, randn, relative, theta
+from tests.hfopt.tools import dense_gauss_newton, matrix, mlp, randn, relative
 
 X, Y = randn(12, 3, seed=1), randn(12, 2, seed=2)
 CPU = torch.device("cpu")
@@ -158,22 +158,6 @@ def test_batches_that_cannot_be_taken_apart() -> None:
     assert relative(matrix(op), matrix(hfopt.GaussNewton(closure, model.parameters()))) < 1e-12
     with pytest.raises(hfopt.ClosureError, match=r"cannot be taken one by one.*two backward\(\) calls.*memory_budget"):
         hfopt.GaussNewton(lambda: closure(1), model.parameters(), memory_budget=SMALL)
-
-
-def test_steps_are_those_of_the_whole() -> None:
-    one, other = net(), net()
-    cg = hfopt.CG(max_iterations=5)
-    a = hfopt.HessianFree(one.parameters(), memory_budget=ONE, cg=cg, preconditioner="empirical-fisher")
-    b = hfopt.HessianFree(other.parameters(), cg=cg, preconditioner="empirical-fisher")
-    with pytest.warns(UserWarning, match="do not fit"):
-        a.step(in_batches(one))
-    b.step(in_batches(other))
-    for _ in range(2):  # and nothing more is said
-        a.step(in_batches(one))
-        b.step(in_batches(other))
-    assert torch.allclose(theta(one), theta(other), rtol=1e-6, atol=1e-8)
-    assert {s.linearisation for s in a.stats} == {"partial"}
-    assert a.chosen == ("partial", 24)
 
 
 def test_dropout_draws_are_those_of_the_step() -> None:
