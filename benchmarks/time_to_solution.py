@@ -5,7 +5,7 @@ sequences, curvature of 1,000, lambda 0.1 at the start; Martens & Sutskever, ICM
 same parameters, on one thread each. Both go through fast products, so the ratio is that of the settings alone.
 
 Measured are processor seconds, tests included, until fewer than 1% of 10,000 test sequences are answered wrongly. Of
-each seed ours runs first; the other is stopped when it has spent ``--factor`` times as much, so that a ratio is measured
+each seed ours runs first; the other is stopped when it has spent ``--factor`` times as much: a ratio is then measured,
 or has a lower bound. Runs are those of ``python -m runs.reproduce``: finished ones are read, unfinished ones go on.
 """
 
