@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +24,24 @@ if TYPE_CHECKING:
     from hfopt.optimizer import HessianFree
 
 
+@dataclass(frozen=True)
+class Model:
+    """The quadratic model ``q(p) = g'p + p'(op + c)p/2`` of one batch; ``g (P,)`` has the penalty's gradient in it."""
+
+    op: GaussNewton | Hessian
+    g: Tensor
+
+
 class Objective:
     """The loss of a step with its gradient, its matrix and its values around theta, all of the same data and draws."""
 
     def __init__(
-        self, optimizer: HessianFree, closure: Closure, curvature: Closure | None, evaluation: Closure | None
+        self,
+        optimizer: HessianFree,
+        closure: Closure,
+        curvature: Closure | None,
+        evaluation: Closure | None,
+        debias: Closure | None = None,
     ) -> None:
         self.o = optimizer
         trainable = optimizer.trainable()
@@ -36,8 +50,8 @@ class Objective:
         self.at_rest = not moving
         groups_params = moving or trainable
         self.vector = ParameterVector(p for _, p in groups_params)
-        self.closure, self.curvature = closure, curvature
-        self.evaluation = closure if evaluation is None else evaluation
+        self.closure, self.curvature, self.debias = closure, curvature, debias
+        self.evaluation = next(c for c in (evaluation, debias, closure) if c is not None)
         self.own_evaluation = evaluation is not None
         self.frozen = Frozen(self.vector.device)
         self.decay = self._per_parameter([float(g["weight_decay"]) for g, _ in groups_params])
@@ -70,13 +84,22 @@ class Objective:
             self.processes.agree(**sizes, **{"norms of the parameters": norm(theta), "lambda": damping})
 
     def begin(self) -> tuple[Tensor, Any]:
-        """Loss, gradient and penalty at theta: the loss's gradient alone, and what the closure returned."""
+        """Loss, gradient and penalty at theta: the loss's gradient alone, and what the closure returned.
+
+        ``model`` is what step lengths and rho are computed with: that of ``debias``'s batch if there is one.
+        """
         loss, gradient, result = self.differentiate()
         theta = self.vector.flatten(self.vector.params)
         self.saved = self.vector.views(theta) if self._same_dtype() else self.vector.snapshot()
         self.g = gradient + theta * self.decay if self.decays() else gradient
         self.theta = theta
-        self.f0_plain = self.loss_alone() if self.own_evaluation else loss
+        self.model = Model(self.op, self.g)
+        if self.debias is not None:
+            second = self.operator(self.debias)
+            self.gradients += 1
+            self.model = Model(second, second.gradient + theta * self.decay if self.decays() else second.gradient)
+        seen = loss if self.debias is None else float(self.model.op.loss)
+        self.f0_plain = self.loss_alone() if self.own_evaluation else seen
         self.f0 = self.f0_plain + self.penalty(theta)
         self.loss = loss
         return gradient, result

@@ -139,7 +139,12 @@ class HessianFree(Optimizer):
             raise
 
     def step(  # type: ignore[override]
-        self, closure: Closure, *, curvature: Closure | None = None, evaluation: Closure | None = None
+        self,
+        closure: Closure,
+        *,
+        curvature: Closure | None = None,
+        evaluation: Closure | None = None,
+        debias: Closure | None = None,
     ) -> Any:
         """One Hessian-free step.
 
@@ -151,7 +156,12 @@ class HessianFree(Optimizer):
                 put back by the optimizer, but draws from ``random`` and numpy are not: make those before the step.
                 Gradients are set when the step is done: clipping inside the closure has no effect.
             curvature: a closure on the data of the curvature products; default: ``closure``.
-            evaluation: a closure on the data that iterates, step lengths and rho are judged by; default: ``closure``.
+            evaluation: a closure on the data that iterates, step lengths and rho are judged by; default: ``debias``, or
+                ``closure``.
+            debias: a closure on a second batch, of which slope and curvature along CG's directions are taken, and with
+                them how far the step goes along each; directions come from ``closure`` and ``curvature`` as ever. It
+                costs one more gradient, and one more product per iteration of CG (see :mod:`hfopt.debiased`; Tatzel et
+                al., arXiv:2410.14325). Default: one batch for both.
 
         Returns:
             The loss that ``closure`` returned, before the step.
@@ -162,7 +172,7 @@ class HessianFree(Optimizer):
         """
         if closure is None:
             raise ValueError("step() needs a closure that computes the loss, as torch.optim.LBFGS does")
-        step = Step(self, closure, curvature, evaluation)
+        step = Step(self, closure, curvature, evaluation, debias)
         graphs = self.cg.cuda_graphs is not False
         with replacing(self.replace_recurrences), side_stream(step.vector.device, graphs), without_reductions():
             result = step.run()

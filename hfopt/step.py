@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hfopt.cg import Iterate, Solution
 from hfopt.curvature import GaussNewton
+from hfopt.debiased import Quadratic, solve_debiased
 from hfopt.linesearch import LineSearchResult
 from hfopt.notice import warn
 from hfopt.objective import Objective
@@ -60,7 +61,7 @@ class Step(Objective):
         start = time.perf_counter()
         gradient, result = self.begin()
         size = norm(self.g)
-        if not (math.isfinite(self.f0) and math.isfinite(self.loss) and math.isfinite(size)):
+        if not all(map(math.isfinite, (self.f0, self.loss, size, norm(self.model.g)))):
             if self.scaler is None:  # which tries scales until one is too large
                 warn(NOT_FINITE)
             self._stay("not finite")
@@ -93,7 +94,11 @@ class Step(Objective):
         if o.preconditioner is not None:
             o.preconditioner.damp(damping, decay)
         seen = system if o.preconditioner is None else o.preconditioner.watch(system)
-        solution = o.cg.solve(seen, -self.g, x0, preconditioner)
+        if self.model.op is self.op:
+            solution = o.cg.solve(seen, -self.g, x0, preconditioner)
+        else:
+            second = Quadratic(self.model.op.damped(damping, o.structural, decay), -self.model.g)
+            solution = solve_debiased(o.cg, seen, -self.g, second, x0, preconditioner)
         self.products += solution.products
         chosen, p, value, evaluated = self.backtrack(solution)
         quadratic = self.quadratic(chosen, damping)
@@ -131,11 +136,11 @@ class Step(Objective):
 
     def quadratic(self, chosen: Iterate, damping: float) -> float:
         """``q(p) = g'p + p'(G + c)p/2``, without lambda and mu."""
-        linear = dot(self.g, chosen.x)
+        op, linear = self.model.op, dot(self.model.g, chosen.x)
         curvature = 2.0 * (chosen.phi - linear)  # x'Ax
         curvature -= damping * dot(chosen.x, chosen.x if self.scale is None else chosen.x / self.scale)
-        if self.o.structural and isinstance(self.op, GaussNewton):
-            curvature -= damping * self.o.structural * self.op.structural_quadratic(chosen.x)
+        if self.o.structural and isinstance(op, GaussNewton):
+            curvature -= damping * self.o.structural * op.structural_quadratic(chosen.x)
         return self.rate * linear + 0.5 * self.rate**2 * curvature
 
     def calibrated(self) -> tuple[float, Candidate]:
@@ -188,7 +193,7 @@ class Step(Objective):
             found = LineSearchResult(0.0, self.f0, 1)
         else:
             found = self.o.line_search.search(
-                lambda s: self.f(candidate.p, s), self.f0, dot(self.g, candidate.p), candidate.value
+                lambda s: self.f(candidate.p, s), self.f0, dot(self.model.g, candidate.p), candidate.value
             )
         accepted = found.length > 0
         # Rounding aside: steps that must have changed the loss, and did not.
