@@ -1,6 +1,7 @@
 # make demo    run the main experiment (make demo ARGS="--problem addition --T 100" SEED=3)
 # make test    run the tests (make test ARGS="-k addition")
 # make lint    style, format, types
+# make docs    build docs/_build/html, a warning being an error
 # make bench   side-by-side measurements against peers
 #
 # Each makes the virtual environment $(VENV) on first use and keeps it: the stamps below are renewed only
@@ -15,7 +16,7 @@ python := $(VENV)/bin/python
 install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 requirements := setup.cfg setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,11 +33,14 @@ lint: $(VENV)/.test
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 
+docs: $(VENV)/.docs
+	$(python) -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
 bench: $(VENV)/.bench
 	$(python) -m benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build *.egg-info
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hfopt needs Python 3.10 or newer; choose one with PYTHON=...")'
@@ -50,6 +54,10 @@ $(VENV)/.runs: $(VENV)/.created $(requirements)
 
 $(VENV)/.test: $(VENV)/.runs
 	$(install) -e '.[test]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runs
+	$(install) -e '.[docs]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.runs

@@ -5,7 +5,7 @@ into a graph they are one launch, and the host is out of the way until it reads 
 
 What a recording asks for, and where it is seen to:
 
-- Nothing waits for the device. An iteration is watched before (:meth:`Recorder.watch`), since a recording that breaks
+- Nothing waits for the device. An iteration is watched before (:meth:`Recording.watch`), since a recording that breaks
   off leaves more to tidy up than one that is not begun.
 - All work is on one stream, not the default one. A backward pass runs on the stream on which its graph was built, so
   that a whole step runs on :func:`side_stream`, and operators note where they were built (:func:`origin`).

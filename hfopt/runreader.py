@@ -31,7 +31,9 @@ class Run:
 
     Attributes:
         path: the folder.
-        name, seed, created: what the run was called, its seed (None if not given), and when it began.
+        name: what the run was called.
+        seed: its seed; None if not given.
+        created: when it began.
         steps: structured array, one row per step; the columns are described in `hfopt.runfile.STEP_COLUMNS`.
         checks: structured array, one row per check of conjugate gradients (`hfopt.runfile.CHECK_COLUMNS`).
         configuration: model, problem, optimizer and driver settings, as nested dicts.

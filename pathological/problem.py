@@ -39,9 +39,12 @@ class Problem(ABC):
 
     Attributes:
         name: the name of the problem.
-        V, O: the numbers of inputs and outputs at each step.
-        train_batches, test_batches: the indices, as ranges.
-        train_mem, test_mem: the minibatches kept so far, by index.
+        V: the number of inputs at each step.
+        O: the number of outputs at each step.
+        train_batches: the indices of the training minibatches, a range.
+        test_batches: the indices of the test minibatches, a range.
+        train_mem: the training minibatches kept so far, by index.
+        test_mem: the test minibatches kept so far, by index.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -90,7 +93,7 @@ class Problem(ABC):
     @property
     @abstractmethod
     def steps(self) -> int:
-        """The steps to which every sequence is padded: the length of the longest possible one."""
+        """The number of steps to which every sequence is padded, that of the longest possible one."""
 
     @abstractmethod
     def _draw(self, stream: Stream) -> Batch:
@@ -152,7 +155,7 @@ class Problem(ABC):
             batch: the minibatch that they answer.
 
         Returns:
-            A scalar: the sum over scored steps (natural logarithms) divided by :meth:`size`.
+            The sum, a scalar, over scored steps (natural logarithms) divided by :meth:`size`.
 
         Raises:
             ValueError: the shape of ``outputs`` is not ``(T, B, O)``.

@@ -15,7 +15,7 @@ State = Tensor | tuple[Tensor, ...]
 
 
 class Unrolled(nn.Module):
-    """A user's cell over a whole sequence: (o_t, s_t) = step(x_t, s_{t-1}, *weights) for t = 0..T-1.
+    """A user's cell over a whole sequence: ``(o_t, s_t) = step(x_t, s_{t-1}, *weights)`` for t = 0..T-1.
 
     The general path: torch's autograd over the steps, so that whatever torch can differentiate works, at the price of
     a node of the graph for every operation of every step. An optimizer with structural damping finds the part of the
