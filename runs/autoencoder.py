@@ -71,7 +71,7 @@ class Settings:
     scale: float = 1.0
     """Scale of the weights at the start."""
 
-    preconditioner: Literal["none", "empirical-fisher"] = "none"
+    preconditioner: Literal["none", "empirical-fisher", "hutchinson", "nystrom", "kfac", "lbfgs"] = "none"
     """Preconditioner of conjugate gradients; empirical-fisher is the diagonal of 2010, to the power 0.75."""
     threshold: float = 0.0
     """Squared error below which the run ends with success; 0 for none."""
