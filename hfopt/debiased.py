@@ -2,16 +2,19 @@
 
 A batch's quadratic is biased along the directions that conjugate gradients find in it: they are those in which this
 batch, of all batches, is steep and curved, so that slope and curvature along them are other than on new data. A second
-batch did not choose the directions and is free of that. With directions ``d_i`` from ``A x = b``, of the first batch
-and damped as usual, and ``B``, ``c`` the same of a second one,
+batch did not choose the directions and is free of that. Let ``d_0, d_1, ...`` be the directions for ``A x = b``, of the
+first batch and damped as usual, and ``B``, ``c`` the same of the second one. The step along each direction is to the
+minimum that the second quadratic has there,
 
-    y = x_0 + sum_i  (c - B x_0)'d_i / d_i'B d_i  d_i,
+    x_{i+1} = x_i + a_i d_i,     a_i = (c - B x_i)'d_i / d_i'B d_i      slopes at the iterate
+                                 a_i = (c - B x_0)'d_i / d_i'B d_i      slopes at the start
 
-the step along each direction to the minimum that the second quadratic has there, seen from x_0. Where both batches are
-the same, the directions are conjugate in B, and y is CG's iterate.
+Where both batches are the same, the directions are conjugate in B, and both forms are CG's iterates. Otherwise the
+directions are not conjugate in B, and the steps of the second form, each taken as if it were the only one, add up to
+ever more the more of them there are; those of the first form cannot raise the second quadratic.
 
 Source: Tatzel, Mucsanyi, Hackel & Hennig, "Debiasing mini-batch quadratics for applications in deep learning",
-arXiv:2410.14325, 2024.
+arXiv:2410.14325, 2024, for directions of one batch and slopes and curvatures of another.
 """
 
 from __future__ import annotations
@@ -26,13 +29,16 @@ from torch import Tensor
 from hfopt.cg import CG, CGCheck, LinearMap, Run, Solution
 from hfopt.vector import dot, norm
 
+SLOPES = ("iterate", "start")
+
 
 @dataclass(frozen=True)
 class Quadratic:
-    """``phi(x) = x'Bx/2 - c'x``: ``op`` is B (P, P), ``b`` is c (P,)."""
+    """``phi(x) = x'Bx/2 - c'x`` of the second batch: ``op`` is B (P, P), ``b`` is c (P,); ``slopes`` names the form."""
 
     op: LinearMap
     b: Tensor
+    slopes: str = "iterate"
 
 
 def solve_debiased(
@@ -45,9 +51,9 @@ def solve_debiased(
 ) -> Solution:
     """Directions by conjugate gradients for ``op x = b``, step lengths by ``second``; at two products an iteration.
 
-    Iterates, their phi, residuals and norms are those of ``y`` in the second quadratic, and so is the progress that
-    ends a solve: it ends where the second batch no longer gains. On a CUDA device the host follows every iteration,
-    and none is recorded.
+    Iterates have the phi and residual of the second quadratic, and the progress that ends a solve is that of the second
+    batch; it also ends where that quadratic is above its values at zero and at the start. On a CUDA device the host
+    follows every iteration, and none is recorded.
 
     Args:
         options: settings of the solver.
@@ -58,8 +64,11 @@ def solve_debiased(
         preconditioner: of A, as for :meth:`hfopt.CG.solve`.
 
     Raises:
-        ValueError: vectors of other shapes, a right-hand side that is not finite, or recording is required.
+        ValueError: an unknown form of slopes, vectors of other shapes, a right-hand side that is not finite, or
+            recording is required.
     """
+    if second.slopes not in SLOPES:
+        raise ValueError(f"slopes is {second.slopes!r}, but must be one of {', '.join(map(repr, SLOPES))}")
     shapes = {tuple(v.shape) for v in (b, second.b, b if x0 is None else x0)}
     if b.dim() != 1 or len(shapes) != 1:
         raise ValueError(f"b, the second b and x0 must be flat and of one shape, but they have shapes {sorted(shapes)}")
@@ -86,23 +95,24 @@ class DebiasedRun(Run):
         self.second, self.moved = second, False
         self.product = torch.empty_like(b)
         self.first_x = torch.zeros_like(b) if x0 is None else x0.clone()
-        self.slope = second.b.clone()  # c - B x0
-        self.start_products = 0
-        if x0 is not None and bool(x0.any()):
-            self.slope -= second.op.multiply(x0, self.product)
-            self.start_products = 1
-        self.rest = self.slope.clone()  # c - B x
+        self.rest = second.b.clone()  # c - B x
+        multiplied = x0 is not None and bool(x0.any())
+        if multiplied:
+            self.rest -= second.op.multiply(self.first_x, self.product)
+        self.at = self.rest.clone() if second.slopes == "start" else None
         self.turned = False
         super().__init__(options, op, b, x0, preconditioner)
-        self.products += self.start_products
+        self.products += multiplied
 
     def along(self, d: Tensor, ad: Tensor, alpha: float) -> str | None:
         """Move by ``alpha d`` in the first quadratic, and as far as the second says in that one."""
         if self.turned:
             return "negative curvature"
+        if self.history[-1] > max(0.0, self.history[0]):
+            return "progress"
         self.products += 1
         bd = self.second.op.multiply(d, self.product)
-        curvature, slope = dot(d, bd), dot(self.slope, d)
+        curvature, slope = dot(d, bd), dot(self.rest if self.at is None else self.at, d)
         if not (math.isfinite(curvature) and math.isfinite(slope)):
             return "not finite"
         if curvature == 0 or (curvature < 0 and self.moved):

@@ -14,6 +14,7 @@ from hfopt.cg import CG
 from hfopt.closure import Closure
 from hfopt.cudagraphs import side_stream
 from hfopt.damping import Damping, as_damping
+from hfopt.debiased import SLOPES
 from hfopt.distributed import without_reductions
 from hfopt.linearisation import POLICIES
 from hfopt.linesearch import LineSearch
@@ -59,6 +60,9 @@ class HessianFree(Optimizer):
         memory_budget: bytes for the kept graph; default: 80% of what is free.
         replace_recurrences: compute ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU`` inside a step by hfopt's recurrences where
             that is exact and faster (see :mod:`hfopt.replaced`).
+        debias_slopes: with a second batch for step lengths (``debias`` of :meth:`step`), where its slope along a
+            direction is taken: ``"iterate"``, where the directions before have led, or ``"start"`` (see
+            :mod:`hfopt.debiased`).
         batch_dim: the outputs' dimension along which cases stand, for the Fisher matrices and a preconditioner
             given by name.
         loss: a function of what the closure returns, if the loss is not a criterion of torch.nn.functional.
@@ -94,6 +98,7 @@ class HessianFree(Optimizer):
         linearisation: str = "auto",
         memory_budget: int | None = None,
         replace_recurrences: bool = True,
+        debias_slopes: str = "iterate",
         batch_dim: int = 0,
         loss: Callable[..., Tensor] | None = None,
         outputs: nn.Module | None = None,
@@ -103,6 +108,7 @@ class HessianFree(Optimizer):
         _one_of("curvature", curvature, CURVATURES)
         _one_of("backtracking", backtracking, BACKTRACKING)
         _one_of("linearisation", linearisation, POLICIES)
+        _one_of("debias_slopes", debias_slopes, SLOPES)
         if structural < 0:
             raise ValueError(f"structural is {structural}, but must not be negative")
         if structural and curvature == "hessian":
@@ -114,7 +120,7 @@ class HessianFree(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.curvature, self.backtracking = curvature, backtracking
         self.structural, self.linearisation, self.memory_budget = structural, linearisation, memory_budget
-        self.replace_recurrences = replace_recurrences
+        self.replace_recurrences, self.debias_slopes = replace_recurrences, debias_slopes
         self.batch_dim, self.loss, self.outputs = batch_dim, loss, outputs
         self.process_group, self.history = process_group, history
         self.damping = as_damping(damping)
@@ -250,6 +256,7 @@ class HessianFree(Optimizer):
             "linearisation",
             "memory_budget",
             "replace_recurrences",
+            "debias_slopes",
             "batch_dim",
             "loss",
             "history",
