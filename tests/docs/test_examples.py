@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,16 @@ def blocks(page: Path) -> list[tuple[int, str, bool]]:
 PAGES = {path.name: blocks(path) for path in sorted(DOCS.glob("*.md"))}
 
 
+@pytest.fixture
+def log() -> Iterator[None]:
+    """A page may turn the log on."""
+    logger = logging.getLogger("hfopt")
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
+@pytest.mark.usefixtures("log")
 @pytest.mark.parametrize("name", sorted(n for n, found in PAGES.items() if found and n not in FRAGMENTS))
 def test_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
