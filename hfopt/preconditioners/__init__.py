@@ -3,7 +3,7 @@
 ===================== ========================================== ================================================
 name                  M                                          a refresh costs about
 ===================== ========================================== ================================================
-``empirical-fisher``  :class:`EmpiricalFisherDiagonal`           three gradients, or a pass per case or probe
+``empirical-fisher``  :class:`EmpiricalFisherDiagonal`           four gradients, or a pass per case or probe
 ``hutchinson``        :class:`HutchinsonDiagonal`                16 products at once
 ``nystrom``           :class:`Nystrom`                           20 products at once
 ``kfac``              :class:`KFAC`                              three gradients, and the factors' inverses

@@ -37,9 +37,23 @@ class Preconditioner(ABC):
     def apply(self, r: Tensor) -> Tensor:
         """``M^-1 r`` for ``r (P,)``."""
 
-    def __call__(self, r: Tensor) -> Tensor:
-        """``M^-1 r`` for ``r (P,)``."""
+    def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
+        """``M^-1 r``, in ``out (P,)`` where the preconditioner can do that; other tensors may be returned."""
         return self.apply(r)
+
+    _z: Tensor | None = None
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """``M^-1 r`` for ``r (P,)``, which on a CPU the next call may overwrite: fresh memory is dear there."""
+        if r.device.type != "cpu":
+            return self.apply(r)
+        if self._z is None or self._z.shape != r.shape or self._z.dtype != r.dtype:
+            self._z = torch.empty_like(r)
+        return self.apply_into(r, self._z)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: everything but what every call makes anew."""
+        return {name: value for name, value in self.__dict__.items() if name != "_z"}
 
     def watch(self, system: System) -> System:
         """The system as conjugate gradients are to see it, for preconditioners that learn from its products."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hfopt.curvature import GaussNewton, cannot_batch, columns_at_once
+from hfopt.curvature import GaussNewton
 from hfopt.notice import logger
 from hfopt.operators import Operator
 from hfopt.preconditioners.base import Preconditioner, generator, ready, with_outputs
-from hfopt.preconditioners.layers import Layer, backward, watched
+from hfopt.preconditioners.squares import along, by_cases, by_layers, cases, random_signs
 
 SQUARES = ("auto", "layers", "cases", "signs")
 
@@ -49,7 +48,11 @@ class Diagonal(Preconditioner):
 
     def apply(self, r: Tensor) -> Tensor:
         """``M^-1 r``."""
-        return r * ready(self._inverse, "damp()", "applying")
+        return self.apply_into(r, torch.empty_like(r))
+
+    def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
+        """``M^-1 r``, in ``out``."""
+        return torch.mul(r, ready(self._inverse, "damp()", "applying"), out=out)
 
 
 class EmpiricalFisherDiagonal(Diagonal):
@@ -58,11 +61,13 @@ class EmpiricalFisherDiagonal(Diagonal):
     ``diag(F)_i`` is the mean over cases of squared per-case gradients, for a loss that is a mean over cases (for a sum
     over N cases it is N times their sum). Three ways to it:
 
-    - ``"layers"``: exact, at the cost of about three gradients. Inputs of linear and convolution layers and gradients
-      of their outputs are taken from another run of the closure. Whether they tell the whole of a parameter's
-      per-case gradients (which they do not under batch normalisation, for instance) is checked by one adjoint pass.
+    - ``"layers"``: exact, at the cost of about four gradients and in blocks of cases that bound its memory. Another
+      run of the closure shows the rows that every weight of a linear layer, a convolution or a recurrence of hfopt (a
+      replaced one of torch too) multiplies, and the gradients of the products. Weights may be computed from parameters
+      (transposed, joined, normalised). Whether this tells the whole of a parameter's per-case gradients (which it
+      does not under batch normalisation, for instance) is checked by one adjoint pass.
     - ``"cases"``: exact, at the cost of one adjoint pass per case, many of them in one batched pass. It works for
-      every model, recurrent ones included; of use for few cases.
+      every model; of use for few cases.
     - ``"signs"``: unbiased, at one adjoint pass per probe. With random signs s, the square of
       ``sum_n s_n dL_n/dtheta`` has the right mean, since the cross terms of cases cancel.
 
@@ -117,8 +122,8 @@ class EmpiricalFisherDiagonal(Diagonal):
         missing = [i for i in range(len(op.params)) if i not in exact]
         if missing and self.squares == "layers":
             raise ValueError(
-                f"squares is 'layers', but parameters {missing} are not those of linear or convolution layers alone, "
-                "each case for itself; use squares 'auto', 'cases' or 'signs'"
+                f"squares is 'layers', but parameters {missing} are not those of linear layers, convolutions or "
+                "recurrences alone, each case for itself; use squares 'auto', 'cases' or 'signs'"
             )
         other = "layers"
         total = torch.zeros(op.vector.size, dtype=op.dtype, device=op.device)
@@ -130,7 +135,7 @@ class EmpiricalFisherDiagonal(Diagonal):
                 self._told = True
                 logger.info(
                     "the squared gradients of %d parameter tensors are estimated with random signs: they are not those "
-                    "of linear or convolution layers alone, and there are more than most_cases=%d cases",
+                    "of linear layers, convolutions or recurrences alone, and there are more than most_cases=%d cases",
                     len(missing),
                     self.most_cases,
                 )
@@ -152,117 +157,9 @@ class EmpiricalFisherDiagonal(Diagonal):
             return cotangent
         n = cotangent.shape[self.batch_dim % cotangent.dim()]
         # dL/dz_n carries 1/N; sqrt(N) makes the square the mean over cases of squared per-case gradients.
-        signs = _along(random_signs(n, draws, cotangent), cotangent, self.batch_dim)
+        signs = along(random_signs(n, draws, cotangent), cotangent, self.batch_dim)
         signed: Tensor = cotangent * (signs * n**0.5)
         return signed
-
-
-def random_signs(n: int, draws: torch.Generator, like: Tensor) -> Tensor:
-    """Random signs (n,), each + or - with probability 1/2."""
-    return (torch.randint(0, 2, (n,), generator=draws, device=like.device) * 2 - 1).to(like.dtype)
-
-
-def _along(signs: Tensor, z: Tensor, dim: int) -> Tensor:
-    """``signs (n,)`` in a shape that multiplies ``z`` along ``dim``."""
-    shape = [1] * z.dim()
-    shape[dim % z.dim()] = len(signs)
-    return signs.view(shape)
-
-
-def cases(op: GaussNewton, batch_dim: int) -> list[int]:
-    """The number of cases of each output."""
-    return [t.shape[batch_dim % t.dim()] if t.dim() else 1 for t in op.cotangents]
-
-
-def by_cases(op: GaussNewton, batch_dim: int) -> Tensor:
-    """Sums of squared gradients of single cases, times their number, (P,): an adjoint pass for each case."""
-    total = torch.zeros(op.vector.size, dtype=op.dtype, device=op.device)
-    for i, (t, n) in enumerate(zip(op.cotangents, cases(op, batch_dim), strict=True)):
-        own = op.linearisation.column_bytes() + 2 * t.numel() * t.element_size()
-        width = columns_at_once(own, op.vector.size, op.memory_budget, op.device)
-        for start in range(0, n, width):
-            for pulled in _pulled(op, i, _single(t, batch_dim, start, min(start + width, n))):
-                total.add_(pulled.square().sum(1), alpha=n)
-    return total
-
-
-def _single(t: Tensor, batch_dim: int, start: int, stop: int) -> Tensor:
-    """``t`` with all cases but one set to zero, for the cases from start to stop, (k, *shape)."""
-    if t.dim() == 0:
-        return t.unsqueeze(0)
-    n, dim = t.shape[batch_dim % t.dim()], batch_dim % t.dim()
-    chosen = torch.eye(n, dtype=t.dtype, device=t.device)[start:stop]
-    shape = [stop - start, *(n if d == dim else 1 for d in range(t.dim()))]
-    return t.unsqueeze(0) * chosen.view(shape)
-
-
-def _pulled(op: GaussNewton, output: int, w: Tensor) -> Iterator[Tensor]:
-    """``J' w`` for the k cotangents ``w`` of one output, (P, k); one by one where the model cannot be batched."""
-    count = len(op.cotangents)
-    try:
-        yield op.pull_many([w if j == output else None for j in range(count)])
-        return
-    except RuntimeError as error:
-        if not cannot_batch(error):
-            raise
-    zeros = [torch.zeros_like(t) for t in op.cotangents]
-    for one in w:
-        yield op.pull([one if j == output else zeros[j] for j in range(count)]).unsqueeze(1)
-
-
-def by_layers(op: GaussNewton, batch_dim: int, draws: torch.Generator) -> dict[int, Tensor]:
-    """Sums of squared gradients of single cases, times their number, by parameter, as far as layers tell them.
-
-    With signs s, ``sum_n s_n dL_n/dtheta`` is found from the layers and by one adjoint pass. They agree for all
-    signs if and only if the layers' per-case gradients are the true ones.
-    """
-    seen = watched(op, batch_dim)
-    if seen is None:
-        return {}
-    heads, layers = seen
-    (cotangent,) = op.cotangents
-    layers = backward(heads, layers, [cotangent]) if layers else []
-    n = cotangent.shape[batch_dim % cotangent.dim()]
-    signs = random_signs(n, draws, cotangent)
-    truth = op.vector.views(op.pull([cotangent * _along(signs, cotangent, batch_dim)]))
-    exact: dict[int, Tensor] = {}
-    for i, p in enumerate(op.params):
-        used = [(layer, layer.weight == i) for layer in layers if i in (layer.weight, layer.bias)]
-        if not used:
-            continue
-        signed, square = _of_parameter(used, signs, p.numel())
-        wrong = signed.to(op.dtype) - truth[i].reshape(-1)
-        precision = torch.finfo(p.dtype).eps ** 0.5
-        # The sum of squares is the scale: the signed sum itself may vanish.
-        if bool(wrong.square().sum() <= precision * square.sum()):
-            exact[i] = (n * square).to(op.dtype)
-    return exact
-
-
-def _of_parameter(used: Sequence[tuple[Layer, bool]], signs: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The sum of a parameter's per-case gradients with signs, and that of their squares, flat; over all its uses.
-
-    ``used``: the layers, each with whether the parameter is its weight.
-    """
-    signed = torch.zeros(size, dtype=signs.dtype, device=signs.device)
-    square = torch.zeros_like(signed)
-    block = min(layer.block() for layer, _ in used)
-    alone = len(used) == 1 and used[0][0].positions == 1
-    for parts in zip(*(layer.rows(block, signs.dtype) for layer, _ in used), strict=True):
-        s = signs[parts[0][0]]
-        if alone:
-            # (g x')^2 = g^2 (x^2)': no case's gradient is ever formed.
-            _, x, g = parts[0]
-            x, g = x[:, 0] if used[0][1] else x.new_ones(len(x), 1), g[:, 0]
-            signed += ((s.unsqueeze(1) * g).t() @ x).reshape(-1)
-            square += (g.square().t() @ x.square()).reshape(-1)
-            continue
-        total = torch.zeros(len(s), size, dtype=signs.dtype, device=signs.device)
-        for (_, x, g), (_, weight) in zip(parts, used, strict=True):
-            total += (g.transpose(1, 2) @ x).reshape(len(s), -1) if weight else g.sum(1)
-        signed += s @ total
-        square += total.square().sum(0)
-    return signed, square
 
 
 class HutchinsonDiagonal(Diagonal):

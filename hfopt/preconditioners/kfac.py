@@ -13,7 +13,7 @@ from hfopt.notice import logger
 from hfopt.operators import Operator
 from hfopt.output_space import Matching
 from hfopt.preconditioners.base import Preconditioner, generator, ready, with_outputs
-from hfopt.preconditioners.layers import Layer, backward, watched
+from hfopt.preconditioners.layers import Layer, Watched, watched
 
 
 @dataclass
@@ -97,13 +97,12 @@ class KFAC(Preconditioner):
     def _find(self, op: GaussNewton, draws: torch.Generator) -> list[Factors]:
         seen = watched(op, self.batch_dim)
         groups: dict[tuple[int, int], list[Layer]] = {}
-        heads, layers = seen if seen is not None else ([], [])
-        for layer in layers:
+        for layer in seen.layers if seen is not None else ():
             if layer.weight is not None:
                 groups.setdefault((layer.weight, -1 if layer.bias is None else layer.bias), []).append(layer)
         uses = [i for pair in groups for i in pair if i >= 0]
         groups = {pair: used for pair, used in groups.items() if all(uses.count(i) == 1 for i in pair if i >= 0)}
-        if not groups:
+        if seen is None or not groups:
             if not self._told:
                 self._told = True
                 logger.warning(
@@ -114,9 +113,8 @@ class KFAC(Preconditioner):
             return []
         found = [_empty(op, pair) for pair in groups]
         for draw in range(self.samples):
-            used = backward(
-                heads, [layer for layers in groups.values() for layer in layers], drawn(op, draws, self.batch_dim)
-            )
+            layers = [layer for layers in groups.values() for layer in layers]
+            used, _ = Watched(seen.heads, layers, []).backward(drawn(op, draws, self.batch_dim))
             reached = {id(layer) for layer in used}
             for f, calls in zip(found, groups.values(), strict=True):
                 for layer in calls:
@@ -138,7 +136,11 @@ class KFAC(Preconditioner):
 
     def apply(self, r: Tensor) -> Tensor:
         """``G^-1 R A^-1`` for every layer's part R of r."""
-        out = r * ready(self._inverse, "damp()", "applying")
+        return self.apply_into(r, torch.empty_like(r))
+
+    def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
+        """``M^-1 r``, in ``out``."""
+        torch.mul(r, ready(self._inverse, "damp()", "applying"), out=out)
         given, found = torch.split(r, self._sizes), torch.split(out, self._sizes)
         for f, (a, g) in zip(self.factors, self._inverses, strict=True):
             block = given[f.weight].view(len(g), -1)

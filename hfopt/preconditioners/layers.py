@@ -17,7 +17,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hfopt.curvature import GaussNewton
+from hfopt.preconditioners.sequences import Sequences, known
+from hfopt.recurrences.noted import noting
 
+CONVOLUTIONS = (F.conv1d, F.conv2d)
+PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
+LAYERS = (F.linear, *CONVOLUTIONS, *PRODUCTS)
 # Numbers that the rows, patches and per-case gradients of one block of cases may have.
 BLOCK = 1 << 23
 
@@ -31,6 +36,7 @@ class Layer:
         x, y: input and output; ``y`` is in the graph.
         case: the dimension of ``x`` and ``y`` along which cases stand.
         patches: from inputs (n, ...) to patches (n, k, T) of a convolution; None for a linear layer.
+        roots: weight and bias as the call had them, where they depend on parameters.
         g: ``dL/dy``, once it is there.
     """
 
@@ -40,6 +46,7 @@ class Layer:
     y: Tensor
     case: int
     patches: Callable[[Tensor], Tensor] | None
+    roots: tuple[Tensor | None, Tensor | None] = (None, None)
     g: Tensor | None = None
 
     @property
@@ -53,28 +60,44 @@ class Layer:
         size = self.y[..., 0] if self.patches is None else self.y[:, 0]
         return size.numel() // self.cases
 
-    def block(self) -> int:
-        """How many cases are taken at a time."""
+    def numbers(self) -> int:
+        """How many numbers a case takes: rows, and the gradient of the weight."""
         k = self.x.shape[-1] if self.patches is None else self.patches(self.x[:1].detach()).shape[1]
         o = self.y.shape[-1] if self.patches is None else self.y.shape[1]
-        return max(1, BLOCK // max(1, self.positions * (k + o) + k * o))
+        return max(1, self.positions * (k + o) + k * o)
+
+    def block(self) -> int:
+        """How many cases are taken at a time."""
+        return max(1, BLOCK // self.numbers())
 
     def rows(self, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Blocks of ``size`` cases with ``x (n, T, k)`` and ``g (n, T, o)``."""
+        for start in range(0, self.cases, size):
+            block = slice(start, min(start + size, self.cases))
+            yield block, *self.part(block, dtype)
+
+    def part(self, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``x (n, T, k)`` and ``g (n, T, o)`` of a block of cases."""
         assert self.g is not None
-        x, g = self.x.detach().movedim(self.case, 0), self.g.movedim(self.case, 0)
-        if self.patches is None:
-            x, g = x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
-        else:
-            g = g.flatten(2).transpose(1, 2)
-        for start in range(0, len(x), size):
-            block = slice(start, min(start + size, len(x)))
-            part = x[block].to(dtype)
-            yield block, part if self.patches is None else self.patches(part).transpose(1, 2), g[block].to(dtype)
+        x, g = (t.movedim(self.case, 0)[block].to(dtype) for t in (self.x.detach(), self.g))
+        if self.patches is not None:
+            return self.patches(x).transpose(1, 2), g.flatten(2).transpose(1, 2)
+        return x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
+
+    def gradients(self, block: slice, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """(root, gradients of the block's n cases, (n, *root's shape)) for weight and bias."""
+        x, g = self.part(block, dtype)
+        weight, bias = self.roots
+        found = []
+        if weight is not None:
+            found.append((weight, (g.transpose(1, 2) @ x).view(len(g), *weight.shape)))
+        if bias is not None:
+            found.append((bias, g.sum(1)))
+        return found
 
 
 class Watching(TorchFunctionMode):
-    """Takes down every call of a layer whose weight or bias is a parameter, while a closure runs."""
+    """Takes down every call of a layer whose weight or bias depends on parameters, while a closure runs."""
 
     def __init__(self, params: Sequence[Tensor], case: int, cases: int) -> None:
         super().__init__()
@@ -84,7 +107,7 @@ class Watching(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in (F.linear, F.conv1d, F.conv2d) or not result.requires_grad:
+        if func not in LAYERS or not result.requires_grad:
             return result
         named = dict(kwargs or {})
         given = (*args, named.pop("input")) if "input" in named else args
@@ -98,15 +121,20 @@ class Watching(TorchFunctionMode):
         self, func: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *more: Any, **named: Any
     ) -> Layer | None:
         w, b = self._index.get(id(weight)), None if bias is None else self._index.get(id(bias))
-        if w is None and b is None:
+        if func in PRODUCTS:
+            if w is None or weight.dim() != 2:
+                return None
+            w, weight = None, weight.t()
+        roots = weight if weight.requires_grad else None, bias if bias is not None and bias.requires_grad else None
+        if roots == (None, None):
             return None
-        if func is F.linear:
+        if func not in CONVOLUTIONS:
             case = self._case_of(x)
-            return None if case is None else Layer(w, b, x, y, case, None)
+            return None if case is None or weight.dim() != 2 else Layer(w, b, x, y, case, None, roots)
         patches = patches_of(weight, *more, **named)
         if patches is None or x.dim() != weight.dim() or x.shape[0] != self._cases:
             return None
-        return Layer(w, b, x, y, 0, patches)
+        return Layer(w, b, x, y, 0, patches, roots)
 
     def _case_of(self, x: Tensor) -> int | None:
         lead = x.shape[:-1]
@@ -141,23 +169,37 @@ def _each(value: Any, count: int) -> tuple[int, ...]:
     return given * count if len(given) == 1 else given
 
 
-def watched(op: GaussNewton, batch_dim: int) -> tuple[list[Tensor], list[Layer]] | None:
-    """The output and the layers of another run of the closure; None unless it has one output, with several cases."""
+@dataclass
+class Watched:
+    """The outputs of another run of the closure, and the layers and recurrences in it."""
+
+    heads: list[Tensor]
+    layers: list[Layer]
+    sequences: list[Sequences]
+
+    def backward(self, cotangents: Sequence[Tensor]) -> tuple[list[Layer], list[Sequences]]:
+        """Set the gradients ``g`` for ``cotangents`` of the outputs; those that these depend on."""
+        own = [y for s in self.sequences for y in s.noted.outputs]
+        ys = [*(layer.y for layer in self.layers), *own]
+        found = list(
+            torch.autograd.grad(self.heads, ys, list(cotangents), retain_graph=True, allow_unused=True) if ys else ()
+        )
+        for layer in self.layers:
+            layer.g = found.pop(0)
+        for s in self.sequences:
+            s.g = [found.pop(0) for _ in s.noted.outputs]
+        layers = [layer for layer in self.layers if layer.g is not None]
+        return layers, [s for s in self.sequences if any(g is not None for g in s.g)]
+
+
+def watched(op: GaussNewton, batch_dim: int) -> Watched | None:
+    """What another run of the closure shows; None unless it has one output, with several cases."""
     parts = op.parts
     if len(parts) != 1 or len(parts[0].space.outputs) != 1 or parts[0].space.outputs[0].dim() == 0:
         return None
     shape = parts[0].space.outputs[0].shape
     case = batch_dim % len(shape)
-    with Watching(op.params, case, shape[case]) as mode:
+    with Watching(op.params, case, shape[case]) as mode, noting() as found:
         heads = op.outputs_again()
-    return None if heads is None else (heads, mode.layers)
-
-
-def backward(heads: Sequence[Tensor], layers: list[Layer], cotangents: Sequence[Tensor]) -> list[Layer]:
-    """Set ``g`` of every layer that the outputs depend on, for ``cotangents`` of the outputs; those layers."""
-    found = torch.autograd.grad(
-        list(heads), [layer.y for layer in layers], list(cotangents), retain_graph=True, allow_unused=True
-    )
-    for layer, g in zip(layers, found, strict=True):
-        layer.g = g
-    return [layer for layer in layers if layer.g is not None]
+    sequences = [Sequences(noted) for noted in found if known(noted, shape[case])]
+    return None if heads is None else Watched(heads, mode.layers, sequences)

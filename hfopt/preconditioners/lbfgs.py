@@ -113,10 +113,14 @@ class LBFGS(Preconditioner):
 
     def apply(self, r: Tensor) -> Tensor:
         """``M^-1 r``, two products with a matrix (P, 2m)."""
+        return self.apply_into(r, torch.empty_like(r))
+
+    def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
+        """``M^-1 r``, in ``out``."""
         if self._sides is None or self._middle is None:
-            return r.clone()
+            return out.copy_(r)
         gamma = ready(self._gamma, "damp()", "applying")
-        return (r * gamma).add_(self._sides @ (self._middle @ (self._sides.t() @ r)))
+        return torch.mul(r, gamma, out=out).addmv_(self._sides, self._middle @ (self._sides.t() @ r))
 
     def watch(self, system: System) -> System:
         """``system``, noting what conjugate gradients multiply."""
@@ -136,7 +140,7 @@ class LBFGS(Preconditioner):
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: the pairs, and not the system they were seen in."""
         self._take()
-        return self.__dict__.copy()
+        return super().__getstate__()
 
 
 def _convex(s: Tensor, y: Tensor) -> Pair:

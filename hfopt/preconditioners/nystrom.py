@@ -86,8 +86,12 @@ class Nystrom(Preconditioner):
 
     def apply(self, r: Tensor) -> Tensor:
         """``M^-1 r``, two products with a matrix (P, r)."""
+        return self.apply_into(r, torch.empty_like(r))
+
+    def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
+        """``M^-1 r``, in ``out``."""
         v, inverse = ready(self._v, "damp()", "applying"), ready(self._inverse, "damp()", "applying")
-        return (r * inverse).sub_(v @ (v.t() @ r))
+        return torch.mul(r, inverse, out=out).addmv_(v, v.t() @ r, alpha=-1)
 
     def state_dict(self) -> dict[str, Any]:
         """The approximation, where the next steps go on with it."""

@@ -25,6 +25,7 @@ from torch.func import vjp
 from hfopt.recurrences import segments
 from hfopt.recurrences.cell import CELLS, Cell, Maybe, Maybes, Tensors, backend, carried, with_vectors
 from hfopt.recurrences.linear import apply, plus
+from hfopt.recurrences.noted import note
 
 
 def _own(tensors: list[Tensor]) -> list[Tensor]:
@@ -223,7 +224,7 @@ def run(cell: str, *arguments: Tensor) -> tuple[Tensor, ...]:
     if (places := segments.states_of(cell)) and segments.wanted():
         return segments.by_cell(run, cell, arguments, places)
     results: tuple[Tensor, ...] = apply(_Forward, cell, *arguments)
-    return results[:outputs]
+    return note(cell, arguments, results, outputs)
 
 
 def _split(tensors: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -12,6 +12,7 @@ from hfopt.recurrences import segments
 from hfopt.recurrences.arguments import check_inputs, checked
 from hfopt.recurrences.linear import Maybe, adjoint, apply, seen, tangent
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
+from hfopt.recurrences.noted import note
 from hfopt.recurrences.operators import rnn_forward
 
 
@@ -84,7 +85,8 @@ def _run(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str, mask: Ma
 
         return segments.over_time(part, (P, X, mask), (h0,), (K,))[0][0]
     wanted = structural.wanted()
-    H, *A = apply(Recurrence, P, X, K, h0, nonlinearity, wanted)
+    found = apply(Recurrence, P, X, K, h0, nonlinearity, wanted)
+    H, *A = note(f"simple_{nonlinearity}", (P, X, K, h0), found, len(found))
     if wanted:
         curvature = NONLINEARITIES[nonlinearity].distance(H.detach())
         structural.mark(A[0], curvature, batch_dim=1, mask=mask)

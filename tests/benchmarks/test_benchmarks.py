@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cases, claims, clock, gpu, machine, memory, products, recurrent, report, scaling, steps
+from benchmarks import cases, claims, clock, gpu, machine, memory, products, recurrent, report, scaling, squares, steps
 from benchmarks.__main__ import main
 from benchmarks.case import Work
 from benchmarks.methods import closure
@@ -269,3 +269,10 @@ def test_a_closure_is_an_ordinary_one() -> None:
     assert all(p.grad is not None for p in case.plain.parameters())
     with torch.no_grad():
         assert not closure(case.plain, case)().requires_grad
+
+
+def test_exact_squares_are_measured_beside_their_estimate(tmp_path: Path) -> None:
+    squares.main(["--toy", "--rounds", "1", "--seconds", "0", "--out", str(tmp_path / "squares.md")])
+    rows = [line for line in (tmp_path / "squares.md").read_text("utf-8").splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(squares.CASES)
+    assert all(line.count("(") == 2 for line in rows[1:])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt import CG, EmpiricalFisherDiagonal, FixedDamping
+from hfopt.preconditioners import as_preconditioner
 from tests.hfopt.tools import flat, mlp, randn, theta
 
 N = 6
@@ -121,3 +124,23 @@ def test_the_optimizer_tells_where_the_cases_stand() -> None:
         optimizer.step(lambda net=model, a=a, b=b: F.mse_loss(net(a), b))
         ends.append(theta(model))
     assert torch.allclose(ends[0], ends[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["empirical-fisher", "hutchinson", "nystrom", "kfac", "lbfgs"])
+def test_conjugate_gradients_reuse_what_a_call_returned(name: str) -> None:
+    """A call gives the numbers of apply(), in memory that the next call takes again; copies have their own."""
+    model = mlp(3, 4, 2, seed=3)
+    x, y = randn(6, 3, seed=1), randn(6, 2, seed=2)
+    op = hfopt.GaussNewton(lambda: F.mse_loss(model(x), y), model.parameters())
+    m = as_preconditioner(name)
+    assert m is not None
+    m.refresh(op, 0)
+    m.damp(0.1, 0.01)
+    one, two = randn(op.shape[0], seed=4), randn(op.shape[0], seed=5)
+    z = m(one)
+    assert torch.equal(z, m.apply(one))
+    kept = z.clone()
+    assert m(two).data_ptr() == z.data_ptr()
+    assert not torch.equal(z, kept)
+    assert torch.equal(copy.deepcopy(m)(one), kept)
+    assert torch.equal(z, m.apply(two))
