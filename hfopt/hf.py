@@ -43,7 +43,10 @@ class HF:
         gradient_batches: training batches of the gradient; default all.
         curvature_batches: those of the curvature products; default the first of the gradient's.
         evaluation_batches: those that judge the step (backtracking, line search, rho); default the
-            gradient's. These two concern optimizers whose `step` takes `curvature=` and `evaluation=`.
+            gradient's, or those of `debias_batches`. These two concern optimizers whose `step` takes `curvature=`
+            and `evaluation=`.
+        debias_batches: those that step lengths along CG's directions are taken from, for optimizers whose `step` takes
+            `debias=`; default none.
         batches_per_step: take only so many of the gradient batches at a step, in turn (stochastic
             optimizers).
         threshold: success is an error rate below it, 0 for none; or a function of (test loss, error rate) that says.
@@ -60,7 +63,8 @@ class HF:
         quiet: print nothing.
 
     Raises:
-        ValueError: for batches that the problem does not have and for frequencies below 1.
+        ValueError: for batches that the problem does not have, a role that the optimizer does not have, and frequencies
+            below 1.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class HF:
         gradient_batches: Sequence[int] | None = None,
         curvature_batches: Sequence[int] | None = None,
         evaluation_batches: Sequence[int] | None = None,
+        debias_batches: Sequence[int] | None = None,
         batches_per_step: int | None = None,
         threshold: float | Callable[[float, float], bool] = 0.01,
         max_steps: int = 500,
@@ -94,13 +99,18 @@ class HF:
 
             optimizer = HessianFree
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
-        self._roles = set(inspect.signature(self.optimizer.step).parameters) & {"curvature", "evaluation"}
+        taken = set(inspect.signature(self.optimizer.step).parameters)
+        if debias_batches is not None and "debias" not in taken:
+            raise ValueError(f"debias_batches: the step of {type(self.optimizer).__name__} takes no debias=")
+        self._roles = taken & {"curvature", "evaluation", *(["debias"] if debias_batches is not None else [])}
         train = problem.train_batches
         self.gradient_batches = chosen_batches("gradient_batches", gradient_batches, train, list(train))
         self.curvature_batches = chosen_batches(
             "curvature_batches", curvature_batches, train, self.gradient_batches[:1]
         )
-        self.evaluation_batches = chosen_batches("evaluation_batches", evaluation_batches, train, self.gradient_batches)
+        self.debias_batches = chosen_batches("debias_batches", debias_batches, train, self.gradient_batches)
+        judges = self.gradient_batches if debias_batches is None else self.debias_batches
+        self.evaluation_batches = chosen_batches("evaluation_batches", evaluation_batches, train, judges)
         self.batches_per_step = len(self.gradient_batches) if batches_per_step is None else batches_per_step
         if not 1 <= self.batches_per_step <= len(self.gradient_batches):
             raise ValueError(f"batches_per_step={batches_per_step}: choose from 1 to {len(self.gradient_batches)}")
@@ -136,6 +146,7 @@ class HF:
                 "gradient": self.gradient_batches,
                 "curvature": self.curvature_batches,
                 "evaluation": self.evaluation_batches,
+                **({"debias": self.debias_batches} if "debias" in self._roles else {}),
                 "per_step": self.batches_per_step,
                 "roles": ["gradient", *sorted(self._roles)],
             },
@@ -264,10 +275,14 @@ class HF:
             first = self.step * self.batches_per_step
             chosen = [chosen[(first + i) % len(chosen)] for i in range(self.batches_per_step)]
         gradient = closure(self.model, self.problem, chosen, self.forward, self.optimizer)
-        others = {"curvature": self.curvature_batches, "evaluation": self.evaluation_batches}
+        others = {
+            "curvature": (self.curvature_batches, chosen),
+            "evaluation": (self.evaluation_batches, self.debias_batches if "debias" in self._roles else chosen),
+            "debias": (self.debias_batches, None),
+        }
         roles = {
-            role: None if batches == chosen else closure(self.model, self.problem, batches, self.forward)
-            for role, batches in others.items()
+            role: None if batches == default else closure(self.model, self.problem, batches, self.forward)
+            for role, (batches, default) in others.items()
             if role in self._roles
         }
         norms: list[float] = []

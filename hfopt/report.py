@@ -67,6 +67,8 @@ def introduction(
     roles = f"{batches['per_step']} gradient"
     if len(batches["roles"]) > 1:
         roles += f", {len(batches['curvature'])} curvature, {len(batches['evaluation'])} evaluation"
+    if "debias" in batches["roles"]:
+        roles += f", {len(batches['debias'])} for step lengths"
     if threshold == 0:  # which no error is below
         goal = "no threshold"
     else:

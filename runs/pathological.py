@@ -56,12 +56,14 @@ curvature = range(min(settings.curvature_batches, len(gradient)))
 evaluation = range(min(settings.evaluation_batches, len(gradient)))
 if settings.fresh_evaluation:
     evaluation = range(len(gradient), len(gradient) + settings.evaluation_batches)
+others = max(len(gradient), evaluation.stop)
+debias = range(others, others + (0 if stochastic else settings.debias_batches))
 options: dict[str, Any] = {"only_memory_bits": True} if settings.only_memory_bits else {}
 problem = PROBLEMS[settings.problem](
     settings.T,
     form=settings.form,
     batch_size=batch_size,
-    train_batches=max(len(gradient), evaluation.stop),
+    train_batches=debias.stop,
     test_batches=-(-settings.test_sequences // batch_size),
     seed=settings.seed,
     device=settings.device,
@@ -92,6 +94,7 @@ hf = HF(
     gradient_batches=gradient,
     curvature_batches=curvature,
     evaluation_batches=evaluation,
+    debias_batches=debias or None,
     threshold=settings.threshold,
     seed=settings.seed,
     settings=settings,

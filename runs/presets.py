@@ -31,6 +31,8 @@ class Settings:
     """How many batches judge the step (backtracking, line search and rho): the first of the gradient's."""
     fresh_evaluation: bool = False
     """Judge the step on batches besides those of the gradient."""
+    debias_batches: int = 0
+    """Batches besides all those, from which step lengths along CG's directions are taken; 0: the gradient's."""
     minibatch: int = 100
     """Sequences in a step of the stochastic optimizers."""
     test_sequences: int = 10_000

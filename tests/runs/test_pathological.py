@@ -53,6 +53,9 @@ def test_roles_have_their_batches(tmp_path: Path, typed: Any) -> None:
     fresh = ("--evaluation-batches", "3", "--fresh-evaluation", "--overwrite")
     assert typed("xor", *SMALL, *name, *fresh) == 1
     assert read_run(tmp_path / "run").configuration["batches"]["evaluation"] == [6, 7, 8]
+    assert typed("xor", *SMALL, *name, *fresh, "--debias-batches", "2") == 1
+    batches = read_run(tmp_path / "run").configuration["batches"]
+    assert (batches["evaluation"], batches["debias"]) == ([6, 7, 8], [9, 10])
 
 
 def test_only_memory_bits(tmp_path: Path, typed: Any) -> None:
