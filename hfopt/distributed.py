@@ -62,8 +62,8 @@ class Processes:
         if bad:
             raise RuntimeError(
                 f"the {self.size} processes do not hold the same model: found different {', '.join(bad)}. Seed them "
-                "alike or broadcast the parameters (DistributedDataParallel does) and load one state_dict in all; "
-                "for models that have nothing to do with each other, pass process_group=None"
+                "alike or broadcast the parameters (DistributedDataParallel does), load one state_dict in all, and do "
+                "not shard them (FSDP); for models that have nothing to do with each other, pass process_group=None"
             )
 
 

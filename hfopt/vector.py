@@ -43,7 +43,7 @@ class ParameterVector:
 
     Raises:
         ValueError: no parameter, parameters on several devices, or a sparse one.
-        TypeError: a complex or integer parameter.
+        TypeError: a complex or integer parameter, or one that is sharded over processes.
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
@@ -52,6 +52,12 @@ class ParameterVector:
             raise ValueError("params is empty: no parameter requires a gradient")
         dtype = torch.float32
         for i, p in enumerate(self.params):
+            # DTensors have placements; FSDP's flat parameters, which are in part views of each other, this mark.
+            if hasattr(p, "placements") or hasattr(p, "_is_flat_param"):
+                raise TypeError(
+                    f"params[{i}] is sharded over processes (FSDP, DTensor), but every process must hold the whole "
+                    "model: leave it plain or wrap it in DistributedDataParallel"
+                )
             if not p.dtype.is_floating_point:
                 raise TypeError(
                     f"params[{i}] has dtype {p.dtype}; only real floating-point parameters can be optimized (store "

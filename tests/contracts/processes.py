@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -112,6 +113,19 @@ def drifted(rank: int, world: int) -> str:
     return "nothing"
 
 
+def sharded() -> list[str]:
+    """What a process says to models that are sharded over processes, in both of torch's ways."""
+    said = []
+    for shard_it in (fully_shard, FullyShardedDataParallel):
+        whole = model()
+        net = shard_it(whole, **({"device_id": torch.device("cpu")} if shard_it is FullyShardedDataParallel else {}))
+        try:
+            hfopt.HessianFree(net.parameters())
+        except TypeError as error:
+            said.append(str(error))
+    return said
+
+
 def alone(rank: int) -> Tensor:
     """Processes that have nothing to do with each other."""
     found: Tensor = train(model(seed=rank), 0, 1, process_group=None)["theta"]
@@ -134,7 +148,7 @@ def work(directory: Path, rank: int) -> None:
         names = OF_FOUR if world == 4 else (*SCENARIOS, *DRAWN)
         found: dict[str, Any] = {name: (SCENARIOS | DRAWN)[name](rank, world) for name in names}
         if world == 2:
-            found["drifted"] = drifted(rank, world)
+            found["drifted"], found["sharded"] = drifted(rank, world), sharded()
         if world == 4:
             found["alone"], found["among two"] = alone(rank), among_two(rank)
         torch.save(found, directory / f"{world}-{rank}.pt")

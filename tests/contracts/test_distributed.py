@@ -71,6 +71,13 @@ def test_models_that_differ_are_refused_in_every_process(results: Results) -> No
         assert "process_group=None" in message
 
 
+def test_models_that_are_sharded_are_refused(results: Results) -> None:
+    for rank in range(2):
+        messages = results[2, rank]["sharded"]
+        assert len(messages) == 2
+        assert all("sharded over processes" in m and "DistributedDataParallel" in m for m in messages)
+
+
 def test_processes_may_train_apart_or_in_groups(results: Results) -> None:
     ends = [results[4, rank]["alone"] for rank in range(4)]
     assert not torch.equal(ends[0], ends[1])
