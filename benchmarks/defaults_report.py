@@ -1,0 +1,236 @@
+"""Results of :mod:`benchmarks.defaults`, their table, page and picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+OURS = "HessianFree"
+COLOURS = {OURS: "C3", "Adam": "C0", "LBFGS": "C2", "LBFGS, Wolfe": "C1", "SGD": "0.5"}
+_KEPT = 300
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: ``seconds`` and ``losses`` are the times at which the least loss fell, and it; ``loss`` the last."""
+
+    optimizer: str
+    rate: float
+    seed: int
+    steps: int
+    loss: float
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, optimizer: str, rate: float, seed: int, steps: int, first: float, seen: Sequence[tuple[float, float]],
+        budget: float,
+    ) -> Run:  # fmt: skip
+        """From all that was ``seen`` up to ``budget``; of thousands of falls some hundred are kept, with the last."""
+        falls, least = [(0.0, first)], first
+        for t, f in seen:
+            if t <= budget and f < least:
+                least = f
+                falls.append((t, f))
+        if len(falls) > _KEPT:
+            grid = np.geomspace(falls[1][0], falls[-1][0], _KEPT)
+            kept = np.unique(np.searchsorted([t for t, _ in falls], grid, side="right") - 1)
+            falls = [falls[0], *(falls[i] for i in kept if i), *([] if kept[-1] == len(falls) - 1 else falls[-1:])]
+        return cls(
+            optimizer, rate, seed, steps, least, tuple(round(t, 5) for t, _ in falls), tuple(f for _, f in falls)
+        )
+
+    def reached(self, level: float) -> float:
+        """The first time at which the loss was at most ``level``; infinite if it never was."""
+        return next((t for t, f in zip(self.seconds, self.losses, strict=True) if f <= level), math.inf)
+
+    def __str__(self) -> str:
+        return f"{self.optimizer:12s} lr {self.rate:<7g} seed {self.seed} loss {self.loss:.4g} after {self.steps} steps"
+
+
+@dataclass(frozen=True)
+class Result:
+    """All runs of a problem."""
+
+    problem: str
+    about: str
+    parameters: int
+    budget: float
+    machine: dict[str, str]
+    runs: list[Run]
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """What :meth:`write` wrote."""
+        found = json.loads(path.read_text("utf-8"))
+        runs = [Run(**{**r, "seconds": tuple(r["seconds"]), "losses": tuple(r["losses"])}) for r in found.pop("runs")]
+        return cls(**found, runs=runs)
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(json.dumps(asdict(self)) + "\n", "utf-8")
+
+    def optimizers(self) -> list[str]:
+        """The names, in order."""
+        return list(dict.fromkeys(r.optimizer for r in self.runs))
+
+    def seeds(self) -> list[int]:
+        """The seeds, in order; the first one's runs have chosen the rates."""
+        return list(dict.fromkeys(r.seed for r in self.runs if r.optimizer == OURS))
+
+    def rate(self, optimizer: str) -> float:
+        """The learning rate of the least loss for the first seed."""
+        tried = [r for r in self.runs if r.optimizer == optimizer and r.seed == self.seeds()[0]]
+        return min(tried, key=lambda r: r.loss).rate
+
+    def best(self, optimizer: str) -> list[Run]:
+        """Its runs at its best learning rate, one a seed."""
+        rate = self.rate(optimizer)
+        return [r for r in self.runs if r.optimizer == optimizer and r.rate == rate and r.seed in self.seeds()]
+
+    def loss(self, optimizer: str) -> float:
+        """Median over seeds of the losses at its best rate."""
+        return statistics.median(r.loss for r in self.best(optimizer))
+
+    def rival(self) -> str:
+        """The optimizer of the least loss but ours."""
+        return min((n for n in self.optimizers() if n != OURS), key=self.loss)
+
+    def wins(self) -> bool:
+        """Whether our median is at most that of the best rival."""
+        return self.loss(OURS) <= self.loss(self.rival())
+
+    def seeds_won(self) -> int:
+        """For how many seeds our loss is at most that of every rival at its best rate."""
+        others = [r for n in self.optimizers() if n != OURS for r in self.best(n)]
+        return sum(all(ours.loss <= r.loss for r in others if r.seed == ours.seed) for ours in self.best(OURS))
+
+    def time_reached(self) -> float:
+        """Median over seeds of the seconds after which we had the best rival's last loss."""
+        last = {r.seed: r.loss for r in self.best(self.rival())}
+        return statistics.median(r.reached(last[r.seed]) for r in self.best(OURS))
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown, a line a problem."""
+    heads = ("problem", "parameters", "seconds", "best rival, its rate", "its loss", OURS, "ratio", "reached after, s")
+    lines = [f"| {' | '.join(heads)} | seeds |", "|---|--:|--:|---|--:|--:|--:|--:|--:|"]
+    for r in results:
+        name = r.rival()
+        t = r.time_reached()
+        lines.append(
+            f"| {r.problem} | {r.parameters:,} | {r.budget:g} | {name}, {r.rate(name):g} | {r.loss(name):.3g} | "
+            f"{'**' if r.wins() else ''}{r.loss(OURS):.3g}{'**' if r.wins() else ''} | "
+            f"{r.loss(OURS) / r.loss(name):.2g} | {f'{t:.1f}' if math.isfinite(t) else 'not'} | "
+            f"{r.seeds_won()} of {len(r.seeds())} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def rivals_table(results: Sequence[Result]) -> str:
+    """Markdown: every optimizer's loss at its best rate."""
+    names = list(dict.fromkeys(n for r in results for n in r.optimizers()))
+    lines = [f"| problem | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for r in results:
+        cells = [f"{r.loss(n):.3g}" + ("" if n == OURS else f" ({r.rate(n):g})") for n in names]
+        lines.append(f"| {r.problem} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Loss against seconds, a panel a problem: the first seed in bold, the others thin."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(4, len(results))
+    rows = math.ceil(len(results) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(results) :]:
+        ax.axis("off")
+    for ax, r in zip(axes.flat, results, strict=False):
+        for name in r.optimizers():
+            for run in r.best(name):
+                bold = run.seed == r.seeds()[0]
+                ax.plot(
+                    [*run.seconds[1:], r.budget],
+                    [*run.losses[1:], run.loss],
+                    drawstyle="steps-post",
+                    color=COLOURS[name],
+                    lw=1.6 if bold else 0.6,
+                    label=name if bold else None,
+                    zorder=3 if name == OURS else 2,
+                )
+        ax.set(xscale="log", yscale="log")
+        ax.set_title(r.problem, fontsize=10)
+    for ax in axes[-1]:
+        ax.set_xlabel("seconds")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("least loss so far")
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+PAGE = """# Defaults beside Adam, LBFGS and SGD
+
+Eight small problems, each trained on all its data at once, from the same first parameters and for the same time.
+`HessianFree(model.parameters())` gets no further argument. Adam, SGD (Nesterov momentum 0.9) and LBFGS (without line
+search, and with strong Wolfe's) get six learning rates each; for the first of {seeds} seeds all are run, for the others
+the best one. A loss is the least that was seen up to a time, of the rivals at every evaluation. All is float32; times
+are those inside of `step`.
+
+`python -m benchmarks.defaults` runs it all and writes this page, the picture, and the numbers in
+`benchmarks/results/defaults`; `--page-only` makes the page from the numbers.
+
+HessianFree reaches the loss of the best rival in the same time on {wins} of {count} problems (in bold):
+
+{table}
+*Ratio* is HessianFree's loss divided by the best rival's, medians over seeds; *reached after* the time at which
+HessianFree had the loss that the best rival ended with; *seeds* those of which HessianFree's loss is not above any
+rival's.
+
+![Loss against time on every problem](images/{picture})
+
+The picture shows every optimizer at its best learning rate, the first seed in bold and the others thin.
+
+## Every rival
+
+Losses at the end, medians over seeds, and in brackets the learning rates:
+
+{rivals}
+## The problems
+
+{problems}
+
+## Where it was measured
+
+{machine}
+"""
+
+
+def write(results: Sequence[Result], page: Path, picture: Path) -> None:
+    """The page and the picture."""
+    for path in (page, picture):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    plot(results, picture)
+    keys = ("date", "processor", "cores", "threads", "clock", "load average", "system", "Python", "torch", "hfopt")
+    text = PAGE.format(
+        seeds=len(results[0].seeds()),
+        wins=sum(r.wins() for r in results),
+        count=len(results),
+        table=table(results),
+        rivals=rivals_table(results),
+        picture=picture.name,
+        problems="\n".join(f"- {r.problem}: {r.about}." for r in results),
+        machine="\n".join(f"- {k}: {results[-1].machine[k]}" for k in keys),
+    )
+    page.write_text(text, "utf-8")
