@@ -20,7 +20,15 @@ from hfopt.closure import Closure, trace
 from hfopt.distributed import Processes
 from hfopt.errors import ClosureError
 from hfopt.frozen import Frozen
-from hfopt.linearisation import POLICIES, Cost, DoubleBackward, Linearisation, available_bytes, not_differentiable
+from hfopt.linearisation import (
+    POLICIES,
+    Cost,
+    DoubleBackward,
+    Linearisation,
+    available_bytes,
+    explained,
+    not_differentiable,
+)
 from hfopt.notice import logger
 from hfopt.operators import Local
 from hfopt.output_space import Joint, Matching
@@ -147,6 +155,7 @@ class GaussNewton(Local):
 
     # -- products --------------------------------------------------------------------------------------------------
 
+    @explained
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """``G v + structural * S v`` in one tangent and one adjoint pass."""
         self._check_point()
@@ -155,6 +164,7 @@ class GaussNewton(Local):
         mu = structural / self.unit  # S belongs to no loss
         return self._of_all(self._flat(self._shares(lambda i, lin: self._product(i, lin, vs, mu)), out))
 
+    @explained
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
         """``G V`` for ``V (P, k)`` in batched tangent and adjoint passes, of as many columns as fit into memory.
 
@@ -334,7 +344,8 @@ def columns_at_once(column: int, size: int, budget: int | None, device: torch.de
 
 def cannot_batch(error: Exception) -> bool:
     """Whether torch says that it has no way to do an operation for many vectors at once."""
-    return any(word in str(error) for word in ("vmap", "atching rule", "functorch"))
+    # A traced graph has the views of single vectors in it.
+    return any(word in str(error) for word in ("vmap", "atching rule", "functorch", "view size is not compatible"))
 
 
 def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -383,6 +394,7 @@ class Hessian(Local):
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient = self._of_all(self.vector.flatten(grads))
 
+    @explained
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """``H v = d<grad L, v>/dtheta``.
 
@@ -400,6 +412,7 @@ class Hessian(Local):
         out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
         return self._of_all(self.vector.flatten_into(out, parts))
 
+    @explained
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
         """``H V`` for ``V (P, k)`` in batched passes, of as many columns as fit into memory.
 

@@ -16,12 +16,13 @@ Four ways, in the order in which ``"auto"`` tries them (see :mod:`hfopt.policy`;
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol
 
 import torch
 from torch import Tensor
@@ -30,14 +31,19 @@ from torch.utils._pytree import tree_map_only
 
 from hfopt import graph
 from hfopt.errors import NotDifferentiable
-from hfopt.notice import size
+from hfopt.notice import logger, size
 from hfopt.recurrences.segments import Segments
 
 # What the forward graph and the traced tangent graph keep, in units of the forward graph (measured: 2.0 to 4.4 on
 # recurrent, fully connected and convolutional networks).
 LINEARIZE_MEMORY = 4.4
 
+_P = ParamSpec("_P")
+
 POLICIES = ("auto", "double-backward", "linearize", "checkpoint", "recompute")
+
+# What a closure may ask about a parameter itself: a tensor that stands in for one would answer otherwise.
+_OF_PARAMETERS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")}
 
 # Tracing, and what is replaced for it, concern the whole process.
 _ONE_AT_A_TIME = threading.RLock()
@@ -200,7 +206,9 @@ class _Swap(TorchFunctionMode):
         self.replacement = replacement
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self._replaced((args, kwargs or {}))
+        kwargs = kwargs or {}
+        if func not in _OF_PARAMETERS:
+            args, kwargs = self._replaced((args, kwargs))
         return func(*args, **kwargs)
 
     def _replaced(self, arguments: Any) -> Any:
@@ -242,7 +250,8 @@ class Linearize:
 
         ``around`` is the context of a product, since the traced graph writes to the model's buffers each time. A model
         that ``draws`` random numbers would draw others each time, so it is not traced but run in forward mode for
-        every product.
+        every product. So is one whose traced graph writes to its own constants: its second product would be another
+        than its first.
         """
         self.outputs, self.params = list(outputs), list(params)
         self._around, own = around, self.params  # `function` must not hold this object, which holds it
@@ -254,14 +263,29 @@ class Linearize:
                 return tuple(swapped.get(id(z), z) for z in run())
 
         primals = tuple(p.detach() for p in self.params)
+
+        def forward(*v: Tensor) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = torch.func.jvp(function, primals, v)[1]
+            return found
+
         if draws:
-            self._jvp: Callable[..., tuple[Tensor, ...]] = lambda *v: torch.func.jvp(function, primals, v)[1]
+            self._jvp: Callable[..., tuple[Tensor, ...]] = forward
             self.jvp([torch.zeros_like(p) for p in primals])  # raises where there is no forward mode
             return
         with _ONE_AT_A_TIME, warnings.catch_warnings():
             # torch's own constant folding warns about its internals, which a user can do nothing about.
             warnings.simplefilter("ignore", UserWarning)
-            _, self._jvp = torch.func.linearize(function, *primals)
+            _, traced = torch.func.linearize(function, *primals)
+        self._jvp = torch.no_grad()(traced)
+        if not self._repeats():
+            logger.info("products run the model in forward mode, since its traced graph changes its own constants")
+            self._jvp = forward
+
+    def _repeats(self) -> bool:
+        """Whether two products with the same vector are the same."""
+        v = [torch.linspace(0.5, 1.5, p.numel(), dtype=p.dtype, device=p.device).view(p.shape) for p in self.params]
+        first = [t.clone() for t in self.jvp(v) if t is not None]
+        return all(torch.equal(a, b) for a, b in zip(first, self.jvp(v), strict=True) if b is not None)
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
         """``J v`` by the traced tangent graph."""
@@ -339,3 +363,16 @@ def not_differentiable(attempts: dict[str, Exception]) -> NotDifferentiable:
         f"the model could not be linearised ({told}). Replace the operation that is named by one with a second "
         "derivative or a forward mode, or freeze the part of the model that uses it"
     )
+
+
+def explained(product: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """A product that says which operation lacks a derivative, where only the product itself finds that out."""
+
+    @functools.wraps(product)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        try:
+            return product(*args, **kwargs)
+        except NotImplementedError as error:
+            raise not_differentiable({"the product": error}) from error
+
+    return wrapped

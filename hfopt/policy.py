@@ -212,7 +212,9 @@ class _Build:
                 "closure: every product runs the model again, as under 'recompute'"
             )
             return self._built(*self._linearise("recompute"))
-        return self._built(*self._linearise(self.policy))
+        if found := self._attempt(self.policy):
+            return self._built(*found)
+        raise not_differentiable(self.attempts) from self.attempts[self.policy]
 
     # -- the choice ------------------------------------------------------------------------------------------------
 

@@ -297,3 +297,59 @@ def test_lack_of_memory_is_no_reason_to_try_another_policy(monkeypatch: pytest.M
     monkeypatch.setattr("hfopt.policy.DoubleBackward", full)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
+
+
+def test_a_traced_graph_that_writes_to_its_constants() -> None:
+    """torch's simple recurrent layer adds in place, so that its traced graph would be another one after each product."""
+    torch.manual_seed(0)
+    layer = nn.RNN(3, 2).double()
+    x = randn(3, 4, 3, seed=1)
+    ops = [
+        hfopt.GaussNewton(
+            lambda: F.mse_loss(layer(x)[0], torch.zeros(3, 4, 2, dtype=x.dtype)),
+            layer.parameters(),
+            linearisation=policy,
+        )
+        for policy in ("linearize", "double-backward")
+    ]
+    v = randn(ops[0].shape[0], seed=2)
+    expected = ops[1] @ v
+    for _ in range(3):
+        assert relative(ops[0] @ v, expected) < 1e-12
+    assert relative((ops[0] @ torch.stack([v, -v], 1))[:, 1], -expected) < 1e-12
+
+
+def test_a_closure_that_asks_which_parameters_are_trainable() -> None:
+    """Tracing puts other tensors in the place of parameters; what is asked about these is answered by them."""
+    model = mlp(3, 4, 2)
+    x = randn(5, 3, seed=1)
+
+    def closure() -> Tensor:
+        trainable = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+        return F.mse_loss(model(x), x[:, :2]) + torch.stack([(p**2).sum() for p in trainable]).sum()
+
+    ops = [hfopt.GaussNewton(closure, model.parameters(), linearisation=p) for p in ("linearize", "double-backward")]
+    v = randn(ops[0].shape[0], seed=2)
+    assert relative(ops[0] @ v, ops[1] @ v) < 1e-12
+
+
+@pytest.mark.parametrize("policy", ["double-backward", "linearize", "recompute", "hessian"])
+def test_an_operation_without_the_derivative_is_named(policy: str) -> None:
+    """Whatever policy is asked for by name, it is found at the latest with the first product."""
+    bag = nn.EmbeddingBag(4, 2).double()
+    tokens = torch.tensor([[0, 1], [2, 3]])
+
+    def closure() -> Tensor:
+        return F.mse_loss(bag(tokens), torch.zeros(2, 2, dtype=torch.float64))
+
+    def product() -> None:
+        op = (
+            hfopt.Hessian(closure, bag.parameters())
+            if policy == "hessian"
+            else hfopt.GaussNewton(closure, bag.parameters(), linearisation=policy)
+        )
+        op @ torch.ones(8, dtype=torch.float64)
+        op @ torch.ones(8, 2, dtype=torch.float64)
+
+    with pytest.raises(hfopt.NotDifferentiable, match="embedding_bag"):
+        product()
