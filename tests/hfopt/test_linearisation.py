@@ -300,7 +300,7 @@ def test_lack_of_memory_is_no_reason_to_try_another_policy(monkeypatch: pytest.M
 
 
 def test_a_traced_graph_that_writes_to_its_constants() -> None:
-    """torch's simple recurrent layer adds in place, so that its traced graph would be another one after each product."""
+    """torch's simple recurrent layer adds in place, so that its traced graph is another after each product."""
     torch.manual_seed(0)
     layer = nn.RNN(3, 2).double()
     x = randn(3, 4, 3, seed=1)
