@@ -2,7 +2,7 @@
 
 from hfopt.cg import CG
 from hfopt.curvature import GaussNewton, Hessian
-from hfopt.damping import FixedDamping, LevenbergMarquardt
+from hfopt.damping import FixedDamping, KrylovDamping, LevenbergMarquardt
 from hfopt.errors import ClosureError, HfoptError, NotDifferentiable
 from hfopt.fisher import Fisher
 from hfopt.hf import HF
@@ -26,6 +26,7 @@ __all__ = [
     "Hessian",
     "HessianFree",
     "HfoptError",
+    "KrylovDamping",
     "LevenbergMarquardt",
     "LineSearch",
     "NotDifferentiable",

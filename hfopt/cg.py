@@ -1,7 +1,9 @@
 """Preconditioned conjugate gradients for ``A x = b``, made for truncated Newton steps.
 
-Minimises the quadratic model ``phi(x) = x'Ax/2 - b'x`` and stops on little relative progress (Martens, "Deep learning
-via Hessian-free optimization", ICML 2010, section 4.4), keeping iterates on the way for backtracking (section 4.6).
+Minimises the quadratic model ``phi(x) = x'Ax/2 - b'x`` and stops where its decrease per product is largest, or on
+little relative progress (Martens, "Deep learning via Hessian-free optimization", ICML 2010, section 4.4), keeping
+iterates on the way for backtracking (section 4.6), and directions for solutions with other dampings
+(:mod:`hfopt.krylov`).
 On a CUDA device the same iterations are made without waiting for it: :mod:`hfopt.device_cg`.
 """
 
@@ -67,6 +69,8 @@ class Solution:
         products: number of products with A, on a CUDA device those included that were made before a check showed that
             the solve had ended.
         checks: one row every ``check_every`` iterations and for the last.
+        pairs: if directions were asked for, ``S`` and ``A S``, both (m, P): a start that is not zero, the first
+            directions, and the last iterate if there were more.
     """
 
     x: Tensor
@@ -75,6 +79,7 @@ class Solution:
     iterations: int
     products: int
     checks: list[CGCheck] = field(default_factory=list)
+    pairs: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -85,7 +90,11 @@ class CG:
         max_iterations: at most this many iterations a solve (Martens 2010: 250).
         min_iterations: the progress rule is not applied before this many.
         tolerance: eps of the progress rule: stop when ``phi_i < 0`` and ``(phi_i - phi_{i-k}) / phi_i < k eps`` with
-            ``k = max(10, ceil(0.1 i))`` (Martens 2010: 5e-4); 0 switches the rule off.
+            ``k = max(10, ceil(0.1 i))`` (Martens 2010: 5e-4); 0 switches the rule off. None: eps is
+            ``1 / (overhead + i)`` and ``k = max(5, ceil(0.1 i))``, which is to stop when ``-phi_i / (overhead + i)``,
+            the model's decrease per product, is less than it was k iterations before.
+        overhead: what a step costs besides its iterations, in products: the gradient, what is made ready for
+            products, the evaluations of the loss. Not used where ``tolerance`` is a number.
         residual: stop when ``|b - A x| <= residual |b|``.
         decay: a step starts CG at this multiple of the last CG solution (Martens' code: 0.95); 0 starts at zero.
         growth: iterates are kept at ``ceil(5 growth^j)`` and at the end (Martens 2010, section 4.6: 1.3).
@@ -97,9 +106,10 @@ class CG:
 
     max_iterations: int = 250
     min_iterations: int = 1
-    tolerance: float = 5e-4
+    tolerance: float | None = None
+    overhead: float = 10.0
     residual: float = 1e-10
-    decay: float = 0.95
+    decay: float = 0.0
     growth: float = 1.3
     check_every: int = 10
     repair_every: int = 0
@@ -112,11 +122,14 @@ class CG:
                 f"iterations must satisfy 1 <= min_iterations <= max_iterations, but are {self.min_iterations} and "
                 f"{self.max_iterations}"
             )
-        if not (self.tolerance >= 0 and self.residual >= 0 and 0 <= self.decay <= 1 and self.growth > 1):
+        tolerance = 0.0 if self.tolerance is None else self.tolerance
+        if not (tolerance >= 0 and self.residual >= 0 and 0 <= self.decay <= 1 and self.growth > 1):
             raise ValueError(
                 f"tolerance and residual must be >= 0, decay in [0, 1], growth > 1, but are {self.tolerance}, "
                 f"{self.residual}, {self.decay}, {self.growth}"
             )
+        if not (self.overhead >= 0 and math.isfinite(self.overhead)):
+            raise ValueError(f"overhead is {self.overhead}, but must be a finite number of products, 0 or more")
         if self.check_every < 1 or self.repair_every < 0:
             raise ValueError(
                 f"check_every must be positive and repair_every not negative, but are {self.check_every}, "
@@ -134,18 +147,25 @@ class CG:
         return kept
 
     def window(self, i: int) -> int | None:
-        """``k`` of the progress rule after ``i`` iterations; None where the rule is not applied."""
-        k = max(10, math.ceil(0.1 * i))
+        """``k`` of the progress rule after ``i`` iterations; None where it is not applied."""
+        k = max(5 if self.tolerance is None else 10, math.ceil(0.1 * i))
         return None if self.tolerance == 0 or i <= k or i < self.min_iterations else k
 
+    def least_share(self, i: int) -> float:
+        """``k eps`` of the progress rule after ``i`` iterations; minus infinity where the rule is not applied."""
+        k = self.window(i)
+        if k is None:
+            return -math.inf
+        return k / (self.overhead + i) if self.tolerance is None else k * self.tolerance
+
     def progress_is_little(self, history: list[float]) -> bool:
-        """Martens' rule on ``phi_0, ..., phi_i``."""
+        """The progress rule on ``phi_0, ..., phi_i``."""
         i = len(history) - 1
         k = self.window(i)
         if k is None:
             return False
         now, then = history[i], history[i - k]
-        return now < 0 and (now - then) / now < k * self.tolerance
+        return now < 0 and (now - then) / now < self.least_share(i)
 
     def solve(
         self,
@@ -154,6 +174,7 @@ class CG:
         x0: Tensor | None = None,
         preconditioner: Callable[[Tensor], Tensor] | None = None,
         stop: Callable[[int, Tensor, float], bool] | None = None,
+        directions: int = 0,
     ) -> Solution:
         """Minimise ``phi`` from ``x0``.
 
@@ -166,6 +187,7 @@ class CG:
             x0: start (P,); None: zero.
             preconditioner: ``z = M^-1 r`` for a fixed symmetric positive definite M; None: identity.
             stop: called at every check with (iteration, x, phi); True ends the solve ("stopped").
+            directions: how many directions are kept, with their products: two vectors each.
 
         Raises:
             ValueError: ``b`` or ``x0`` of another shape, a right-hand side that is not finite, or graphs that are
@@ -181,11 +203,11 @@ class CG:
         if b.device.type != "cuda":
             if self.cuda_graphs is True:
                 raise ValueError(f"cuda_graphs is True, but the right-hand side b is on {b.device}; leave it at 'auto'")
-            return Run(self, op, b, x0, preconditioner).iterate(size_b, stop)
+            return Run(self, op, b, x0, preconditioner, directions=directions).iterate(size_b, stop)
         from hfopt.device_cg import DeviceRun  # which needs this module
 
         with recording(op, b, self.cuda_graphs, self._attempts) as recorder:
-            return DeviceRun(self, op, b, x0, preconditioner, recorder).iterate(size_b, stop)
+            return DeviceRun(self, op, b, x0, preconditioner, recorder, directions=directions).iterate(size_b, stop)
 
 
 class Run:
@@ -198,6 +220,7 @@ class Run:
         b: Tensor,
         x0: Tensor | None,
         preconditioner: Callable[[Tensor], Tensor] | None,
+        directions: int = 0,
     ) -> None:
         self.o, self.op, self.b, self.precondition = options, op, b, preconditioner
         self.stored = options.stored_iterations()
@@ -208,6 +231,11 @@ class Run:
         self.r = b.clone()
         if not zero_start:
             self.residual_from_scratch()
+        self.directions = directions
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        if directions and not zero_start:
+            self.pairs.append((self.x.clone(), b - self.r))
+        self.warm = len(self.pairs)
         self.kept: list[Iterate] = []
         self.checks: list[CGCheck] = []
         self.history = [self.phi()]
@@ -258,7 +286,18 @@ class Run:
         self.keep(i)
         if not self.checks or self.checks[-1].iteration != i:
             self.check(i)
-        return Solution(self.x, self.kept, reason, i, self.products, self.checks)
+        return Solution(self.x, self.kept, reason, i, self.products, self.checks, self.seen(i))
+
+    def seen(self, i: int) -> tuple[Tensor, Tensor] | None:
+        """``S`` and ``A S`` after ``i`` iterations; what was multiplied after them is left out."""
+        if not self.directions:
+            return None
+        del self.pairs[self.warm + i :]
+        if i > self.directions:
+            self.pairs.append((self.x, self.b - self.r))
+        if not self.pairs:
+            return self.b.new_empty(0, len(self.b)), self.b.new_empty(0, len(self.b))
+        return torch.stack([s for s, _ in self.pairs]), torch.stack([a for _, a in self.pairs])
 
     def iterate(self, size_b: float, stop: Callable[[int, Tensor, float], bool] | None) -> Solution:
         """Solve, with ``size_b = |b|``; ``stop`` is asked at checks."""
@@ -277,6 +316,8 @@ class Run:
             if i == o.max_iterations:
                 return self.done("iterations", i)
             ad = self.multiply(d)
+            if i < self.directions:
+                self.pairs.append((d.clone(), ad.clone()))
             curvature = dot(d, ad)
             if not math.isfinite(curvature):
                 return self.back_off("not finite", i)

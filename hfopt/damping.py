@@ -130,6 +130,51 @@ class LevenbergMarquardt(Damping):
         self._reference = state.get("reference", self.value)
 
 
+@dataclass
+class KrylovDamping(LevenbergMarquardt):
+    """lambda chosen by the loss at every step, all candidates from one solve (:class:`hfopt.krylov.Path`).
+
+    The loss is evaluated at ``p(lambda)`` for the lambda of the step before, then for ``ratio^k`` times it: first
+    downwards if rho was more than 1/2 and upwards otherwise, on as long as the loss falls, and if it did not, to the
+    other side. The best one is the step's lambda and the next step's first. ``backtracking`` says how: ``"walk"`` like
+    that, ``"smallest"`` all of them, ``"none"`` only the first, lambda then following rho as in
+    :class:`LevenbergMarquardt`; CG's earlier iterates are not looked at. Structural damping has the weight that belongs
+    to the first lambda. On the first step the candidates start at the curvature along the gradient.
+
+    Args:
+        ratio: between neighbouring candidates.
+        most: candidates at most on either side.
+        directions: of CG that are kept, with two vectors (P,) each; of longer solves these and the solution.
+
+    The other arguments are those of :class:`LevenbergMarquardt`.
+    """
+
+    ratio: float = 4.0
+    most: int = 8
+    directions: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.ratio > 1 and math.isfinite(self.ratio) and self.most >= 1 and self.directions >= 1):
+            raise ValueError(
+                f"need ratio > 1, most >= 1 and directions >= 1, but they are {self.ratio}, {self.most}, "
+                f"{self.directions}"
+            )
+
+    def choose(self, value: float) -> None:
+        """Go on with the lambda that the loss chose."""
+        self.value = self._clamped(value)
+
+    def ladder(self, value: float, up: bool) -> list[float]:
+        """The candidates above or below ``value``, the nearest first, within the bounds."""
+        factor = self.ratio if up else 1 / self.ratio
+        found = [value * factor**k for k in range(1, self.most + 1)]
+        if self._reference is not None:
+            low, high = self.bounds()
+            found = [v for v in found if low <= v <= high]
+        return [v for v in found if 0 < v < math.inf]
+
+
 def _check(**numbers: float | None) -> None:
     for name, number in numbers.items():
         if number is not None and not (number >= 0 and math.isfinite(number)):
@@ -137,9 +182,12 @@ def _check(**numbers: float | None) -> None:
 
 
 def as_damping(damping: float | Damping | None) -> Damping:
-    """A rule from what a user gives: None (calibrated), a number (lambda of the first step), or a rule."""
+    """A rule from what a user gives.
+
+    None: lambda is chosen by the loss; a number: lambda of the first step, which then follows rho; or a rule.
+    """
     if isinstance(damping, Damping):
         return damping
     if damping == 0:
         return FixedDamping(0.0)
-    return LevenbergMarquardt(damping)
+    return KrylovDamping() if damping is None else LevenbergMarquardt(damping)

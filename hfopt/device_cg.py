@@ -70,8 +70,9 @@ class DeviceRun(Run):
         x0: Tensor | None,
         preconditioner: Callable[[Tensor], Tensor] | None,
         recorder: Recorder | None = None,
+        directions: int = 0,
     ) -> None:
-        super().__init__(options, op, b, x0, preconditioner)
+        super().__init__(options, op, b, x0, preconditioner, directions)
         self.recorder = recorder
         self.repeat: Callable[[], None] | None = None
         self.bound = 0.0  # of |r|
@@ -85,6 +86,10 @@ class DeviceRun(Run):
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        # Directions and their products, in order; the last line is for those that are not kept.
+        rows = min(directions, options.max_iterations) + 1 if directions else 0
+        self.kept_d, self.kept_ad = zeros(rows, len(b), dtype=b.dtype), zeros(rows, len(b), dtype=b.dtype)
+        self.row = zeros(1, dtype=torch.int64)
         self.d = torch.empty_like(b)
         self.wide = [torch.empty_like(b, dtype=torch.float64) for _ in range(0 if b.dtype == torch.float64 else 2)]
         self.step_length, self.turn = zeros(dtype=b.dtype), zeros(dtype=b.dtype)
@@ -94,9 +99,9 @@ class DeviceRun(Run):
         self.value.fill_(self.history[0])
         self.i = zeros(1, dtype=torch.int64)
 
-        # Martens' rule as tables over iterations: how far to look back, and which share is too little.
+        # The progress rule as tables over iterations: how far to look back, and which share is too little.
         windows = [options.window(i) for i in range(steps)]
-        self.limits = [-math.inf if k is None else k * options.tolerance for k in windows]
+        self.limits = [options.least_share(i) for i in range(steps)]
         self.limit = torch.tensor(self.limits, dtype=torch.float64, device=device)
         self.back = torch.tensor([0 if k is None else i - k for i, k in enumerate(windows)], device=device)
         self.there = zeros(1, dtype=torch.int64)
@@ -122,7 +127,7 @@ class DeviceRun(Run):
         torch.dot(a, b, out=out)
 
     def look_back(self) -> None:
-        """Martens' rule at the present iteration."""
+        """The progress rule at the present iteration."""
         value, share = self.line[:, PHI], self.line[:, SHARE]
         torch.index_select(self.back, 0, self.i, out=self.there)
         torch.index_select(self.log[:, PHI], 0, self.there, out=self.then)
@@ -151,6 +156,10 @@ class DeviceRun(Run):
         product = self.multiply(self.d)
         if product is not self.scratch:
             self.scratch.copy_(product)
+        if self.directions:
+            torch.clamp(self.i, max=len(self.kept_d) - 1, out=self.row)
+            self.kept_d.index_copy_(0, self.row, self.d.unsqueeze(0))
+            self.kept_ad.index_copy_(0, self.row, self.scratch.unsqueeze(0))
         self.dot_into(self.d, self.scratch, self.curvature)
 
     def judge(self) -> None:
@@ -178,7 +187,7 @@ class DeviceRun(Run):
 
     def iteration(self) -> None:
         """All of an iteration that is the same every time."""
-        if self.o.tolerance > 0:
+        if self.o.tolerance != 0:
             self.look_back()
         z = self.measure()
         torch.div(self.rz, self.old, out=self.turn)
@@ -280,6 +289,12 @@ class DeviceRun(Run):
         """Iterates kept up to ``i``, with their phi."""
         self.kept += [Iterate(j, x, self.history[j]) for j, x in self.pending if j <= i]
         self.pending.clear()
+
+    def seen(self, i: int) -> tuple[Tensor, Tensor] | None:
+        """``S`` and ``A S``."""
+        if self.directions:
+            self.pairs += zip(self.kept_d[:-1], self.kept_ad[:-1], strict=True)
+        return super().seen(i)
 
     def first(self) -> Solution | None:
         """The first iteration, which the host follows step by step; the solution if it ends there."""

@@ -18,8 +18,8 @@ class StepStats:
             after a rejected step. Without an ``evaluation`` closure it is the gradient closure's.
         evaluation_loss: of the evaluation closure before the step.
         rho: reduction ratio at the full step, undamped model; NaN if it is undefined.
-        damping: lambda that the step was computed with.
-        new_damping: lambda for the next step.
+        damping: lambda that CG's system was damped with; on a first step that found lambda, what it found.
+        new_damping: lambda for the next step; with :class:`hfopt.KrylovDamping` also that of this one.
         structural: mu.
         cg_iterations: number of CG iterations of the solve that gave the step.
         cg_reason: why CG stopped, see :class:`hfopt.cg.Solution`; ``"not finite"``, ``"zero gradient"`` or

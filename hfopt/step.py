@@ -13,7 +13,9 @@ from torch import Tensor
 
 from hfopt.cg import Iterate, Solution
 from hfopt.curvature import GaussNewton
+from hfopt.damping import KrylovDamping
 from hfopt.debiased import Quadratic, solve_debiased
+from hfopt.krylov import Path
 from hfopt.linesearch import LineSearchResult
 from hfopt.notice import warn
 from hfopt.objective import Objective
@@ -32,6 +34,10 @@ CONSTANT = (
 
 # First step: lambda is tried over this many powers of ten, downwards from the curvature along the gradient.
 _CALIBRATION_TRIES = 8
+# Where one solve has to do for all of them, it is made with this multiple of that curvature.
+_CALIBRATION_DEPTH = 1e-3
+# Another lambda is better if the loss falls by so much more, as a share of the decrease.
+_CLEAR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Candidate:
     """A step p that backtracking settled on, and how it was judged.
 
     ``value`` is the loss there, ``quadratic`` the undamped model's change, ``evaluated`` the loss at every iterate that
-    was looked at, by its iteration.
+    was looked at, by its iteration; ``damping`` the lambda that the loss
+    chose, if it did.
     """
 
     solution: Solution
@@ -49,6 +56,7 @@ class Candidate:
     quadratic: float
     rho: float
     evaluated: dict[int, float]
+    damping: float | None = None
 
 
 class Step(Objective):
@@ -85,8 +93,8 @@ class Step(Objective):
             return None
         return self.vector.flatten(starts).mul_(self.o.cg.decay)
 
-    def candidate(self, damping: float, x0: Tensor | None) -> Candidate:
-        """Solve with ``lambda = damping``, backtrack, and judge the step by rho."""
+    def solve(self, damping: float, x0: Tensor | None, directions: int = 0) -> Solution:
+        """Solve with ``lambda = damping``."""
         o = self.o
         decay = self.decay if self.scale is None else self.decay + damping * (1 / self.scale - 1)
         system = self.op.damped(damping, o.structural, decay)
@@ -95,16 +103,27 @@ class Step(Objective):
             o.preconditioner.damp(damping, decay)
         seen = system if o.preconditioner is None else o.preconditioner.watch(system)
         if self.model.op is self.op:
-            solution = o.cg.solve(seen, -self.g, x0, preconditioner)
+            solution = o.cg.solve(seen, -self.g, x0, preconditioner, directions=directions)
         else:
-            second = Quadratic(self.model.op.damped(damping, o.structural, decay), -self.model.g)
+            second = Quadratic(self.model.op.damped(damping, o.structural, decay), -self.model.g, o.debias_slopes)
             solution = solve_debiased(o.cg, seen, -self.g, second, x0, preconditioner)
         self.products += solution.products
+        return solution
+
+    def candidate(self, damping: float, x0: Tensor | None) -> Candidate:
+        """Solve with ``lambda = damping``, backtrack, and judge the step by rho."""
+        return self.judged(damping, self.solve(damping, x0))
+
+    def judged(self, damping: float, solution: Solution) -> Candidate:
+        """Backtrack over the iterates of a solve, and judge the step by rho."""
         chosen, p, value, evaluated = self.backtrack(solution)
         quadratic = self.quadratic(chosen, damping)
+        return Candidate(solution, chosen, p, value, quadratic, self.rho(value, quadratic), evaluated)
+
+    def rho(self, value: float, quadratic: float) -> float:
+        """The reduction ratio; NaN if there is none."""
         change = value - self.f0
-        rho = change / quadratic if quadratic < 0 and math.isfinite(change) else math.nan
-        return Candidate(solution, chosen, p, value, quadratic, rho, evaluated)
+        return change / quadratic if quadratic < 0 and math.isfinite(change) else math.nan
 
     @property
     def coordinates(self) -> Callable[[Tensor], Tensor] | None:
@@ -143,13 +162,8 @@ class Step(Objective):
             curvature -= damping * self.o.structural * op.structural_quadratic(chosen.x)
         return self.rate * linear + 0.5 * self.rate**2 * curvature
 
-    def calibrated(self) -> tuple[float, Candidate]:
-        """The first step's lambda, by trial: the largest decrease among those that the model foretells well.
-
-        Starts at the curvature along the gradient, ``g'Gg / g'g``, where lambda has the scale of the loss, and goes in
-        powers of ten: down as long as rho is above the rule's upper threshold and the loss falls further, up if it is
-        below the lower one.
-        """
+    def curvature_along_gradient(self) -> float:
+        """``g'Gg / g'g``, a lambda of the loss's own scale; where that is of no use, another."""
         self.products += 1
         d = self.g if self.scale is None else self.g * self.scale
         curved = self.op.damped(0.0, 0.0, self.decay).multiply(d)
@@ -157,6 +171,16 @@ class Step(Objective):
         damping = abs(dot(d, curved)) / gg if gg > 0 else 0.0
         if not (math.isfinite(damping) and damping > 0):
             damping = math.sqrt(gg) if gg > 0 else 1.0
+        return damping
+
+    def calibrated(self) -> tuple[float, Candidate]:
+        """The first step's lambda, by trial: the largest decrease among those that the model foretells well.
+
+        Starts at the curvature along the gradient, ``g'Gg / g'g``, where lambda has the scale of the loss, and goes in
+        powers of ten: down as long as rho is above the rule's upper threshold and the loss falls further, up if it is
+        below the lower one.
+        """
+        damping = self.curvature_along_gradient()
         best = (damping, self.candidate(damping, None))
         trusted = best[1].rho >= 0.25
         for _ in range(_CALIBRATION_TRIES):
@@ -171,13 +195,75 @@ class Step(Objective):
                 break
         return best
 
+    # -- lambda by the loss ----------------------------------------------------------------------------------------
+
+    def explored(self, rule: KrylovDamping) -> tuple[float, Candidate]:
+        """The step's lambda, and the step that the evaluation loss prefers, all candidates from one solve.
+
+        Where a solve met numbers that are not finite, or has taken its step lengths from other data, its iterates are
+        all there is.
+        """
+        calibrates, value = rule.calibrates, rule.value
+        first = self.curvature_along_gradient() if value is None else value
+        at = first * _CALIBRATION_DEPTH if calibrates else first
+        solution = self.solve(at, None if calibrates else self.cg_start(), rule.directions)
+        if solution.reason == "not finite" or solution.pairs is None or not len(solution.pairs[0]):
+            return at, self.judged(at, solution)
+        path = Path(*solution.pairs, -self.g, at, None if self.scale is None else 1 / self.scale)
+        solution.pairs = None
+        given = self.on_path(solution, path, first, at, path.solution(first))
+        best = given if self.o.backtracking == "none" else self.walk(rule, solution, path, at, given)
+        # What is known of the last iterate is its own loss; on the first step, that of the same iterate for lambda.
+        best.evaluated[solution.iterations] = best.value if calibrates else given.value
+        return (best.damping or first) if calibrates else first, best
+
+    def walk(self, rule: KrylovDamping, solution: Solution, path: Path, at: float, given: Candidate) -> Candidate:
+        """The best candidate on the ladders of lambda.
+
+        Where lambda is far below all curvatures, it changes nothing: such candidates are passed over upwards, and not
+        gone to downwards, as each has to be better by a hundredth of the decrease.
+        """
+        best, first, everything = given, given.damping or 0.0, self.o.backtracking == "smallest"
+        upwards = not best.rho > 0.5
+        for up in (upwards, not upwards):
+            for damping in rule.ladder(max(first, path.least / rule.ratio) if up else first, up):
+                x = path.solution(damping)
+                value = self.f(self.scaled(x))
+                if value < best.value - _CLEAR * max(self.f0 - best.value, 0.0) or not math.isfinite(best.value):
+                    best = self.on_path(solution, path, damping, at, x, value)
+                elif best.value < self.f0 and not everything:
+                    break
+            if not everything and (best is not given or (up and not best.value < self.f0)):
+                break
+        return best
+
+    def on_path(
+        self, solution: Solution, path: Path, damping: float, at: float, x: Tensor, value: float | None = None
+    ) -> Candidate:
+        """A step ``x = p(lambda)`` from a solve with ``lambda = at``, judged by rho."""
+        p = self.scaled(x)
+        value = self.f(p) if value is None else value
+        along, curved = path.model(damping)
+        if self.o.structural and isinstance(self.op, GaussNewton):
+            curved -= at * self.o.structural * self.op.structural_quadratic(x)
+        quadratic = -self.rate * along + 0.5 * self.rate**2 * curved
+        chosen = Iterate(solution.iterations, x, math.nan)
+        return Candidate(solution, chosen, p, value, quadratic, self.rho(value, quadratic), {}, damping)
+
     # -- the move --------------------------------------------------------------------------------------------------
 
     def _solve_and_move(self) -> None:
         rule = self.o.damping
         if self.o.preconditioner is not None:
             self.o.preconditioner.refresh(self.op, self.o.steps)
-        if rule.calibrates:
+        if isinstance(rule, KrylovDamping):
+            calibrates = rule.calibrates
+            damping, candidate = self.explored(rule)
+            if (calibrates or self.scaler is not None) and self._overflown(candidate):
+                return
+            if calibrates:
+                rule.start(damping)
+        elif rule.calibrates:
             damping, candidate = self.calibrated()
             if self._overflown(candidate):
                 return
@@ -207,7 +293,11 @@ class Step(Objective):
         # Nor does a step below that of the parameters, at a minimum where the loss is zero.
         least = 16 * torch.finfo(self.vector.dtype).eps * norm(self.theta)
         if accepted or not (abs(candidate.quadratic) <= rounding or norm(candidate.p) <= least):
-            rule.update(candidate.rho, accepted)
+            chosen = None if self.o.backtracking == "none" else candidate.damping
+            if isinstance(rule, KrylovDamping) and chosen is not None and math.isfinite(candidate.value):
+                rule.choose(chosen)
+            if chosen is None or not accepted:
+                rule.update(candidate.rho, accepted)
         self._keep_start(candidate.solution.x if accepted else None)
         self._record(damping, rule.value or 0.0, candidate, found)
 

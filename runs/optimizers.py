@@ -32,10 +32,11 @@ def optimizer(settings: Training, rates: dict[str, float] | None = None, **hessi
         lr = (LEARNING_RATES | (rates or {})).get(name)
     if name == "hf":
         cg = hfopt.CG(max_iterations=settings.cg_iterations, tolerance=settings.cg_tolerance, decay=settings.cg_decay)
+        # Chosen by the loss of a few batches, lambda would follow their noise: here it follows rho.
         return lambda parameters: hfopt.HessianFree(
             parameters,
             lr=1.0 if lr is None else lr,
-            damping=settings.damping,
+            damping=hfopt.LevenbergMarquardt() if settings.damping is None else settings.damping,
             weight_decay=settings.weight_decay,
             cg=cg,
             **hessian_free,

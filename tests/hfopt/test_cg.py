@@ -187,6 +187,41 @@ def test_progress_rule_by_hand() -> None:
     assert not cg.progress_is_little([-1 - 1e-3 * i for i in range(21)])
 
 
+def best_rate(values: list[float], overhead: float, least: int = 1) -> int:
+    """The first iteration at which the decrease per product is less than it was k iterations before."""
+    rate = [-value / (overhead + i) for i, value in enumerate(values) if overhead + i > 0]
+    rate = [0.0] * (len(values) - len(rate)) + rate
+    for i in range(1, len(values)):
+        k = max(5, math.ceil(0.1 * i))
+        if i > k and i >= least and values[i] < 0 and rate[i] < rate[i - k]:
+            return i
+    raise AssertionError("never")
+
+
+@pytest.mark.parametrize("overhead", [0.0, 5.0, 40.0, 300.0])
+@pytest.mark.parametrize("least", [1, 60])
+@pytest.mark.parametrize("warm", [False, True])
+def test_solves_end_where_the_decrease_per_product_is_largest(overhead: float, least: int, warm: bool) -> None:
+    a = spd(torch.logspace(0, -4, 200, dtype=torch.float64), seed=16)
+    b = a @ randn(200, seed=17) + 0.1 * randn(200, seed=18)
+    x0 = 0.3 * torch.linalg.solve(a + 0.01 * torch.eye(200, dtype=torch.float64), b) if warm else None
+    solution = CG(overhead=overhead, min_iterations=least, check_every=1).solve(Matrix(a), b, x0)
+    start = 0.0 if x0 is None else phi(a, b, x0)
+    values = [start, *(c.model for c in solution.checks)]
+    assert solution.reason == "progress"
+    assert solution.iterations == best_rate(values, overhead, least)
+
+
+def test_the_more_a_step_costs_the_longer_its_solve() -> None:
+    a = spd(torch.logspace(0, -4, 200, dtype=torch.float64), seed=16)
+    b = a @ randn(200, seed=17)
+    lengths = [CG(overhead=o).solve(Matrix(a), b).iterations for o in (1.0, 30.0, 300.0, 3000.0)]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) == 4
+    ruled = [CG(tolerance=5e-4, overhead=o).solve(Matrix(a), b).iterations for o in (1.0, 1000.0)]
+    assert ruled[0] == ruled[1]  # Martens' rule, whatever a step costs
+
+
 def test_iteration_limits() -> None:
     a, b = spd(torch.logspace(0, -6, 60, dtype=torch.float64), seed=19), randn(60, seed=20)
     solution = exact(max_iterations=17).solve(Matrix(a), b)
@@ -340,6 +375,8 @@ def test_stopped_by_the_caller() -> None:
         {"min_iterations": 20, "max_iterations": 10},
         {"tolerance": -1.0},
         {"tolerance": math.nan},
+        {"overhead": -1.0},
+        {"overhead": math.inf},
         {"residual": -1.0},
         {"decay": 1.5},
         {"growth": 1.0},

@@ -81,11 +81,11 @@ def system(dtype: torch.dtype, n: int = 200) -> tuple[Tensor, Tensor]:
 
 
 @DTYPES
-@pytest.mark.parametrize("tolerance", [5e-3, 5e-5, 0.0])
+@pytest.mark.parametrize("tolerance", [5e-3, 5e-5, 0.0, None])
 @pytest.mark.parametrize("check_every", [1, 4, 10, 1000])
 @pytest.mark.parametrize("preconditioned", [False, True])
 def test_every_solve_ends_where_it_does_on_the_host(
-    dtype: torch.dtype, tolerance: float, check_every: int, preconditioned: bool
+    dtype: torch.dtype, tolerance: float | None, check_every: int, preconditioned: bool
 ) -> None:
     """Progress, or the limit: the same iteration and the same iterates, whenever the host happens to look."""
     a, b = system(dtype)
@@ -290,6 +290,40 @@ def test_a_recorded_iteration_repeats_the_whole_of_one(name: str, preconditioned
     assert (op.products - before[0], damped.products - before[1]) == (ours.products, ours.products)
 
 
+@DTYPES
+@pytest.mark.parametrize("directions", [1, 8, 40, 500])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_directions_are_those_of_the_host(dtype: torch.dtype, directions: int, warm: bool, recorded: bool) -> None:
+    """Recorded or not, and whatever iterations after the end have written."""
+    a, b = system(dtype)
+    start = randn(200, seed=3).to(dtype) if warm else None
+    cg = CG(max_iterations=103, check_every=9, repair_every=0 if dtype == torch.float64 else 20)
+    expected = Run(cg, Matrix(a), b, start, None, directions).iterate(norm(b), None)
+    recorder = Recorder() if recorded else None
+    run = DeviceRun(cg, Matrix(a), b, start, None, recorder, directions)
+    if recorder is not None:
+        recorder.run = run
+    ours = run.iterate(norm(b), None)
+    assert_same(ours, expected)
+    assert ours.pairs is not None
+    assert expected.pairs is not None
+    assert len(ours.pairs[0]) == warm + min(directions + 1, ours.iterations)
+    for mine, other in zip(ours.pairs, expected.pairs, strict=True):
+        assert mine.shape == other.shape
+        assert same(mine, other)
+
+
+def test_negative_curvature_at_once_leaves_its_direction() -> None:
+    a, b = spd([-1.0, -2.0, -3.0], seed=5), randn(3, seed=6)
+    expected = Run(CG(), Matrix(a), b, None, None, 4).iterate(norm(b), None)
+    ours = DeviceRun(CG(), Matrix(a), b, None, None, None, 4).iterate(norm(b), None)
+    assert ours.pairs is not None
+    assert expected.pairs is not None
+    assert same(ours.pairs[0], expected.pairs[0])
+    assert torch.equal(expected.pairs[0], b.unsqueeze(0))
+
+
 def test_a_proven_recording_is_not_compared_again() -> None:
     a, b = system(torch.float64)
     recorder = Recorder(proven=True)
@@ -356,9 +390,9 @@ def test_whole_steps(preconditioner: str | None, monkeypatch: pytest.MonkeyPatch
     """An optimizer whose solves are recorded takes the same steps; lambda is found at the first one."""
     recorders: list[Recorder] = []
 
-    def recorded(*args: Any) -> DeviceRun:
+    def recorded(*args: Any, **named: Any) -> DeviceRun:
         recorders.append(Recorder(proven=bool(recorders)))
-        recorders[-1].run = DeviceRun(*args, recorders[-1])
+        recorders[-1].run = DeviceRun(*args, recorders[-1], **named)
         return recorders[-1].run
 
     steps = []
@@ -368,7 +402,7 @@ def test_whole_steps(preconditioner: str | None, monkeypatch: pytest.MonkeyPatch
         readout, target = nn.Parameter(randn(5, 2, seed=10)), randn(6, 8, 2, seed=11)
         options: dict[str, Any] = {"structural": 0.3, "preconditioner": preconditioner, "batch_dim": 1}
         optimizer = hfopt.HessianFree([w, h0, readout], weight_decay=1e-3, **options)
-        for _ in range(2):
+        for _ in range(4):
             optimizer.step(
                 lambda v=v, w=w, h0=h0, out=readout, target=target: F.mse_loss(simple_rnn(v, w, h0) @ out, target)
             )
