@@ -7,6 +7,7 @@ from hfopt.errors import ClosureError, HfoptError, NotDifferentiable
 from hfopt.fisher import Fisher
 from hfopt.hf import HF
 from hfopt.linesearch import LineSearch
+from hfopt.minibatches import AverageRatio, FullStep, for_minibatches
 from hfopt.operators import Damped
 from hfopt.optimizer import HessianFree
 from hfopt.preconditioners import EmpiricalFisherDiagonal
@@ -17,11 +18,13 @@ from hfopt.stats import StepStats
 __all__ = [
     "CG",
     "HF",
+    "AverageRatio",
     "ClosureError",
     "Damped",
     "EmpiricalFisherDiagonal",
     "Fisher",
     "FixedDamping",
+    "FullStep",
     "GaussNewton",
     "Hessian",
     "HessianFree",
@@ -33,5 +36,6 @@ __all__ = [
     "Run",
     "RunError",
     "StepStats",
+    "for_minibatches",
     "read_run",
 ]

@@ -56,3 +56,10 @@ class LineSearch:
                 s *= self.shrink
                 value = f(s)
         return LineSearchResult(0.0, f0, self.max_tries)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """All that the next search depends on: nothing here, as other rules may have."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`."""

@@ -199,6 +199,8 @@ class HessianFree(Optimizer):
         state = super().state_dict()
         chosen = None if self.chosen is None else list(self.chosen)
         state["hessian_free"] = {"steps": self.steps, "damping": self.damping.state_dict(), "chosen": chosen}
+        if searched := self.line_search.state_dict():
+            state["hessian_free"]["line_search"] = searched
         if self.preconditioner is not None:
             state["hessian_free"]["preconditioner"] = self.preconditioner.state_dict()
         return state
@@ -223,6 +225,7 @@ class HessianFree(Optimizer):
             self.state[p]["cg_start"] = start.to(p.device, copy=True)
         self.steps, self.chosen = steps, chosen
         self.damping.load_state_dict(own["damping"])
+        self.line_search.load_state_dict(own.get("line_search", {}))
         if self.preconditioner is not None:
             self.preconditioner.load_state_dict(own.get("preconditioner", {}))
 
