@@ -32,7 +32,7 @@ from hfopt.linearisation import (
 from hfopt.notice import logger
 from hfopt.operators import Local
 from hfopt.output_space import Joint, Matching
-from hfopt.policy import Known, Model, build, differentiable_attention
+from hfopt.policy import Known, Model, build, differentiable
 from hfopt.vector import ParameterVector, dot
 
 # Vectors in one batched pass at most.
@@ -217,7 +217,7 @@ class GaussNewton(Local):
                         old = sums[j]
                         sums[j] = g if old is None else old + g
 
-        with self._frozen.again(), torch.enable_grad(), differentiable_attention():
+        with self._frozen.again(), torch.enable_grad(), differentiable():
             again(self._closure, self.parts, use)
         yield sums
 
@@ -377,7 +377,7 @@ class Hessian(Local):
         processes: Processes | None = None,
     ) -> None:
         super().__init__(params, processes)
-        with (frozen or Frozen(self.device)).run(), differentiable_attention(), amp.watching() as scaling:
+        with (frozen or Frozen(self.device)).run(), differentiable(), amp.watching() as scaling:
             seen = trace(closure, loss=loss, cut=False)
         self.scaler, self.unit = scaling.scaler, scaling.unit
         self.loss = self._loss_of_all(seen.total)

@@ -16,7 +16,7 @@ from hfopt.curvature import GaussNewton, Hessian
 from hfopt.distributed import processes_of
 from hfopt.fisher import Fisher
 from hfopt.frozen import Frozen
-from hfopt.policy import differentiable_attention, trusted
+from hfopt.policy import differentiable, trusted
 from hfopt.recurrences.segments import checkpointing
 from hfopt.vector import ParameterVector, dot, norm
 
@@ -161,7 +161,7 @@ class Objective:
         """The context of a run of a closure for its loss, or its loss and gradient."""
         with (
             self.frozen.run(),
-            differentiable_attention(),
+            differentiable(),
             checkpointing(self._checkpointed()),
             amp.watching() as scaling,
         ):

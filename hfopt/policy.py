@@ -8,8 +8,10 @@ in only where the model cannot be differentiated twice.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -60,7 +62,7 @@ class Model:
 
     def run(self, *, checkpoint: bool = False, watch: Any = None) -> tuple[Trace, Run]:
         """Run the closure for what it shows, checkpointing its recurrences if asked."""
-        with self.frozen.run(), differentiable_attention(), checkpointing(checkpoint) as run:
+        with self.frozen.run(), differentiable(), checkpointing(checkpoint) as run:
             seen = trace(self.closure, loss=self.loss, outputs=self.outputs, hidden=self.structural, watch=watch)
         return seen, run
 
@@ -75,7 +77,7 @@ def _heads_again(
     closure: Closure, frozen: Frozen, kind: str, sites: list[Site], module: nn.Module | None, marked: list[int]
 ) -> list[Tensor]:
     """The outputs at ``sites`` and the ``marked`` ones of the hidden states, from another run of the closure."""
-    with frozen.again(), torch.enable_grad(), differentiable_attention(), checkpointing(False):
+    with frozen.again(), torch.enable_grad(), differentiable(), checkpointing(False):
         heads = outputs_again(closure, kind, sites, module=module, hidden=bool(marked))
     return [*heads[: len(sites)], *(heads[len(sites) + i] for i in marked)]
 
@@ -83,6 +85,18 @@ def _heads_again(
 def differentiable_attention() -> Any:
     """Only the plain form of scaled dot-product attention can be differentiated twice."""
     return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Operations in the form that can be differentiated twice: plain attention, and what is compiled uncompiled.
+
+    All runs of a closure are made so: a compiled model rounds otherwise, and draws other numbers for dropout.
+    """
+    # A closure that is compiled has imported the compiler, which takes seconds.
+    compiler = "torch._dynamo" in sys.modules
+    with differentiable_attention(), torch.compiler.set_stance("force_eager") if compiler else nullcontext():
+        yield
 
 
 @dataclass

@@ -52,7 +52,7 @@ class ParameterVector:
             raise ValueError("params is empty: no parameter requires a gradient")
         dtype = torch.float32
         for i, p in enumerate(self.params):
-            # DTensors have placements; FSDP's flat parameters, which are in part views of each other, this mark.
+            # DTensors have placements, and the flat parameters of FSDP this mark.
             if hasattr(p, "placements") or hasattr(p, "_is_flat_param"):
                 raise TypeError(
                     f"params[{i}] is sharded over processes (FSDP, DTensor), but every process must hold the whole "
