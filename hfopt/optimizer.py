@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hfopt.cg import CG
+from hfopt.checks import check_option
 from hfopt.closure import Closure
 from hfopt.cudagraphs import side_stream
 from hfopt.damping import Damping, as_damping
@@ -32,10 +33,9 @@ class HessianFree(Optimizer):
     """Minimises a loss by truncated Newton steps: ``(G + lambda I) p = -g`` solved by conjugate gradients.
 
     Takes the place of ``torch.optim.LBFGS`` with the closure unchanged. One step computes the gradient and, about the
-    same point, products ``G v`` with the curvature matrix; solves for p; goes back over CG's iterates and along p as
-    the loss asks; adapts lambda to how well the quadratic model predicted the change; and leaves the parameters
-    exactly as they were if nothing improved the loss. Large batches suit it: all evaluations inside a step must see
-    the same data.
+    same point, products ``G v`` with the curvature matrix; solves for p; lets the loss choose lambda, CG's iterate and
+    the length along p; and leaves the parameters exactly as they were if nothing improved the loss. Large batches
+    suit it: all evaluations inside a step must see the same data.
 
     Args:
         params: parameters or parameter groups, which may have their own ``lr`` and ``weight_decay``.
@@ -47,8 +47,8 @@ class HessianFree(Optimizer):
         weight_decay: c of a penalty ``c/2 |theta|^2``, part of loss, gradient and curvature.
         curvature: ``"gauss-newton"``, ``"hessian"``, ``"fisher"`` (targets sampled from the model) or
             ``"empirical-fisher"``.
-        damping: None (lambda found at the first step), a number (lambda of the first step), or a rule such as
-            :class:`hfopt.LevenbergMarquardt` or :class:`hfopt.FixedDamping`.
+        damping: None (:class:`hfopt.KrylovDamping`: chosen by the loss), a number (lambda of the first step, which then
+            follows rho), or a rule such as :class:`hfopt.LevenbergMarquardt` or :class:`hfopt.FixedDamping`.
         cg: settings of the solver, :class:`hfopt.CG`.
         preconditioner: None, ``"empirical-fisher"``, ``"hutchinson"``, ``"nystrom"``, ``"kfac"``, ``"lbfgs"`` or an
             object of :mod:`hfopt.preconditioners`.
@@ -70,6 +70,9 @@ class HessianFree(Optimizer):
         process_group: ``"auto"``: all processes of ``torch.distributed``, if it was initialised, train one model, the
             loss being the mean of what their closures compute (see :mod:`hfopt.distributed`); a group: those of it;
             None: this process trains by itself.
+        check: True: before the first step of this object, and whenever the closure gives other kinds of criteria or
+            outputs, check the closure and its derivatives (see :mod:`hfopt.checks`); k: before every k-th step,
+            the first one included. It costs some 40 evaluations and 20 products and leaves no trace.
         history: how many entries ``stats`` has at most; None: no limit.
 
     Attributes:
@@ -103,6 +106,7 @@ class HessianFree(Optimizer):
         loss: Callable[..., Tensor] | None = None,
         outputs: nn.Module | None = None,
         process_group: Any = "auto",
+        check: bool | int = False,
         history: int | None = 10_000,
     ) -> None:
         _one_of("curvature", curvature, CURVATURES)
@@ -123,6 +127,8 @@ class HessianFree(Optimizer):
         self.replace_recurrences, self.debias_slopes = replace_recurrences, debias_slopes
         self.batch_dim, self.loss, self.outputs = batch_dim, loss, outputs
         self.process_group, self.history = process_group, history
+        self.check = check_option(check)
+        self.checked: set[str] = set()
         self.damping = as_damping(damping)
         self.cg = CG() if cg is None else cg
         self.preconditioner = as_preconditioner(preconditioner, batch_dim)
@@ -274,6 +280,8 @@ class HessianFree(Optimizer):
             "steps",
             "chosen",
             "process_group",
+            "check",
+            "checked",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in (*kept, *more)}}
 
