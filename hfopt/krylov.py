@@ -48,6 +48,7 @@ class Path:
 
     Attributes:
         values: t, ascending (k,), k <= m.
+        columns: C (m, k), so that ``V = S C``.
     """
 
     def __init__(self, s: Tensor, a: Tensor, b: Tensor, damping: float, metric: Tensor | None = None) -> None:
@@ -66,8 +67,8 @@ class Path:
         basis = basis[:, clear] * spread[clear].rsqrt()
         values, turn = torch.linalg.eigh(basis.t() @ c @ basis)
         self.values = values - damping
-        self._columns = scale.unsqueeze(1) * (basis @ turn)  # C
-        self._b = self._columns.t() @ gram(s, b.unsqueeze(0)).squeeze(1)
+        self.columns = scale.unsqueeze(1) * (basis @ turn)
+        self._b = self.columns.t() @ gram(s, b.unsqueeze(0)).squeeze(1)
 
     @property
     def dimension(self) -> int:
@@ -84,8 +85,9 @@ class Path:
 
     def solution(self, damping: float) -> Tensor:
         """``p(lambda)`` (P,)."""
-        y = self._columns @ self._coordinates(damping)
-        return torch.mv(self.s.t(), y.to(self.s))
+        y = self.columns @ self._coordinates(damping)
+        p: Tensor = torch.mv(self.s.t(), y.to(self.s))
+        return p
 
     def model(self, damping: float) -> tuple[float, float]:
         """``(b'p, p'Bp)`` of ``p(lambda)``, without its damping."""
