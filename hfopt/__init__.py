@@ -3,7 +3,7 @@
 from hfopt.cg import CG
 from hfopt.curvature import GaussNewton, Hessian
 from hfopt.damping import FixedDamping, KrylovDamping, LevenbergMarquardt
-from hfopt.errors import ClosureError, HfoptError, NotDifferentiable
+from hfopt.errors import CheckFailed, ClosureError, HfoptError, NotDifferentiable
 from hfopt.fisher import Fisher
 from hfopt.hf import HF
 from hfopt.linesearch import LineSearch
@@ -18,6 +18,7 @@ from hfopt.stats import StepStats
 __all__ = [
     "CG",
     "HF",
+    "CheckFailed",
     "AverageRatio",
     "ClosureError",
     "Damped",

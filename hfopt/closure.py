@@ -171,7 +171,7 @@ class _Cuts:
             handle.remove()
 
 
-def _loss_of_result(result: Any) -> tuple[Any, Tensor | None]:
+def loss_of_result(result: Any) -> tuple[Any, Tensor | None]:
     """Split a closure's result into declared outputs (None if there are none) and a scalar loss tensor."""
     if isinstance(result, Tensor):
         return None, result
@@ -188,7 +188,7 @@ def _total(roots: Sequence[Tensor], result: Any) -> Tensor:
         for root in roots[1:]:
             total = total + root
         return total
-    _, loss = _loss_of_result(result)
+    _, loss = loss_of_result(result)
     if loss is None or loss.numel() != 1:
         what = (
             f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
@@ -287,7 +287,7 @@ def trace(
     if found.calls:
         found.sites = mode.sites
     else:
-        shown, _ = _loss_of_result(result)
+        shown, _ = loss_of_result(result)
         flat = tree_flatten(shown)[0]
         found.outputs = [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
         found.sites = {id(t): (0, i) for i, t in enumerate(flat)}
@@ -341,13 +341,13 @@ def outputs_again(
     elif kind == "module":
         places = cuts.flat
     else:
-        places = [tree_flatten(result if kind == "loss" else _loss_of_result(result)[0])[0]]
+        places = [tree_flatten(result if kind == "loss" else loss_of_result(result)[0])[0]]
     return [places[n][i] for n, i in sites] + [s.preactivations for s in states]
 
 
 def _public(result: Any, total: Tensor) -> Any:
     """What ``step`` returns for a closure's result: the loss, detached if it is a tensor."""
-    _, loss = _loss_of_result(result)
+    _, loss = loss_of_result(result)
     if loss is not None:
         return loss.detach()
     return total.detach() if result is None else result

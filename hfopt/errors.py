@@ -13,3 +13,7 @@ class ClosureError(HfoptError):
 
 class NotDifferentiable(HfoptError):
     """No way of linearising the model worked; the message lists what was tried and what each attempt said."""
+
+
+class CheckFailed(HfoptError):
+    """A self-check (``check=True``) failed; the message says what was found and what to do about it."""

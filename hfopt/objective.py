@@ -188,8 +188,12 @@ class Objective:
     def loss_alone(self) -> float:
         """The evaluation closure's loss at the present parameters."""
         self.evaluations += 1
+        return self.loss_of(self.evaluation)
+
+    def loss_of(self, closure: Closure) -> float:
+        """The loss of any of the step's closures at the present parameters."""
         with self._running() as scaling:
-            value = float(evaluate(self.evaluation, loss=self.o.loss, differentiates=self.differentiates))
+            value = float(evaluate(closure, loss=self.o.loss, differentiates=self.differentiates))
         if scaling.scaler is not None:
             value *= scaling.unit
         return value if self.processes is None else self.processes.mean(value)

@@ -181,6 +181,7 @@ class HessianFree(Optimizer):
         Raises:
             ClosureError: the closure could not be understood; the message says what was found and how to go on.
             NotDifferentiable: the model could not be linearised.
+            CheckFailed: a self-check that ``check`` asks for found something wrong; the parameters have not moved.
         """
         if closure is None:
             raise ValueError("step() needs a closure that computes the loss, as torch.optim.LBFGS does")

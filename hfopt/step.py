@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hfopt.cg import Iterate, Solution
+from hfopt.checks import check
 from hfopt.curvature import GaussNewton
 from hfopt.damping import KrylovDamping
 from hfopt.debiased import Quadratic, solve_debiased
@@ -78,6 +79,7 @@ class Step(Objective):
         elif self.at_rest:
             self._stay("zero learning rate")
         else:
+            check(self, gradient, result)
             self._solve_and_move()
         self._tell_scaler(gradient)
         self._set_gradient(gradient)
