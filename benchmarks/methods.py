@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.case import Case, Form, Tensors
 from hfopt import GaussNewton
+from hfopt.differentiable import differentiable_attention
 from hfopt.linearisation import POLICIES
-from hfopt.policy import differentiable_attention
 from hfopt.replaced import replacing
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hfopt import amp, graph
 from hfopt.batches import Maybe, Part, again
 from hfopt.closure import Closure, trace
+from hfopt.differentiable import differentiable
 from hfopt.distributed import Processes
 from hfopt.errors import ClosureError
 from hfopt.frozen import Frozen
@@ -32,7 +33,7 @@ from hfopt.linearisation import (
 from hfopt.notice import logger
 from hfopt.operators import Local
 from hfopt.output_space import Joint, Matching
-from hfopt.policy import Known, Model, build, differentiable
+from hfopt.policy import Known, Model, build
 from hfopt.vector import ParameterVector, dot
 
 # Vectors in one batched pass at most.

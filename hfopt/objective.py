@@ -13,10 +13,11 @@ from torch import Tensor
 from hfopt import amp
 from hfopt.closure import Closure, differentiate, evaluate
 from hfopt.curvature import GaussNewton, Hessian
+from hfopt.differentiable import differentiable
 from hfopt.distributed import processes_of
 from hfopt.fisher import Fisher
 from hfopt.frozen import Frozen
-from hfopt.policy import differentiable, trusted
+from hfopt.policy import trusted
 from hfopt.recurrences.segments import checkpointing
 from hfopt.vector import ParameterVector, dot, norm
 

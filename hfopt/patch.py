@@ -1,10 +1,11 @@
-"""A method of a class of torch's that is another one for as long as some block needs it."""
+"""A name in a class or module of torch's that stands for something else for as long as some block needs it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 Method = Callable[..., Any]
@@ -13,13 +14,13 @@ Method = Callable[..., Any]
 class Patch:
     """Replaces ``owner.name`` by ``wrap(plain)`` while at least one block, of whatever thread, is inside."""
 
-    def __init__(self, owner: type, name: str, wrap: Callable[[Method], Method]) -> None:
+    def __init__(self, owner: type | ModuleType, name: str, wrap: Callable[[Method], Method]) -> None:
         self._owner, self._name, self._wrap = owner, name, wrap
         self._lock, self._inside = threading.Lock(), 0
 
     @contextmanager
     def block(self) -> Iterator[None]:
-        """The block in which the method is replaced."""
+        """The block in which it is replaced."""
         with self._lock:
             self._inside += 1
             if self._inside == 1:

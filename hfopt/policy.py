@@ -8,10 +8,8 @@ in only where the model cannot be differentiated twice.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from hfopt import graph
 from hfopt.batches import DOUBLE_BACKWARD_MEMORY, Batches, Maybe, Part, Summed
 from hfopt.closure import Closure, Site, Trace, outputs_again, trace
+from hfopt.differentiable import differentiable
 from hfopt.errors import ClosureError
 from hfopt.frozen import Frozen
 from hfopt.linearisation import (
@@ -80,23 +79,6 @@ def _heads_again(
     with frozen.again(), torch.enable_grad(), differentiable(), checkpointing(False):
         heads = outputs_again(closure, kind, sites, module=module, hidden=bool(marked))
     return [*heads[: len(sites)], *(heads[len(sites) + i] for i in marked)]
-
-
-def differentiable_attention() -> Any:
-    """Only the plain form of scaled dot-product attention can be differentiated twice."""
-    return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
-
-
-@contextmanager
-def differentiable() -> Iterator[None]:
-    """Operations in the form that can be differentiated twice: plain attention, and what is compiled uncompiled.
-
-    All runs of a closure are made so: a compiled model rounds otherwise, and draws other numbers for dropout.
-    """
-    # A closure that is compiled has imported the compiler, which takes seconds.
-    compiler = "torch._dynamo" in sys.modules
-    with differentiable_attention(), torch.compiler.set_stance("force_eager") if compiler else nullcontext():
-        yield
 
 
 @dataclass
