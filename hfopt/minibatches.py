@@ -26,7 +26,7 @@ from hfopt.optimizer import HessianFree
 class FullStep(LineSearch):
     """The full step or none: none if the loss rises by much, or if this batch asks for a step out of all proportion.
 
-    With ``s = |g'p|``, twice the decrease that the model promises or so, and its average m over the steps before,
+    With ``s = |g'p|``, twice the decrease that the model promises or so, and its average m over the steps before::
 
         taken:   f(theta + p) <= f(theta) + rise |f(theta)|   and   s <= outlier m
         m <- 0.9 m + 0.1 min(s, outlier m)
