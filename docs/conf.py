@@ -29,6 +29,7 @@ myst_heading_anchors = 3
 
 # Docstrings: sections by napoleon, single backticks for code, arguments with the types of the signature.
 default_role = "code"
+smartquotes = False  # they would turn the transpose of J' into a quotation mark
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
@@ -56,6 +57,16 @@ def existing(_app: Sphinx, _env: BuildEnvironment, node: pending_xref, text: nod
     return None
 
 
+def formulas(_app: Sphinx, _what: str, _name: str, _value: object, _options: object, lines: list[str]) -> None:
+    """Blocks that a docstring indents between two paragraphs are shown as they stand."""
+    for i in reversed(range(2, len(lines))):
+        before = next((line for line in reversed(lines[:i]) if line), "")
+        opens = not lines[i - 1] and lines[i].startswith("    ") and not before.startswith(" ")
+        if opens and not before.endswith("::"):
+            lines[i:i] = ["::", ""]
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("missing-reference", existing)
+    app.connect("autodoc-process-docstring", formulas, priority=400)  # napoleon's is 500
