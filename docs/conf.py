@@ -29,7 +29,7 @@ myst_heading_anchors = 3
 
 # Docstrings: sections by napoleon, single backticks for code, arguments with the types of the signature.
 default_role = "code"
-smartquotes = False  # they would turn the transpose of J' into a quotation mark
+smartquotes_action = "D"  # dashes alone: the transpose of J' is no quotation mark
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"

@@ -35,7 +35,7 @@ class FNN(nn.Module):
         biases: whether there are b_i.
         device, dtype: of the parameters.
 
-    Parameters: `layers[i].weight` (the transpose of W_i) and `layers[i].bias`, those of `torch.nn.Linear` and drawn as
+    Weights: `layers[i].weight` (the transpose of W_i) and `layers[i].bias`, those of `torch.nn.Linear` and drawn as
     it does; see `sparse_init`.
 
     Raises:

@@ -36,7 +36,7 @@ class GRU(Recurrent):
         batch_first: whether inputs and outputs are (B, T, .) instead of (T, B, .).
         device, dtype: of the parameters.
 
-    Parameters: h_init (h,), W_vh (V, 3h), W_hh (h, 3h), W_ho (h, O), b_h (3h,), b_n (h,), b_o (O,). They start as those
+    Weights: h_init (h,), W_vh (V, 3h), W_hh (h, 3h), W_ho (h, O), b_h (3h,), b_n (h,), b_o (O,). They start as those
     of `torch.nn.GRU` and `torch.nn.Linear` do (uniform within +-1/sqrt(h)), h_init at zero; see `sparse_init`.
 
     Raises:

@@ -36,7 +36,7 @@ class LSTM(Recurrent):
         batch_first: whether inputs and outputs are (B, T, .) instead of (T, B, .).
         device, dtype: of the parameters.
 
-    Parameters: h_init (h,), c_init (h,), W_vh (V, 4h), W_hh (h, 4h), W_ho (h, O), b_h (4h,), b_o (O,). They start as
+    Weights: h_init (h,), c_init (h,), W_vh (V, 4h), W_hh (h, 4h), W_ho (h, O), b_h (4h,), b_o (O,). They start as
     those of `torch.nn.LSTM` and `torch.nn.Linear` do (uniform within +-1/sqrt(h)), h_init and c_init at zero; see
     `sparse_init`.
 

@@ -32,7 +32,7 @@ class MRNN(Recurrent):
         batch_first: whether inputs and outputs are (B, T, .) instead of (T, B, .).
         device, dtype: of the parameters.
 
-    Parameters: h_init (h,), W_vf (V, F), W_hf (h, F), W_fh (F, h), W_vh (V, h), W_ho (h, O), b_h (h,), b_o (O,), and
+    Weights: h_init (h,), W_vf (V, F), W_hf (h, F), W_fh (F, h), W_vh (V, h), W_ho (h, O), b_h (h,), b_o (O,), and
     b_f (F,) for bounded factors. They start uniform within +-1/sqrt(h), h_init at 0, b_f at 1; see `sparse_init`.
 
     Raises:

@@ -37,7 +37,7 @@ class RNN(Recurrent):
         batch_first: whether inputs and outputs are (B, T, .) instead of (T, B, .).
         device, dtype: of the parameters.
 
-    Parameters: h_init (h,), W_vh (V, h), W_hh (h, h), W_ho (h, O), b_h (h,), b_o (O,). They start as those of
+    Weights: h_init (h,), W_vh (V, h), W_hh (h, h), W_ho (h, O), b_h (h,), b_o (O,). They start as those of
     `torch.nn.RNN` and `torch.nn.Linear` do (uniform within +-1/sqrt(h)), h_init at zero; see `sparse_init`.
 
     Raises:
