@@ -202,13 +202,13 @@ class Step(Objective):
     def explored(self, rule: KrylovDamping) -> tuple[float, Candidate]:
         """The step's lambda, and the step that the evaluation loss prefers, all candidates from one solve.
 
-        Where a solve met numbers that are not finite, or has taken its step lengths from other data, its iterates are
-        all there is.
+        Where a solve met numbers that are not finite, its iterates are all there is.
         """
         calibrates, value = rule.calibrates, rule.value
         first = self.curvature_along_gradient() if value is None else value
         at = first * _CALIBRATION_DEPTH if calibrates else first
-        solution = self.solve(at, None if calibrates else self.cg_start(), rule.directions)
+        kept = rule.kept(self.vector.size * self.g.element_size())
+        solution = self.solve(at, None if calibrates else self.cg_start(), kept)
         if solution.reason == "not finite" or solution.pairs is None or not len(solution.pairs[0]):
             return at, self.judged(at, solution)
         path = Path(*solution.pairs, -self.g, at, None if self.scale is None else 1 / self.scale)
@@ -258,7 +258,7 @@ class Step(Objective):
         rule = self.o.damping
         if self.o.preconditioner is not None:
             self.o.preconditioner.refresh(self.op, self.o.steps)
-        if isinstance(rule, KrylovDamping):
+        if isinstance(rule, KrylovDamping) and self.debias is None:  # whose lengths are not those of the Krylov space
             calibrates = rule.calibrates
             damping, candidate = self.explored(rule)
             if (calibrates or self.scaler is not None) and self._overflown(candidate):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import hfopt
 
 WORLDS = (1, 2, 4)
 STEPS = 3
+ROLES = ("curvature", "evaluation")
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -55,7 +56,7 @@ def shard(t: Tensor, rank: int, world: int) -> Tensor:
     return t.chunk(world)[rank]
 
 
-def train(net: nn.Module, rank: int, world: int, *, roles: bool = False, **options: Any) -> dict[str, Any]:
+def train(net: nn.Module, rank: int, world: int, *, roles: Sequence[str] = (), **options: Any) -> dict[str, Any]:
     """A few steps on this process's share of the cases."""
     optimizer = hfopt.HessianFree(net.parameters(), **{"cg": hfopt.CG(max_iterations=5), "damping": 0.1, **options})
     x, y, x2, y2 = (shard(t, rank, world) for t in (X, Y, X2, Y2))
@@ -67,8 +68,8 @@ def train(net: nn.Module, rank: int, world: int, *, roles: bool = False, **optio
         return loss
 
     others: dict[str, Any] = {}
-    if roles:
-        others = {"curvature": lambda: F.mse_loss(net(x2), y2), "evaluation": lambda: F.mse_loss(net(x2), y2)}
+    for role in roles:
+        others[role] = lambda: F.mse_loss(net(x2), y2)
     for _ in range(STEPS):
         optimizer.step(closure, **others)
     last = optimizer.stats[-1]
@@ -90,8 +91,9 @@ SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "wrapped, unused": lambda rank, world: train(
         DistributedDataParallel(model(), find_unused_parameters=True), rank, world
     ),
-    "roles": lambda rank, world: train(model(), rank, world, roles=True),
-    "wrapped roles": lambda rank, world: train(DistributedDataParallel(model()), rank, world, roles=True),
+    "roles": lambda rank, world: train(model(), rank, world, roles=ROLES),
+    "debias": lambda rank, world: train(model(), rank, world, roles=["debias"]),
+    "wrapped roles": lambda rank, world: train(DistributedDataParallel(model()), rank, world, roles=ROLES),
     "decay": lambda rank, world: train(model(), rank, world, weight_decay=0.1, damping=0.3),
     "hessian": lambda rank, world: train(model(), rank, world, curvature="hessian"),
     "empirical": lambda rank, world: train(model(), rank, world, curvature="empirical-fisher"),

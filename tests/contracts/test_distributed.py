@@ -18,7 +18,10 @@ from tests.hfopt.tools import mlp
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("processes.py")
 Results = dict[tuple[int, int], dict[str, Any]]
-NAMES = ["plain", "wrapped", "wrapped, unused", "roles", "wrapped roles", "decay", "hessian", "empirical", "recompute"]
+NAMES = [
+    *("plain", "wrapped", "wrapped, unused", "roles", "debias", "wrapped roles", "decay", "hessian", "empirical"),
+    "recompute",
+]
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 

@@ -224,6 +224,22 @@ def test_a_step_is_that_of_the_dense_quadratics(slopes: str) -> None:
     assert (s.gradients, s.products) == (2, 2 * k)
 
 
+def test_the_first_lambda_is_found_by_trial() -> None:
+    """Also under the default rule, which otherwise chooses lambda from the space of one batch's directions."""
+    model = mlp(3, 4, 2, seed=7)
+    (g, G), _ = (derivatives(model, i) for i in (0, 1))
+    start = float(g @ G @ g / (g @ g))
+    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer.step(mse(model, 0), debias=mse(model, 1))
+    s = optimizer.stats[-1]
+    power = math.log10(s.damping / start)
+    assert power == pytest.approx(round(power), abs=1e-6)
+    assert s.products > 3 * s.cg_iterations  # of several solves
+    optimizer.step(mse(model, 1), debias=mse(model, 0))
+    t = optimizer.stats[-1]
+    assert t.new_damping / t.damping == pytest.approx({True: 1.0, t.rho < 0.25: 1.5, t.rho > 0.75: 2 / 3}[True])
+
+
 def test_who_judges() -> None:
     """The second batch, or the data of evaluation= where that is given."""
     third = randn(20, 3, seed=8), randn(20, 2, seed=9)
