@@ -272,6 +272,7 @@ class _Checks:
         return self._ladder(d, rung, lambda: self.step.loss_of(self.step.closure))
 
     def _gradient(self) -> None:
+        self._silent()
         d = self.directions
 
         def tries() -> Iterator[Verdict]:
@@ -293,10 +294,15 @@ class _Checks:
                 f"{found.foretold:.6g}, but differences of the loss give {found.quotient:.6g} (to {found.error:.1g}). "
                 f"{CUSTOM}"
             )
+
+    def _silent(self) -> None:
+        """Parameters without a gradient, which may be few among many: the loss must not change with them."""
         still = [not bool(g.any()) for g in self.step.vector.views(self.g)]
         if not any(s and p.numel() for s, p in zip(still, self.step.vector.params, strict=True)):
             return
-        found = self._twice("parameters without gradient", (self._slope(d.within(still)) for _ in range(2)))
+        found = self._twice(
+            "parameters without gradient", (self._slope(self.directions.within(still)) for _ in range(2))
+        )
         if found is not None:
             shapes = [tuple(p.shape) for s, p in zip(still, self.step.vector.params, strict=True) if s]
             self._fail(
