@@ -18,8 +18,8 @@ from hfopt.stats import StepStats
 __all__ = [
     "CG",
     "HF",
-    "CheckFailed",
     "AverageRatio",
+    "CheckFailed",
     "ClosureError",
     "Damped",
     "EmpiricalFisherDiagonal",
