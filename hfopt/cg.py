@@ -297,7 +297,11 @@ class Run:
             self.pairs.append((self.x, self.b - self.r))
         if not self.pairs:
             return self.b.new_empty(0, len(self.b)), self.b.new_empty(0, len(self.b))
-        return torch.stack([s for s, _ in self.pairs]), torch.stack([a for _, a in self.pairs])
+        s, a = (list(found) for found in zip(*self.pairs, strict=True))
+        self.pairs.clear()  # one copy of each at a time
+        first = torch.stack(s)
+        s.clear()
+        return first, torch.stack(a)
 
     def iterate(self, size_b: float, stop: Callable[[int, Tensor, float], bool] | None) -> Solution:
         """Solve, with ``size_b = |b|``; ``stop`` is asked at checks."""

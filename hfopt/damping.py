@@ -11,6 +11,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+_ROOM = 1 << 30
+
 
 class Damping(ABC):
     """A rule for lambda. ``value`` is None until the first step has set it."""
@@ -144,22 +146,28 @@ class KrylovDamping(LevenbergMarquardt):
     Args:
         ratio: between neighbouring candidates.
         most: candidates at most on either side.
-        directions: of CG that are kept, with two vectors (P,) each; of longer solves these and the solution.
+        directions: of CG that are kept, with two vectors (P,) each; of longer solves these and the solution. None: 64,
+            or as many as go into 1 GiB, but 8 at least.
 
     The other arguments are those of :class:`LevenbergMarquardt`.
     """
 
     ratio: float = 4.0
     most: int = 8
-    directions: int = 64
+    directions: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.ratio > 1 and math.isfinite(self.ratio) and self.most >= 1 and self.directions >= 1):
+        few = self.directions is not None and self.directions < 1
+        if not (self.ratio > 1 and math.isfinite(self.ratio) and self.most >= 1) or few:
             raise ValueError(
                 f"need ratio > 1, most >= 1 and directions >= 1, but they are {self.ratio}, {self.most}, "
                 f"{self.directions}"
             )
+
+    def kept(self, size: int) -> int:
+        """The number of directions, for vectors of ``size`` bytes."""
+        return max(8, min(64, _ROOM // (2 * size))) if self.directions is None else self.directions
 
     def choose(self, value: float) -> None:
         """Go on with the lambda that the loss chose."""

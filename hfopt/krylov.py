@@ -24,15 +24,19 @@ from torch import Tensor
 
 # Directions whose part that the others do not span is less than this, squared, are rounding errors.
 _INDEPENDENT = {torch.float32: 1e-6, torch.float64: 1e-12}
-_BLOCK = 1 << 16
+_EXACT, _BLOCK = 1 << 16, 1 << 13
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:
-    """``a b'`` (m, n) of rows a (m, P) and b (n, P), summed in float64 a block of columns at a time."""
+    """``a b'`` (m, n) of rows a (m, P) and b (n, P).
+
+    Summed in float64 a block of columns at a time; within the blocks of long vectors, in the vectors' own precision, as
+    :func:`hfopt.vector.dot` does.
+    """
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    short = a.shape[1] <= _EXACT
     for x, y in zip(torch.split(a, _BLOCK, 1), torch.split(b, _BLOCK, 1), strict=True):
-        wide = x.double()
-        total += wide @ (wide if y is x else y.double()).t()
+        total += x.double() @ y.double().t() if short else (x @ y.t()).double()
     return total.cpu()
 
 
@@ -66,9 +70,9 @@ class Path:
         clear = spread > _INDEPENDENT[s.dtype] * spread.max() if len(spread) else spread > 0
         basis = basis[:, clear] * spread[clear].rsqrt()
         values, turn = torch.linalg.eigh(basis.t() @ c @ basis)
-        self.values = values - damping
-        self.columns = scale.unsqueeze(1) * (basis @ turn)
-        self._b = self.columns.t() @ gram(s, b.unsqueeze(0)).squeeze(1)
+        self.values: Tensor = values - damping
+        self.columns: Tensor = scale.unsqueeze(1) * (basis @ turn)
+        self._b: Tensor = self.columns.t() @ gram(s, b.unsqueeze(0)).squeeze(1)
 
     @property
     def dimension(self) -> int:
@@ -86,8 +90,7 @@ class Path:
     def solution(self, damping: float) -> Tensor:
         """``p(lambda)`` (P,)."""
         y = self.columns @ self._coordinates(damping)
-        p: Tensor = torch.mv(self.s.t(), y.to(self.s))
-        return p
+        return torch.mv(self.s.t(), y.to(self.s))
 
     def model(self, damping: float) -> tuple[float, float]:
         """``(b'p, p'Bp)`` of ``p(lambda)``, without its damping."""
