@@ -1,4 +1,4 @@
-"""Every form of closure that LBFGS users write, and parameters of every sort."""
+"""Every form of closure that LBFGS users write, under the conventions of torch's optimizers on gradients."""
 
 from __future__ import annotations
 
@@ -169,8 +169,42 @@ def clips(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], An
     return closure
 
 
+def decorated(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """As torch's own optimizers call what they are given."""
+    return torch.enable_grad()(lbfgs_style(model, optimizer))
+
+
+def enables_inside(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Measures first, without gradients, and then says that it wants them."""
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            F.l1_loss(model(X), Y)
+        with torch.enable_grad():
+            optimizer.zero_grad(set_to_none=False)
+            loss = F.mse_loss(model(X), Y)
+            loss.backward()
+        return loss
+
+    return closure
+
+
+def clears_by_the_model(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def closure() -> Tensor:
+        model.zero_grad()
+        with torch.set_grad_enabled(True):
+            loss = F.mse_loss(model(X), Y)
+        loss.backward(retain_graph=True)
+        return loss
+
+    return closure
+
+
 FORMS = [
     lbfgs_style,
+    decorated,
+    enables_inside,
+    clears_by_the_model,
     guarded,
     loss_only,
     returns_float,
@@ -303,3 +337,65 @@ def test_a_step_under_no_grad_and_a_closure_without_result(backwards: int) -> No
     with torch.no_grad():
         before = optimizer.step(closure)
     assert optimizer.stats[-1].new_loss < 0.9 * float(before)
+
+
+class Asks(nn.Module):
+    """Notes whether gradients are enabled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.seen = mlp(3, 4, 2, seed=8), [torch.is_grad_enabled()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.is_grad_enabled())
+        z: Tensor = self.inner(x)
+        return z
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("build", [lbfgs_style, guarded, decorated, enables_inside])
+def test_the_mode_around_a_step_does_not_matter_and_stays(build: Build, around: Any) -> None:
+    """LBFGS enables gradients for its closure, whatever is around it, and leaves the mode as it was; so do we."""
+    ours, theirs, plain = Asks(), Asks(), Asks()
+    a = hfopt.HessianFree(ours.parameters())
+    b = torch.optim.LBFGS(theirs.parameters(), max_iter=1)
+    c = hfopt.HessianFree(plain.parameters())
+    for _ in range(2):
+        with around():
+            a.step(build(ours, a))
+            assert torch.is_grad_enabled() == (around is torch.enable_grad)
+            b.step(build(theirs, b))
+            assert torch.is_grad_enabled() == (around is torch.enable_grad)
+        c.step(build(plain, c))
+    assert torch.equal(theta(ours), theta(plain))
+    assert ours.seen == plain.seen
+    assert ours.seen[1] == theirs.seen[1] == (build is not enables_inside)
+
+
+def test_a_closure_that_fails_leaves_the_mode_and_the_parameters() -> None:
+    model = mlp(3, 4, 2, seed=9)
+    optimizer = hfopt.HessianFree(model.parameters())
+    before = theta(model)
+
+    def closure() -> Tensor:
+        raise OSError("no more data")
+
+    for around in (torch.no_grad, torch.enable_grad):
+        with around():
+            with pytest.raises(OSError, match="no more data"):
+                optimizer.step(closure)
+            assert torch.is_grad_enabled() == (around is torch.enable_grad)
+    assert torch.equal(theta(model), before)
+    optimizer.step(loss_only(model, optimizer))
+    assert optimizer.stats[-1].accepted
+
+
+def test_inference_mode_is_refused_as_by_torch() -> None:
+    """Neither can leave it from within; the message says what was found."""
+    model = mlp(3, 4, 2, seed=10)
+    optimizer, lbfgs = hfopt.HessianFree(model.parameters()), torch.optim.LBFGS(model.parameters())
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            lbfgs.step(lbfgs_style(model, lbfgs))
+        with pytest.raises(hfopt.ClosureError, match="does not depend on any parameter that requires a gradient"):
+            optimizer.step(lbfgs_style(model, optimizer))

@@ -120,3 +120,35 @@ def test_half_precision_overflows_until_the_scale_fits_and_then_trains() -> None
     assert scaler.get_scale() <= 2.0 ** (24 - skipped)
     assert values[-1] < 0.8 * values[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 on tensor cores needs a CUDA device")
+def test_half_precision_on_cuda() -> None:
+    """A scale that fits changes nothing but rounding; one that is too large is found out and lowered."""
+    full, half = (mlp(3, 4, 2, seed=3, dtype=torch.float32).cuda() for _ in range(2))
+    x, y = X.cuda(), Y.cuda()
+    cg = hfopt.CG(max_iterations=5)
+    plain = hfopt.HessianFree(full.parameters(), damping=0.1, cg=cg)
+    ours = hfopt.HessianFree(half.parameters(), damping=0.1, cg=cg)
+    scaler = GradScaler("cuda", init_scale=2.0**8)
+
+    def closure() -> Tensor:
+        ours.zero_grad()
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = F.mse_loss(half(x), y)
+        scaler.scale(loss).backward()
+        return loss
+
+    for _ in range(3):
+        plain.step(lambda: F.mse_loss(full(x), y))
+        ours.step(closure)
+        scaler.update()
+    assert torch.allclose(theta(full), theta(half), rtol=0.1, atol=0.05)
+    assert ours.stats[-1].new_loss < 0.95 * ours.stats[0].loss
+    scaler = GradScaler("cuda", init_scale=2.0**30)
+    before = theta(half)
+    ours.step(closure)
+    scaler.update()
+    assert ours.stats[-1].cg_reason == "not finite"
+    assert scaler.get_scale() < 2.0**30
+    assert torch.equal(theta(half), before)

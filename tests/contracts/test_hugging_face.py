@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,39 +47,15 @@ def optimizer_of(net: nn.Module) -> hfopt.HessianFree:
     return hfopt.HessianFree(net.parameters(), cg=hfopt.CG(max_iterations=10))
 
 
-# As in docs/training_loops.md.
-class HessianFreeTrainer(transformers.Trainer):  # type: ignore[misc, name-defined]
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.batches: list[Any] = []
-        self.hook = self.optimizer.register_step_pre_hook(self.with_closure)
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        model.train()
-        self.batches.append(self._prepare_inputs(inputs))
-        return torch.zeros((), device=self.args.device)
-
-    def with_closure(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
-        batches, self.batches = self.batches, []
-
-        def closure() -> Tensor:
-            total = torch.zeros((), device=self.args.device)
-            for inputs in batches:
-                loss = self.compute_loss(self.model, inputs) / len(batches)
-                loss.backward()
-                total += loss.detach()
-            return total
-
-        return (args[0], closure), {}
-
-    def log(self, logs: dict[str, float], *args: Any) -> None:
-        if "loss" in logs:
-            logs["loss"] = self.hessian_free.stats[-1].loss
-        super().log(logs, *args)
-
-    @property
-    def hessian_free(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+def documented() -> Any:
+    """The class that docs/training_loops.md shows."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "training_loops.md"
+    (block,) = re.findall(
+        r"```python\n(class HessianFreeTrainer.*?)\n\n\nsettings = ", page.read_text("utf-8"), re.DOTALL
+    )
+    scope: dict[str, Any] = {"torch": torch, "transformers": transformers}
+    exec(compile(block, str(page), "exec"), scope)
+    return scope["HessianFreeTrainer"]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +70,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     PartialState._reset_state()
 
 
-def trainer(net: Any, kind: str, directory: Path, **options: Any) -> HessianFreeTrainer:
+def trainer(net: Any, kind: str, directory: Path, **options: Any) -> Any:
     settings = {
         "output_dir": str(directory),
         "per_device_train_batch_size": 16,
@@ -109,7 +86,7 @@ def trainer(net: Any, kind: str, directory: Path, **options: Any) -> HessianFree
         **options,
     }
     arguments = transformers.TrainingArguments(**settings)
-    return HessianFreeTrainer(net, arguments, train_dataset=data(kind), optimizers=(optimizer_of(net), None))
+    return documented()(net, arguments, train_dataset=data(kind), optimizers=(optimizer_of(net), None))
 
 
 @pytest.mark.parametrize("kind", ["classifier", "language"])

@@ -38,7 +38,7 @@ def test_several_outputs(kind: str) -> None:
     check(Heads(kind), outputs, lambda z: F.mse_loss(z[:, :2], Y) + 0.5 * F.cross_entropy(z[:, 2:], CLASSES))
 
 
-@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN])
+@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN, nn.LSTM])
 def test_packed_sequences(cell: Any) -> None:
     torch.manual_seed(0)
     sequences = pack_sequence([randn(n, 3, seed=n) for n in (5, 3, 2)])
