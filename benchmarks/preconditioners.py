@@ -106,7 +106,7 @@ def methods(problem: Problem) -> dict[str, Callable[[], Preconditioner | None]]:
         LAST: LBFGS,
     }
     if problem.recurrent:
-        found["empirical-fisher, case by case"] = lambda: EmpiricalFisherDiagonal(squares="cases")
+        found["empirical-fisher, estimated"] = lambda: EmpiricalFisherDiagonal(squares="signs")
     return found
 
 
