@@ -79,26 +79,29 @@ def judge(rungs: Sequence[Rung], eps: float) -> Verdict:
 class Directions:
     """Random directions (P,), the same in all processes and runs.
 
-    Every tensor is moved by about its own size, so that h is a relative change.
+    Every tensor is moved by about its own size, so that h is a relative change. Coordinates without a gradient are left
+    where they are: among them is the row of an embedding's ``padding_idx``, whose gradient is zero by definition.
     """
 
-    def __init__(self, vector: ParameterVector, theta: Tensor, seed: int) -> None:
-        self._vector, self._theta = vector, theta
+    def __init__(self, vector: ParameterVector, theta: Tensor, gradient: Tensor, seed: int) -> None:
+        self._vector, self._theta, self._gradient = vector, theta, gradient
         self._draws = torch.Generator().manual_seed(seed)
         pieces = vector.views(theta)
         whole = norm(theta) / max(1, vector.size) ** 0.5 or 1.0
         sizes = [(norm(p.reshape(-1)) / p.numel() ** 0.5 if p.numel() else 0.0) or whole for p in pieces]
         self._scale = torch.cat([torch.full_like(p, s).reshape(-1) for p, s in zip(pieces, sizes, strict=True)])
 
-    def random(self) -> Tensor:
-        """All coordinates."""
+    def _drawn(self) -> Tensor:
         draws = torch.randn(self._vector.size, generator=self._draws, dtype=torch.float64)
         return draws.to(self._scale) * self._scale
 
-    def aligned(self, gradient: Tensor) -> Tensor:
+    def random(self) -> Tensor:
+        """All coordinates that have a gradient."""
+        return self._drawn().masked_fill_(self._gradient == 0, 0.0)
+
+    def aligned(self) -> Tensor:
         """Uphill in every coordinate, so that the change stands out from rounding as far as it can."""
-        d = self.random()
-        return torch.where(gradient == 0, d, d.abs() * gradient.sign())
+        return self._drawn().abs() * self._gradient.sign()
 
     def relative(self) -> Tensor:
         """Zeros stay zero: a rectifier that gets exact zeros is not moved off its kink."""
@@ -106,7 +109,7 @@ class Directions:
 
     def within(self, still: Sequence[bool]) -> Tensor:
         """The tensors that are marked alone."""
-        pieces = self._vector.views(self.random())
+        pieces = self._vector.views(self._drawn())
         return torch.cat([(p if s else p * 0).reshape(-1) for p, s in zip(pieces, still, strict=True)])
 
 
