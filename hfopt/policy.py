@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from hfopt.recurrences.segments import Run, checkpointing
 SMALLER = 0.8
 
 FORCED = ("checkpoint", "partial", "recompute")
+T = TypeVar("T")
 Known = tuple[str, int]
 
 
@@ -109,6 +110,11 @@ def build(model: Model, policy: str, known: Known | None = None) -> Built:
     return _Build(model, policy, known).build()
 
 
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; torch has an exception of its own for that on devices alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @dataclass
 class _Build:
     model: Model
@@ -120,6 +126,7 @@ class _Build:
     budget: int = 0
     seconds: float = 0.0
     attempts: dict[str, Exception] = field(default_factory=dict)
+    ran_out: bool = False  # of memory, with cached products
 
     def build(self) -> Built:
         auto, watch = self.policy == "auto", None
@@ -138,7 +145,8 @@ class _Build:
         outputs = sum(z.numel() for z in self.part.space.outputs)
         if self.known is not None and trusted(self.known, outputs):
             name = "recompute" if self.known[0] == "partial" else self.known[0]
-            if found := self._attempt(name):
+            found = self._attempt(name) if name in FORCED else self._if_memory_lasts(lambda: self._attempt(name))
+            if found:
                 return self._built(*found)
         if checkpoint:
             self._look(False)
@@ -188,11 +196,26 @@ class _Build:
         """
         try:
             return self._linearise(policy)
-        except (torch.OutOfMemoryError, ClosureError):
+        except ClosureError:
             raise
         except RuntimeError as error:
+            if lacks_memory(error):
+                raise
             self.attempts[policy] = error
             return None
+
+    def _if_memory_lasts(self, make: Callable[[], T | None]) -> T | None:
+        """What ``make`` makes of the present graph; None if memory ran out over it, with the plain graph anew."""
+        try:
+            return make()
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            logger.info("memory ran out over cached products: %s", error)
+        # The exception, whose frames hold what filled the memory, is gone here.
+        self.ran_out = True
+        self._look(False)
+        return None
 
     def _built(self, lin: Linearisation, gradient: Maybe) -> Built:
         self.part.linearisation = lin
@@ -217,7 +240,8 @@ class _Build:
     def _choose(self) -> Built:
         """The first policy that works and fits."""
         need = int(DOUBLE_BACKWARD_MEMORY * graph.saved_bytes(self.part.heads, self.model.params))
-        if need <= self.budget and (found := self._measured("double-backward")):
+        fits = need <= self.budget and not self.ran_out
+        if fits and (found := self._if_memory_lasts(lambda: self._measured("double-backward"))):
             assert found.linearisation.cost is not None
             need = found.linearisation.cost.kept
             if need <= self.budget:
@@ -243,7 +267,7 @@ class _Build:
     def _checkpointed(self, need: int) -> Built | None:
         """By checkpointing, if that fits; otherwise the plain graph is there again."""
         self._look(True)
-        if self.run.checkpointed and (found := self._measured("checkpoint")):
+        if self.run.checkpointed and (found := self._if_memory_lasts(lambda: self._measured("checkpoint"))):
             assert found.linearisation.cost is not None
             if found.linearisation.cost.kept <= self.budget:
                 self._tell("checkpoint", need, "sequences are computed again in pieces (about 1.5 times as slow)")
@@ -265,9 +289,9 @@ class _Build:
             lin.jvp([torch.zeros_like(p) for p in self.model.params])
             pushed = self._now()
             lin.vjp(self.part.at)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if lacks_memory(error):
+                raise
             self.attempts[policy] = error
             return None
         end = self._now()
@@ -279,7 +303,14 @@ class _Build:
 
     def _tell(self, name: str, need: int, consequence: str) -> None:
         """Warn of a slower way, unless it is the one that was taken before."""
-        if self.known is None or self.known[0] != name:
+        if self.known is not None and self.known[0] == name:
+            return
+        if self.ran_out:
+            warn(
+                f"products use {name!r}, since memory ran out over the graph for cached products: {consequence}. Use a "
+                f"smaller curvature batch, or a memory_budget below the present {size(self.budget)}"
+            )
+        else:
             warn(
                 f"products use {name!r}, since the graph for cached products would take {size(need)}, over the budget "
                 f"of {size(self.budget)}: {consequence}. Use a smaller curvature batch, or raise memory_budget"
