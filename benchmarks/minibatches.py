@@ -277,7 +277,7 @@ class Options:
     problems: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(PROBLEMS)
     """names of problems: cnn, autoencoder, addition"""
     methods: tuple[str, ...] = tuple(METHODS)
-    """names of methods"""
+    """names of methods; the others' numbers are taken from the folder"""
     seconds: float = 5.0
     """CPU seconds of a run"""
     seeds: tuple[int, ...] = (0,)
@@ -325,6 +325,10 @@ def main(args: list[str] | None = None) -> None:
             for rate in METHODS[method].rates
             for seed in options.seeds
         ]
+        kept = options.out / f"{name}.json" if options.out is not None else None
+        if kept is not None and kept.exists():
+            earlier = [Curve(**row) for row in json.loads(kept.read_text("utf-8"))]
+            curves += [curve for curve in earlier if curve.method not in options.methods]
         size = options.size or problem.size
         sentence = (
             f"{problem.about}; batches of {size}; CPU seconds to a test loss, runs of {options.seconds:g} s, "

@@ -41,7 +41,7 @@ class FullStep(LineSearch):
         ValueError: a negative ``rise``, or an ``outlier`` that is not above 1.
     """
 
-    rise: float = 0.5
+    rise: float = 0.2
     outlier: float = 30.0
 
     def __post_init__(self) -> None:
@@ -76,6 +76,7 @@ class AverageRatio(LevenbergMarquardt):
 
     lambda is multiplied by ``increase`` if ``m < low`` and by ``decrease`` if ``m > high``. A step that was not taken,
     or whose rho is not a number, counts as rho = -1: one bad batch moves lambda by no more than a few small factors.
+    Several in a row are no matter of batches: from the second one on, each multiplies lambda by ``rejected``.
     The thresholds are lower than those for a rho of the batch that the step was made for, as they are meant for one of
     another batch: where the gradient's noise is as large as the gradient, half of a step is lost on other data.
 
@@ -98,23 +99,25 @@ class AverageRatio(LevenbergMarquardt):
         super().__post_init__()
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing is {self.smoothing}, but must be at least 0 and below 1")
-        self._average = 0.5 * (self.low + self.high)
+        self._average, self._refused = 0.5 * (self.low + self.high), 0.0
 
     def update(self, rho: float, accepted: bool) -> None:
         """See the class."""
+        self._refused = 0.0 if accepted else self._refused + 1.0
         seen = min(max(rho, -1.0), 2.0) if accepted and math.isfinite(rho) else -1.0
         self._average = self.smoothing * self._average + (1 - self.smoothing) * seen
-        super().update(self._average, True)
+        super().update(self._average, self._refused < 2.0)
 
     def state_dict(self) -> dict[str, float | None]:
-        """lambda, the reference of its bounds, and the average."""
-        return {**super().state_dict(), "average": self._average}
+        """lambda, the reference of its bounds, the average, and how many steps in a row were not taken."""
+        return {**super().state_dict(), "average": self._average, "refused": self._refused}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Restore :meth:`state_dict`; that of a rule without an average begins it anew."""
         super().load_state_dict(state)
-        average = state.get("average")
+        average, refused = state.get("average"), state.get("refused")
         self._average = 0.5 * (self.low + self.high) if average is None else average
+        self._refused = refused or 0.0
 
 
 def for_minibatches(

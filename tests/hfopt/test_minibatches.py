@@ -42,7 +42,21 @@ def test_the_average_decides() -> None:
     other.load_state_dict(rule.state_dict())
     assert other.state_dict() == rule.state_dict()
     other.load_state_dict({"value": 3.0})
-    assert other.state_dict() == {"value": 3.0, "reference": 3.0, "average": pytest.approx(0.15)}
+    assert other.state_dict() == {"value": 3.0, "reference": 3.0, "average": pytest.approx(0.15), "refused": 0.0}
+
+
+def test_several_steps_in_a_row_that_were_not_taken() -> None:
+    """The first may be a bad batch; the others raise lambda at once, until one is taken."""
+    rule = AverageRatio(1.0, smoothing=0.99)
+    found = []
+    for accepted in (False, False, False, True, False, False):
+        rule.update(0.2, accepted)
+        found.append(rule.value)
+    assert found == [1.0, 4.0, 16.0, 16.0, 16.0, 64.0]
+    other = AverageRatio(1.0)
+    other.load_state_dict(rule.state_dict())
+    other.update(0.2, False)
+    assert other.value == 256.0
 
 
 def test_the_average_keeps_within_its_bounds() -> None:
