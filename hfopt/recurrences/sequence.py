@@ -235,6 +235,15 @@ def _all_none(tensors: Maybes) -> bool:
     return all(x is None for x in tensors)
 
 
+def _refuse_batched_grads(vectors: Maybes) -> None:
+    """Torch's own batching of cotangents knows no rule for an operator that takes lists."""
+    if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in vectors):
+        raise RuntimeError(
+            "Batching rule not implemented for hfopt::sequence_adjoint under is_grads_batched=True; map over single "
+            "cotangents instead: torch.vmap(lambda w: torch.autograd.grad(outputs, inputs, w, retain_graph=True))(ws)"
+        )
+
+
 def _watched() -> bool:
     """Whether what is computed now may be differentiated: by a graph that is recorded, or in forward mode."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
@@ -250,6 +259,7 @@ def _carriers(cell: Cell, vectors: Maybes, arguments: Tensors, results: Tensors)
 
 def tangent(cell: Cell, d: Maybes, arguments: Tensors, results: Tensors) -> tuple[Maybe, ...]:
     """J d, one tensor per output; all None if there is no tangent. Can be differentiated in d and the arguments."""
+    _refuse_batched_grads(d)
     if _all_none(d):
         return (None,) * cell.outputs
     if not _watched():
@@ -262,6 +272,7 @@ def tangent(cell: Cell, d: Maybes, arguments: Tensors, results: Tensors) -> tupl
 
 def adjoint(cell: Cell, U: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]) -> tuple[Maybe, ...]:
     """J' U, one tensor per argument, None where not needed. Can be differentiated in U and the arguments."""
+    _refuse_batched_grads(U)
     if _all_none(U):
         return (None,) * cell.arguments
     if _watched():

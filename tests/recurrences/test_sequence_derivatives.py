@@ -269,5 +269,9 @@ def test_torchs_older_way_to_batch_is_refused_and_not_wrong() -> None:
     at = tuple(x.requires_grad_() for x in arguments("lstm"))
     outputs = cell("lstm")(*at)
     us = tuple(torch.stack([like(outputs, seed)[i] for seed in range(3)]) for i in range(2))
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for hfopt::sequence_adjoint"):
+    told = r"Batching rule not implemented for hfopt::sequence_adjoint.*is_grads_batched=True.*torch\.vmap\(lambda w"
+    with pytest.raises(RuntimeError, match=told):
         torch.autograd.grad(outputs, at, us, is_grads_batched=True)
+    one_by_one = [torch.autograd.grad(outputs, at, [u[k] for u in us], retain_graph=True) for k in range(3)]
+    found = torch.vmap(lambda *w: torch.autograd.grad(outputs, at, w, retain_graph=True))(*us)  # as it says
+    assert_close(found, tuple(map(torch.stack, zip(*one_by_one, strict=True))), rtol=1e-10, atol=1e-11)
