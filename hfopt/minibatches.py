@@ -125,9 +125,9 @@ def for_minibatches(
 ) -> HessianFree:
     """A :class:`hfopt.HessianFree` for minibatches: short solves with momentum, full steps, and a slow lambda.
 
-    Give its steps a second batch to be judged by, ``step(closure, evaluation=closure_of_another_batch)``: rho on the
-    batch that the step was made for is near 1 whatever the step does to others, and lambda falls until every batch is
-    fitted by itself. docs/minibatches.md has sizes and measurements.
+    A second batch may judge its steps, ``step(closure, evaluation=closure_of_another_batch)``: it guards against bad
+    batches and against fitting one batch too well, and costs progress where neither is a danger. docs/minibatches.md
+    has sizes and measurements.
 
     Args:
         params, lr: as for :class:`hfopt.HessianFree`.
