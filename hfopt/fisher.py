@@ -16,6 +16,20 @@ from hfopt.output_space import Joint, Matching
 Maybe = list["Tensor | None"]
 
 
+def check_cases(outputs: Iterable[Tensor], batch_dim: int) -> None:
+    """Check that every output has a dimension ``batch_dim``; an output without dimensions is one case.
+
+    Raises:
+        ValueError: one has not.
+    """
+    for z in outputs:
+        if z.dim() and not -z.dim() <= batch_dim < z.dim():
+            raise ValueError(
+                f"batch_dim is {batch_dim}, but an output has shape {tuple(z.shape)}: give the dimension along which "
+                "cases stand"
+            )
+
+
 class Fisher(GaussNewton):
     """``F = sum_n s_n s_n'`` over cases and draws, ``s_n = J_n' g_n``: the loss's Fisher matrix by sampled or true
     targets.
@@ -49,6 +63,7 @@ class Fisher(GaussNewton):
         if samples < 1:
             raise ValueError(f"samples is {samples}, but must be at least 1")
         super().__init__(closure, params, **options)
+        check_cases((z for part in self.parts for z in part.space.outputs), batch_dim)
         self.batch_dim = batch_dim
         self._draws = [self._gradients(part.space, kind, samples, generator) for part in self.parts]
 

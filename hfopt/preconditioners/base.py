@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfopt.curvature import GaussNewton
+from hfopt.fisher import check_cases
 from hfopt.operators import Operator
 
 
@@ -67,17 +68,19 @@ class Preconditioner(ABC):
         """Restore :meth:`state_dict`."""
 
 
-def with_outputs(op: Operator, name: str) -> GaussNewton:
-    """``op``, if it has outputs.
+def with_outputs(op: Operator, name: str, batch_dim: int) -> GaussNewton:
+    """``op``, if it has outputs with cases along ``batch_dim``.
 
     Raises:
         TypeError: for an operator without outputs (the Hessian of a loss).
+        ValueError: an output has no such dimension.
     """
     if not isinstance(op, GaussNewton):
         raise TypeError(
             f"the {name} preconditioner needs outputs, which a {type(op).__name__} operator does not have; use "
             "curvature 'gauss-newton' or no preconditioner"
         )
+    check_cases(op.cotangents, batch_dim)
     return op
 
 

@@ -112,9 +112,9 @@ class EmpiricalFisherDiagonal(Diagonal):
 
         Raises:
             TypeError: for an operator without outputs (the Hessian of a loss).
-            ValueError: ``squares="layers"`` on a model that has other parameters.
+            ValueError: ``squares="layers"`` on a model that has other parameters, or outputs without ``batch_dim``.
         """
-        op = with_outputs(op, "empirical-Fisher")
+        op = with_outputs(op, "empirical-Fisher", self.batch_dim)
         draws = generator(op, step)
         exact: dict[int, Tensor] = {}
         if self.squares in ("auto", "layers"):

@@ -73,8 +73,9 @@ class KFAC(Preconditioner):
 
         Raises:
             TypeError: for an operator without outputs (the Hessian of a loss).
+            ValueError: an output has no dimension ``batch_dim``.
         """
-        op = with_outputs(op, "K-FAC")
+        op = with_outputs(op, "K-FAC", self.batch_dim)
         self._sizes, self._shapes = op.vector.sizes, [p.shape for p in op.params]
         old = self._diagonal
         if old is not None and len(old) == op.vector.size and step % self.every:
@@ -213,6 +214,13 @@ def _damped_inverses(f: Factors, damping: float) -> tuple[Tensor, Tensor]:
     pi = (mean_a / mean_g) ** 0.5 if mean_a > 0 and mean_g > 0 else 1.0
     a.diagonal().add_(max(pi * gamma, eps * mean_a))
     g.diagonal().add_(max(gamma / pi, eps * mean_g))
-    inverses = (torch.cholesky_inverse(torch.linalg.cholesky(m)) for m in (a, g))
-    ia, ig = (((m + m.t()) / 2).to(f.a.dtype) for m in inverses)
+    ia, ig = (((m + m.t()) / 2).to(f.a.dtype) for m in map(_inverse, (a, g)))
     return ia, ig
+
+
+def _inverse(m: Tensor) -> Tensor:
+    """Of a positive definite matrix; the identity for one that has overflown, which tells of no direction."""
+    factor, failed = torch.linalg.cholesky_ex(m)
+    if int(failed) or not bool(factor.isfinite().all()):
+        return torch.eye(len(m), dtype=m.dtype, device=m.device)
+    return torch.cholesky_inverse(factor)
