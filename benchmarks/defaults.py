@@ -159,6 +159,8 @@ def main(args: list[str] | None = None) -> int:
             problem = replace(problem, budget=QUICK)
         print(f"{problem.name}: {problem.about}", flush=True)
         path = options.results / f"{problem.name}.json"
+        if options.ours and not path.exists():
+            raise SystemExit(f"{path} is missing: run {problem.name} without --ours first")
         old = Result.read(path) if options.ours else None
         measure(problem, options, old).write(path)
     found = [Result.read(path) for p in PROBLEMS if (path := options.results / f"{p.name}.json").exists()]

@@ -160,6 +160,8 @@ def test_the_best_rate_is_the_first_seeds_and_medians_decide() -> None:
     assert found.seeds_won() == 2
     assert found.time_reached() == 1.0
     assert result([1.9] * 3, {0.2: [1.9] * 3}, 4.0).wins()  # reached
+    assert result([1.9 * (1 + 2**-22)] * 3, {0.2: [1.9] * 3}, 4.0).wins()  # a rounding apart
+    assert not result([1.9 * (1 + 1e-5)] * 3, {0.2: [1.9] * 3}, 4.0).wins()
     assert result([3.0] * 3, {0.2: [1.9] * 3}, 4.0).time_reached() == math.inf
     assert "| made up | 7 | 2 | SGD, 0.2 | 1.9 | 2 | 1.1 | 1.0 | 2 of 3 |" in defaults_report.table([found])
 
@@ -196,3 +198,8 @@ def test_the_command_writes_page_picture_and_numbers(tmp_path: Path) -> None:
 def test_an_unknown_problem_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no problem xor; there are regression, logistic"):
         defaults.main(["xor", "--results", str(tmp_path)])
+
+
+def test_ours_cannot_be_renewed_where_nothing_was_run(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"sinusoid.json is missing: run sinusoid without --ours first"):
+        defaults.main(["sinusoid", "--ours", "--threads", str(torch.get_num_threads()), "--results", str(tmp_path)])
