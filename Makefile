@@ -26,7 +26,7 @@ demo: $(VENV)/.runs
 	$(python) -m runs.demo $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 test: $(VENV)/.test
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.test
 	$(python) -m ruff check .
