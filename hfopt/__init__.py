@@ -7,7 +7,7 @@ from hfopt.errors import CheckFailed, ClosureError, HfoptError, NotDifferentiabl
 from hfopt.fisher import Fisher
 from hfopt.hf import HF
 from hfopt.linesearch import LineSearch
-from hfopt.minibatches import AverageRatio, FullStep, for_minibatches
+from hfopt.minibatches import AverageRatio, FullStep, RisingDecay, for_minibatches
 from hfopt.operators import Damped
 from hfopt.optimizer import HessianFree
 from hfopt.preconditioners import EmpiricalFisherDiagonal
@@ -34,6 +34,7 @@ __all__ = [
     "LevenbergMarquardt",
     "LineSearch",
     "NotDifferentiable",
+    "RisingDecay",
     "Run",
     "RunError",
     "StepStats",

@@ -96,7 +96,8 @@ class CG:
         overhead: what a step costs besides its iterations, in products: the gradient, what is made ready for
             products, the evaluations of the loss. Not used where ``tolerance`` is a number.
         residual: stop when ``|b - A x| <= residual |b|``.
-        decay: a step starts CG at this multiple of the last CG solution (Martens' code: 0.95); 0 starts at zero.
+        decay: a step starts CG at this multiple of the last CG solution (Martens' code: 0.95); 0 starts at zero. Or a
+            schedule: a function of the number of steps done so far, such as :class:`hfopt.RisingDecay`.
         growth: iterates are kept at ``ceil(5 growth^j)`` and at the end (Martens 2010, section 4.6: 1.3).
         check_every: iterations between rows of the table of checks.
         repair_every: recompute ``r = b - A x`` from scratch every so many iterations, at one product each; 0: never.
@@ -109,7 +110,7 @@ class CG:
     tolerance: float | None = None
     overhead: float = 10.0
     residual: float = 1e-10
-    decay: float = 0.0
+    decay: float | Callable[[int], float] = 0.0
     growth: float = 1.3
     check_every: int = 10
     repair_every: int = 0
@@ -123,7 +124,9 @@ class CG:
                 f"{self.max_iterations}"
             )
         tolerance = 0.0 if self.tolerance is None else self.tolerance
-        if not (tolerance >= 0 and self.residual >= 0 and 0 <= self.decay <= 1 and self.growth > 1):
+        if not (
+            tolerance >= 0 and self.residual >= 0 and (callable(self.decay) or 0 <= self.decay <= 1) and self.growth > 1
+        ):
             raise ValueError(
                 f"tolerance and residual must be >= 0, decay in [0, 1], growth > 1, but are {self.tolerance}, "
                 f"{self.residual}, {self.decay}, {self.growth}"
@@ -137,6 +140,19 @@ class CG:
             )
         if self.cuda_graphs not in ("auto", True, False):
             raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}, but must be 'auto', True or False")
+
+    def decay_after(self, steps: int) -> float:
+        """The multiple of the last solution that a step starts at, ``steps`` having been done before.
+
+        Raises:
+            ValueError: a schedule gave a number outside [0, 1].
+        """
+        if not callable(self.decay):
+            return self.decay
+        found = float(self.decay(steps))
+        if not 0 <= found <= 1:
+            raise ValueError(f"the schedule of CG's decay gave {found} after {steps} steps, but must stay in [0, 1]")
+        return found
 
     def stored_iterations(self) -> set[int]:
         """``ceil(5 growth^j)`` up to the largest number of iterations."""

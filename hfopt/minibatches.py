@@ -120,8 +120,42 @@ class AverageRatio(LevenbergMarquardt):
         self._refused = refused or 0.0
 
 
+@dataclass(frozen=True)
+class RisingDecay:
+    """A schedule for CG's start, ``1 - decay`` falling by the same factor at every step from ``first`` to ``last``.
+
+        decay(t) = 1 - (1 - first) ((1 - last) / (1 - first))^min(t / steps, 1)
+
+    Momentum is raised late in training, where fine structure is left to learn (Sutskever et al. 2013, sections 3 and
+    5). It depends on the number of the step alone, so that there is no state to save.
+
+    Raises:
+        ValueError: unless ``0 <= first <= last < 1`` and ``steps >= 1``.
+    """
+
+    first: float = 0.5
+    last: float = 0.95
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.first <= self.last < 1 and self.steps >= 1):
+            raise ValueError(
+                f"need 0 <= first <= last < 1 and steps >= 1, but they are {self.first}, {self.last}, {self.steps}"
+            )
+
+    def __call__(self, t: int) -> float:
+        """The decay after t steps."""
+        share = min(t / self.steps, 1.0)
+        return float(1 - (1 - self.first) * ((1 - self.last) / (1 - self.first)) ** share)
+
+
 def for_minibatches(
-    params: Iterable[Any], lr: float = 1.0, *, iterations: int = 10, decay: float = 0.5, **options: Any
+    params: Iterable[Any],
+    lr: float = 1.0,
+    *,
+    iterations: int = 10,
+    decay: float | Callable[[int], float] = 0.5,
+    **options: Any,
 ) -> HessianFree:
     """A :class:`hfopt.HessianFree` for minibatches: short solves with momentum, full steps, and a slow lambda.
 
@@ -132,7 +166,8 @@ def for_minibatches(
     Args:
         params, lr: as for :class:`hfopt.HessianFree`.
         iterations: of conjugate gradients in every step.
-        decay: of the last solution, where a solve begins; what momentum is to other optimizers.
+        decay: of the last solution, where a solve begins: what momentum is to other optimizers. A number, or a schedule
+            such as :class:`RisingDecay`.
         options: any other argument of :class:`hfopt.HessianFree`, in place of what is chosen here: ``cg``,
             ``damping`` (:class:`AverageRatio`), ``line_search`` (:class:`FullStep`), ``backtracking`` (``"none"``).
     """

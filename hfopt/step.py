@@ -91,9 +91,10 @@ class Step(Objective):
     def cg_start(self) -> Tensor | None:
         """The decayed last solution of CG, or None."""
         starts = [self.o.state[p].get("cg_start") for p in self.vector.params]
-        if self.o.cg.decay == 0 or all(s is None for s in starts):
+        decay = self.o.cg.decay_after(self.o.steps)
+        if decay == 0 or all(s is None for s in starts):
             return None
-        return self.vector.flatten(starts).mul_(self.o.cg.decay)
+        return self.vector.flatten(starts).mul_(decay)
 
     def solve(self, damping: float, x0: Tensor | None, directions: int = 0) -> Solution:
         """Solve with ``lambda = damping``."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hfopt
-from hfopt import AverageRatio, FullStep, for_minibatches
-from tests.hfopt.tools import generator, mlp, theta
+from hfopt import AverageRatio, FullStep, RisingDecay, for_minibatches
+from hfopt.step import Step
+from tests.hfopt.tools import flat, generator, mlp, theta
 
 Batch = tuple[Tensor, Tensor]
 
@@ -114,11 +115,42 @@ def test_a_change_of_scale_is_followed() -> None:
     assert (lengths[0], lengths[-1]) == (0.0, 1.0)
 
 
+def test_a_decay_that_rises() -> None:
+    """Solves start at that multiple of the last solution, by the number of the step."""
+    decay = RisingDecay(0.5, 0.9, 2)
+    assert [decay(t) for t in (0, 1, 2, 9)] == pytest.approx([0.5, 1 - math.sqrt(0.05), 0.9, 0.9])
+    model = mlp(3, 4, 2, seed=1)
+    optimizer = for_minibatches(model.parameters(), decay=decay, damping=0.1)
+    x, y = torch.ones(5, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64)
+    for t in range(4):
+        before = [s["cg_start"].clone() for s in optimizer.state.values()]
+        step = Step(optimizer, closure(model, (x, y)), None, None)
+        start = step.cg_start()
+        if t:
+            assert start is not None
+            assert torch.allclose(start, decay(t) * flat(before), rtol=1e-12)
+        else:
+            assert start is None
+        optimizer.step(closure(model, (x, y)))
+    again = copy.deepcopy(optimizer)
+    assert again.cg.decay == decay
+    wrong = hfopt.HessianFree(model.parameters(), cg=hfopt.CG(decay=wrong_schedule))
+    wrong.step(closure(model, (x, y)))
+    with pytest.raises(ValueError, match=r"decay gave 1\.5 after 1 steps"):
+        wrong.step(closure(model, (x, y)))
+
+
+def wrong_schedule(t: int) -> float:
+    return 1.5
+
+
 def test_what_is_refused() -> None:
     for call, message in [
         (lambda: AverageRatio(smoothing=1.0), "smoothing is 1.0"),
         (lambda: AverageRatio(low=0.5, high=0.2), "low <= high"),
         (lambda: FullStep(rise=-0.1), "rise must not be negative"),
+        (lambda: RisingDecay(0.9, 0.5), "need 0 <= first <= last < 1"),
+        (lambda: hfopt.CG(decay=1.2), r"decay in \[0, 1\]"),
         (lambda: FullStep(outlier=1.0), "outlier must be above 1"),
         (lambda: for_minibatches(mlp(2, 2).parameters(), iterations=0), "iterations must satisfy"),
     ]:
