@@ -5,7 +5,8 @@ seeds. What a step costs is counted in products: those that were made, and gradi
 products) and evaluations of the loss, each with a weight that is measured first. The clock is that of the process; runs
 take turns.
 Two targets come from the baseline's run of the same seed: the least loss after a fifth and after three fifths of its
-budget. A method's number is what it takes to the target, divided by what the baseline takes; the median over seeds.
+budget. A method's number is what it takes to the target, divided by what the baseline takes; the geometric mean over
+seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -107,14 +107,14 @@ def run(problem: Problem, seed: int, method: Method, weights: Weights, budget: f
 
 
 def ratio(curves: Sequence[Curve], problem: str, method: str, share: float, measure: str) -> tuple[float, bool]:
-    """Median over seeds of cost to the target relative to the baseline's, and whether it is only a lower bound."""
+    """Mean over seeds of the cost to the target relative to the baseline's, and whether it is only a lower bound."""
     found = []
     for base in (c for c in curves if (c.problem, c.method) == (problem, OLD)):
         ours = [c for c in curves if (c.problem, c.method, c.seed) == (problem, method, base.seed)]
         target = base.least_until(share * base.cost[-1])
         mine, its = (ours[0].reaches(target, measure) if ours else math.nan), base.reaches(target, measure)
         found.append((mine / its, False) if math.isfinite(mine) else (getattr(ours[0], measure)[-1] / its, True))
-    return statistics.median_low(found)
+    return mean([value for value, _ in found]), any(bound for _, bound in found)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -84,14 +84,21 @@ def curve(method: str, seed: int, loss: list[float], problem: str = "a") -> Curv
 def test_ratios_are_those_of_the_cost_to_the_baselines_loss() -> None:
     base = [5.0, 4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
     curves = [curve(OLD, 0, base), curve(NEW, 0, [4.5, 0.9, 0.1])]
-    assert fewer.ratio(curves, "a", NEW, 0.2, "cost") == (1.0, False)  # to 4.0: 20 against 20
+    assert fewer.ratio(curves, "a", NEW, 0.2, "cost") == (pytest.approx(1.0), False)  # to 4.0: 20 against 20
     third, bound = fewer.ratio(curves, "a", NEW, 0.6, "cost")  # to 0.9: 20 against 60
     assert third == pytest.approx(1 / 3)
     assert not bound
-    assert fewer.ratio(curves, "a", OLD, 0.6, "seconds") == (1.0, False)
+    assert fewer.ratio(curves, "a", OLD, 0.6, "seconds") == (pytest.approx(1.0), False)
     curves[1] = curve(NEW, 0, [4.5, 4.4, 4.3])
-    assert fewer.ratio(curves, "a", NEW, 0.6, "cost") == (0.5, True)  # never reached: no more than a bound
+    assert fewer.ratio(curves, "a", NEW, 0.6, "cost") == (
+        pytest.approx(0.5),
+        True,
+    )  # never reached: no more than a bound
     assert "| default | > 0.50 |" in fewer.table(curves)
+    curves += [curve(OLD, 1, base), curve(NEW, 1, [4.5, 0.9])]
+    both, bound = fewer.ratio(curves, "a", NEW, 0.6, "cost")
+    assert both == pytest.approx((0.5 / 3) ** 0.5)
+    assert bound
 
 
 def test_the_command_measures_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 
 from hfopt.cg import CG
 from hfopt.cli import main
+from hfopt.damping import LevenbergMarquardt
 from hfopt.optimizer import HessianFree
 from hfopt.pictures import draw_sequence, plot_runs
 from hfopt.runreader import read_run
@@ -29,7 +30,8 @@ def no_windows() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    OPTIMIZERS["hf"] = lambda parameters: HessianFree(parameters, cg=CG(max_iterations=12))
+    cg = CG(max_iterations=12, tolerance=5e-4, decay=0.95)
+    OPTIMIZERS["hf"] = lambda parameters: HessianFree(parameters, damping=LevenbergMarquardt(), cg=cg)
     for name in ("hf", "adam"):
         experiment(folder / name, optimizer=name, max_steps=8).optimize()
     experiment(folder / "new", optimizer="adam").save()
