@@ -54,7 +54,7 @@ class HessianFree(Optimizer):
             object of :mod:`hfopt.preconditioners`.
         line_search: :class:`hfopt.LineSearch`; None: the full step or none.
         backtracking: over CG's stored iterates, by the evaluation loss: ``"walk"`` from the last one back while the
-            loss falls, ``"smallest"`` of all, ``"none"``.
+            loss falls, ``"smallest"`` of all, ``"none"``. With :class:`hfopt.KrylovDamping`, over lambdas likewise.
         structural: mu of structural damping (Martens & Sutskever 2011); needs models that mark their hidden states.
         linearisation: see :mod:`hfopt.linearisation`.
         memory_budget: bytes for the kept graph; default: 80% of what is free.
