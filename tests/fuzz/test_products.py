@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -15,6 +16,9 @@ from hfopt.linearisation import POLICIES
 from tests.fuzz.criteria import CLOSED
 from tests.fuzz.drawn import Drawn, Problem, drawn, examples
 from tests.hfopt.tools import flat, hessian, randn
+
+# torch says so of operations that many vectors take one after another.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
 def derivative(y: Tensor, params: Sequence[Tensor], *, create: bool = False) -> Tensor:
