@@ -17,8 +17,11 @@ from tests.fuzz.criteria import CLOSED
 from tests.fuzz.drawn import Drawn, Problem, drawn, examples
 from tests.hfopt.tools import flat, hessian, randn
 
-# torch says so of operations that many vectors take one after another.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
+# torch says so of operations that many vectors take one after another, and hfopt of slower ways than were asked for.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in ("There is a performance drop", "linearisation='checkpoint' needs", "products use 'linearize'")
+]
 
 
 def derivative(y: Tensor, params: Sequence[Tensor], *, create: bool = False) -> Tensor:
