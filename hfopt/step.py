@@ -101,10 +101,11 @@ class Step(Objective):
         o = self.o
         decay = self.decay if self.scale is None else self.decay + damping * (1 / self.scale - 1)
         system = self.op.damped(damping, o.structural, decay)
-        preconditioner = o.preconditioner if o.preconditioner is not None else self.coordinates
-        if o.preconditioner is not None:
-            o.preconditioner.damp(damping, decay)
-        seen = system if o.preconditioner is None else o.preconditioner.watch(system)
+        chosen = o.preconditioner if o.preconditioner is not None and o.preconditioner.active else None
+        preconditioner = chosen if chosen is not None else self.coordinates
+        if chosen is not None:
+            chosen.damp(damping, decay)
+        seen = system if chosen is None else chosen.watch(system)
         if self.model.op is self.op:
             solution = o.cg.solve(seen, -self.g, x0, preconditioner, directions=directions)
         else:

@@ -3,6 +3,7 @@
 ===================== ========================================== ================================================
 name                  M                                          a refresh costs about
 ===================== ========================================== ================================================
+``auto``              that of K-FAC where it pays, else none     of :class:`KFAC`; see :class:`Automatic`
 ``empirical-fisher``  :class:`EmpiricalFisherDiagonal`           four gradients, or a pass per case or probe
 ``hutchinson``        :class:`HutchinsonDiagonal`                16 products at once
 ``nystrom``           :class:`Nystrom`                           20 products at once
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hfopt.preconditioners.automatic import Automatic
 from hfopt.preconditioners.base import Preconditioner
 from hfopt.preconditioners.diagonal import Diagonal, EmpiricalFisherDiagonal, HutchinsonDiagonal
 from hfopt.preconditioners.kfac import KFAC
@@ -24,6 +26,7 @@ from hfopt.preconditioners.nystrom import Nystrom
 __all__ = [
     "KFAC",
     "LBFGS",
+    "Automatic",
     "Diagonal",
     "EmpiricalFisherDiagonal",
     "HutchinsonDiagonal",
@@ -43,6 +46,7 @@ def as_preconditioner(preconditioner: str | Preconditioner | None, batch_dim: in
         return preconditioner
     made: dict[str, Callable[[], Preconditioner | None]] = {
         "none": lambda: None,
+        "auto": lambda: Automatic(batch_dim=batch_dim),
         "empirical-fisher": lambda: EmpiricalFisherDiagonal(batch_dim=batch_dim),
         "hutchinson": HutchinsonDiagonal,
         "nystrom": Nystrom,

@@ -42,6 +42,11 @@ class Preconditioner(ABC):
         """``M^-1 r``, in ``out (P,)`` where the preconditioner can do that; other tensors may be returned."""
         return self.apply(r)
 
+    @property
+    def active(self) -> bool:
+        """Whether M is there after :meth:`refresh`; where it is not, the step goes on without a preconditioner."""
+        return True
+
     _z: Tensor | None = None
 
     def __call__(self, r: Tensor) -> Tensor:
