@@ -14,8 +14,10 @@ from hfopt.preconditioners.base import Preconditioner
 from hfopt.preconditioners.kfac import KFAC
 from hfopt.preconditioners.layers import Layer, watched
 
-# Inverting the factors may take as much work as so many passes through the layers.
+# Inverting the factors may take as much work as so many passes through the layers, or so many multiplications: a step
+# takes longer than these besides its arithmetic.
 _PASSES = 10
+_LITTLE = 1 << 25
 
 
 class Automatic(Preconditioner):
@@ -23,8 +25,8 @@ class Automatic(Preconditioner):
 
     K-FAC is taken where more than half of the parameters are weights and biases of such layers, each used once, of one
     output; and where the factors' inverses, about ``sum k^3 + o^3`` for weights (o, k), are less work than ten passes
-    through the layers, ``10 sum N T k o`` for N cases of T positions. The first step decides, and the state keeps it.
-    Processes that train one model take none: each would draw targets of its own.
+    through the layers, ``10 sum N T k o`` for N cases of T positions, or too little to matter. The first step decides,
+    and the state keeps it. Processes that train one model take none: each would draw targets of its own.
 
     Args:
         batch_dim: the outputs' dimension along which cases stand.
@@ -93,7 +95,7 @@ def pays(op: GaussNewton, batch_dim: int) -> bool:
     own = [layer for layer in layers if uses.count(layer.weight) == 1]
     covered = sum(op.params[i].numel() for layer in own for i in (layer.weight, layer.bias) if i is not None)
     inverses, passes = (sum(work) for work in zip(*map(_work, own), strict=True)) if own else (0, 0)
-    return 2 * covered > op.vector.size and inverses <= _PASSES * passes
+    return 2 * covered > op.vector.size and inverses <= max(_PASSES * passes, _LITTLE)
 
 
 def _work(layer: Layer) -> tuple[int, int]:
