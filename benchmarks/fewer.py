@@ -88,7 +88,8 @@ def weigh(problem: Problem, rounds: int = 15) -> Weights:
 def run(problem: Problem, seed: int, method: Method, weights: Weights, budget: float) -> Curve:
     """Train until ``budget`` products have been spent, or nothing moves any more."""
     task = problem.build(seed)
-    options: dict[str, Any] = {**problem.options, **{name: made() for name, made in method.options.items()}}
+    options: dict[str, Any] = {"preconditioner": None, **problem.options}
+    options |= {name: made() for name, made in method.options.items()}
     optimizer = hfopt.HessianFree(task.model.parameters(), cg=method.cg(), damping=method.damping(), **options)
     curve = Curve(problem.name, seed, method.name, [], [], [])
     spent = seconds = 0.0

@@ -192,17 +192,17 @@ def sgd(params: Any, lr: float) -> torch.optim.Optimizer:
 
 
 def defaults(params: Any, lr: float) -> torch.optim.Optimizer:
-    """Nothing but the parameters."""
-    return hfopt.HessianFree(params, lr)
+    """The defaults for large batches, without a preconditioner."""
+    return hfopt.HessianFree(params, lr, preconditioner=None)
 
 
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD, Nesterov momentum 0.9, best of 5 rates", sgd, rates=(0.003, 0.01, 0.03, 0.1, 0.3)),
     "adam": Method("Adam, best of 5 rates", torch.optim.Adam, rates=(0.001, 0.003, 0.01, 0.03, 0.1)),
-    "defaults": Method("HessianFree(params)", defaults),
-    "defaults-large": Method("HessianFree(params), batches 5 times as large", defaults, larger=5),
-    "defaults-evaluation": Method("HessianFree(params), evaluation=", defaults, ("evaluation",)),
-    "defaults-debias": Method("HessianFree(params), debias=", defaults, ("debias",)),
+    "defaults": Method("HessianFree(params, preconditioner=None)", defaults),
+    "defaults-large": Method("HessianFree(params, preconditioner=None), batches 5 times as large", defaults, larger=5),
+    "defaults-evaluation": Method("HessianFree(params, preconditioner=None), evaluation=", defaults, ("evaluation",)),
+    "defaults-debias": Method("HessianFree(params, preconditioner=None), debias=", defaults, ("debias",)),
     "minibatches": Method("for_minibatches(params)", hfopt.for_minibatches),
     "minibatches-evaluation": Method("for_minibatches(params), evaluation=", hfopt.for_minibatches, ("evaluation",)),
     "minibatches-debias": Method("for_minibatches(params), debias=", hfopt.for_minibatches, ("debias",)),

@@ -130,7 +130,7 @@ class Row:
 
 def at_a_point(problem: Problem, steps: int) -> tuple[Callable[[], None], float]:
     """Train for ``steps`` steps; what puts the parameters back one step, and lambda at the end."""
-    optimizer = hfopt.HessianFree(problem.model.parameters())
+    optimizer = hfopt.HessianFree(problem.model.parameters(), preconditioner=None)
     before: list[Tensor] = []
     for _ in range(steps):
         before = [p.detach().clone() for p in problem.model.parameters()]

@@ -48,7 +48,7 @@ def measure(case: Case, rounds: int, budget: float = float("inf"), iterations: i
     model = case.ours.model if case.ours else case.plain
     device = case.inputs.device
     step = closure(model, case)
-    optimizer = HessianFree(model.parameters(), cg=CG(max_iterations=iterations))
+    optimizer = HessianFree(model.parameters(), cg=CG(max_iterations=iterations), preconditioner=None)
     ratios: list[float] = []
     times: dict[str, list[float]] = {"step": [], "gradient": [], "product": [], "evaluation": []}
     with warnings.catch_warnings():
