@@ -48,7 +48,7 @@ def losses(problem: Problem, preconditioner: str, seconds: float, seed: int) -> 
 def taken(problem: Problem, seed: int) -> str:
     """What ``"auto"`` chooses."""
     task = problem.build(seed)
-    optimizer = hfopt.HessianFree(task.model.parameters())
+    optimizer = hfopt.HessianFree(task.model.parameters(), preconditioner="auto")
     optimizer.step(task.loss)
     assert isinstance(optimizer.preconditioner, Automatic)
     return "kfac" if optimizer.preconditioner.chosen else "none"

@@ -1,4 +1,4 @@
-"""The preconditioner that is taken where none is asked for: K-FAC where it pays, otherwise none."""
+"""The preconditioner that chooses itself: K-FAC where it pays, otherwise none."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Automatic(Preconditioner):
         if self.chosen is None:
             self.chosen = pays(op, self.kfac.batch_dim)
             if self.chosen:
-                logger.info("conjugate gradients are preconditioned by K-FAC (preconditioner=None takes none)")
+                logger.info("conjugate gradients are preconditioned by K-FAC")
         if self.chosen:
             self.kfac.refresh(op, step)
             self._taken = True
