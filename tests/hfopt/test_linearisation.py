@@ -289,14 +289,14 @@ def test_two_threads_that_linearise_leave_autograd_as_it_was() -> None:
     assert torch.autograd.Function.__dict__["apply"] is before
 
 
-def test_lack_of_memory_is_no_reason_to_try_another_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_is_no_reason_to_try_another_policy_than_the_named_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
     model = mlp(3, 2, seed=51)
     monkeypatch.setattr("hfopt.policy.DoubleBackward", full)
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())
+        hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters(), linearisation="double-backward")
 
 
 def test_a_traced_graph_that_writes_to_its_constants() -> None:
