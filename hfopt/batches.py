@@ -204,9 +204,9 @@ class Batches:
 class _Again(Collect):
     """Hands over the heads of every part when its ``backward()`` is called."""
 
-    def __init__(self, parts: list[Part], use: Callable[[Part, list[Tensor]], None]) -> None:
+    def __init__(self, parts: list[Part], use: Callable[[Part, list[Tensor]], None], everything: bool) -> None:
         super().__init__()
-        self.parts, self.use, self.number = parts, use, 0
+        self.parts, self.use, self.everything, self.number = parts, use, everything, 0
         self.hidden: list[structural.HiddenState] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -218,13 +218,15 @@ class _Again(Collect):
         for n, _ in part.sites:
             self.flat[n] = []
         self.hidden.clear()
-        if part.linearisation is None and heads:
+        if heads and (self.everything or part.linearisation is None):
             self.use(part, heads)
         return None
 
 
-def again(closure: Closure, parts: list[Part], use: Callable[[Part, list[Tensor]], None]) -> None:
-    """Run the closure once more; ``use(part, heads)`` for every part that is not kept, before the next one is run."""
-    mode = _Again(parts, use)
+def again(
+    closure: Closure, parts: list[Part], use: Callable[[Part, list[Tensor]], None], everything: bool = False
+) -> None:
+    """Run the closure once more; ``use(part, heads)`` before the next part is run, for all or those not kept."""
+    mode = _Again(parts, use, everything)
     with structural.collecting(any(p.hidden for p in parts)) as mode.hidden, mode:
         closure()

@@ -294,6 +294,18 @@ class GaussNewton(Local):
                     piece.add_(part.detach().reshape(k, -1))
         return total.t()
 
+    def outputs_by_part(self, use: Callable[[int, list[Tensor]], None]) -> None:
+        """Run the closure again; ``use(i, heads)`` for every part, with its outputs in the graph of this run."""
+        if self._again is not None:
+            use(0, self._again()[: self.parts[0].count])
+            return
+
+        def each(part: Part, heads: list[Tensor]) -> None:
+            use(self.parts.index(part), heads[: part.count])
+
+        with self._frozen.again(), torch.enable_grad(), differentiable():
+            again(self._closure, self.parts, each, everything=True)
+
     def outputs_again(self) -> list[Tensor] | None:
         """The outputs from another run of the closure, in a graph of their own; None where a sum is taken in parts."""
         return None if self._again is None else self._again()[: self.parts[0].count]

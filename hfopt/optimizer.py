@@ -14,7 +14,7 @@ from hfopt.cg import CG
 from hfopt.checks import check_option
 from hfopt.closure import Closure
 from hfopt.cudagraphs import side_stream
-from hfopt.damping import Damping, as_damping
+from hfopt.damping import Damping, KrylovDamping, as_damping
 from hfopt.debiased import SLOPES
 from hfopt.distributed import without_reductions
 from hfopt.linearisation import POLICIES
@@ -50,9 +50,9 @@ class HessianFree(Optimizer):
         damping: None (:class:`hfopt.KrylovDamping`: chosen by the loss), a number (lambda of the first step, which then
             follows rho), or a rule such as :class:`hfopt.LevenbergMarquardt` or :class:`hfopt.FixedDamping`.
         cg: settings of the solver, :class:`hfopt.CG`.
-        preconditioner: None, ``"auto"``, ``"empirical-fisher"``, ``"hutchinson"``, ``"nystrom"``, ``"kfac"``,
+        preconditioner: ``"auto"``, None, ``"empirical-fisher"``, ``"hutchinson"``, ``"nystrom"``, ``"kfac"``,
             ``"lbfgs"`` or an object of :mod:`hfopt.preconditioners`. ``"auto"`` is K-FAC for networks of linear and
-            convolution layers, and otherwise none.
+            convolution layers whose lambda is chosen by the loss (``damping=None``), and otherwise none.
         line_search: :class:`hfopt.LineSearch`; None: the full step or none.
         backtracking: over CG's stored iterates, by the evaluation loss: ``"walk"`` from the last one back while the
             loss falls, ``"smallest"`` of all, ``"none"``. With :class:`hfopt.KrylovDamping`, over lambdas likewise.
@@ -95,7 +95,7 @@ class HessianFree(Optimizer):
         curvature: str = "gauss-newton",
         damping: float | Damping | None = None,
         cg: CG | None = None,
-        preconditioner: str | Preconditioner | None = None,
+        preconditioner: str | Preconditioner | None = "auto",
         line_search: LineSearch | None = LineSearch(),  # noqa: B008 - a frozen set of numbers
         backtracking: str = "walk",
         structural: float = 0.0,
@@ -132,6 +132,8 @@ class HessianFree(Optimizer):
         self.checked: set[str] = set()
         self.damping = as_damping(damping)
         self.cg = CG() if cg is None else cg
+        if preconditioner == "auto" and not isinstance(self.damping, KrylovDamping):
+            preconditioner = None
         self.preconditioner = as_preconditioner(preconditioner, batch_dim)
         self.line_search = LineSearch(max_tries=1) if line_search is None else line_search
         self.stats = []

@@ -260,6 +260,7 @@ class Step(Objective):
         rule = self.o.damping
         if self.o.preconditioner is not None:
             self.o.preconditioner.refresh(self.op, self.o.steps)
+            self.gradients += self.o.preconditioner.runs
         if isinstance(rule, KrylovDamping) and self.debias is None:  # whose lengths are not those of the Krylov space
             calibrates = rule.calibrates
             damping, candidate = self.explored(rule)

@@ -3,7 +3,7 @@
 ===================== ========================================== ================================================
 name                  M                                          a refresh costs about
 ===================== ========================================== ================================================
-``auto``              that of K-FAC where it pays, else none     of :class:`KFAC`; see :class:`Automatic`
+``auto``              that of K-FAC where it pays, else none     that of ``kfac``; see :class:`Automatic`
 ``empirical-fisher``  :class:`EmpiricalFisherDiagonal`           four gradients, or a pass per case or probe
 ``hutchinson``        :class:`HutchinsonDiagonal`                16 products at once
 ``nystrom``           :class:`Nystrom`                           20 products at once

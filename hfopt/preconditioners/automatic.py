@@ -1,7 +1,8 @@
-"""The preconditioner that chooses itself: K-FAC where it pays, otherwise none."""
+"""The preconditioner that is taken where none is named: K-FAC where it pays, otherwise none."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +12,8 @@ from hfopt.fisher import check_cases
 from hfopt.notice import logger
 from hfopt.operators import Operator
 from hfopt.preconditioners.base import Preconditioner
-from hfopt.preconditioners.kfac import KFAC
-from hfopt.preconditioners.layers import Layer, watched
+from hfopt.preconditioners.kfac import KFAC, distributions
+from hfopt.preconditioners.layers import Layer, visit
 
 # Inverting the factors may take as much work as so many passes through the layers, or so many multiplications: a step
 # takes longer than these besides its arithmetic.
@@ -23,10 +24,14 @@ _LITTLE = 1 << 25
 class Automatic(Preconditioner):
     """:class:`KFAC` for networks of linear and convolution layers, otherwise none.
 
-    K-FAC is taken where more than half of the parameters are weights and biases of such layers, each used once, of one
-    output; and where the factors' inverses, about ``sum k^3 + o^3`` for weights (o, k), are less work than ten passes
-    through the layers, ``10 sum N T k o`` for N cases of T positions, or too little to matter. The first step decides,
-    and the state keeps it. Processes that train one model take none: each would draw targets of its own.
+    K-FAC is taken where targets can be drawn from every criterion, or its curvature is diagonal; where more than half
+    of the parameters are weights and biases of such layers; and where the factors' inverses, about ``sum k^3 + o^3``
+    for weights (o, k), are less work than ten passes through the layers, ``10 sum N T k o`` for N cases of T positions,
+    or too little to matter. The first step decides, and the state keeps it.
+
+    Draws are the same in every step, and belong to a case by its place: one batch, several, and as many processes with
+    equal shares of the cases take the same steps. So do a penalty in the closure and ``weight_decay``, as the factors
+    are damped by lambda alone.
 
     Args:
         batch_dim: the outputs' dimension along which cases stand.
@@ -48,14 +53,27 @@ class Automatic(Preconditioner):
     def refresh(self, op: Operator, step: int) -> None:
         """Choose, on the first step; then find K-FAC's factors, if that was chosen."""
         self._taken = False
-        if not isinstance(op, GaussNewton) or op.processes is not None or not self._has_cases(op):
+        if not isinstance(op, GaussNewton) or not self._has_cases(op):
             return
+        self.runs = 0
         if self.chosen is None:
+            self.runs = 1
             self.chosen = pays(op, self.kfac.batch_dim)
+            if op.processes is not None:
+                self.chosen = op.processes.mean(float(self.chosen)) == 1.0
             if self.chosen:
-                logger.info("conjugate gradients are preconditioned by K-FAC")
-        if self.chosen:
-            self.kfac.refresh(op, step)
+                logger.debug("conjugate gradients are preconditioned by K-FAC (preconditioner=None takes none)")
+        if not self.chosen:
+            return
+        self.runs += 1
+        try:
+            # The same draws in every step: how many steps were made before makes no difference.
+            self.kfac.refresh(op, 0)
+        except RuntimeError as error:  # a closure that cannot be run again, or memory: nothing to fail for
+            if op.processes is not None:  # the others would wait
+                raise
+            logger.warning("K-FAC could not be built, and this step takes no preconditioner: %s", error)
+        else:
             self._taken = True
 
     def _has_cases(self, op: GaussNewton) -> bool:
@@ -66,8 +84,8 @@ class Automatic(Preconditioner):
         return True
 
     def damp(self, damping: float, decay: float | Tensor) -> None:
-        """As K-FAC does."""
-        self.kfac.damp(damping, decay)
+        """As K-FAC does for lambda alone."""
+        self.kfac.damp(damping, 0.0)
 
     def apply(self, r: Tensor) -> Tensor:
         """As K-FAC does."""
@@ -89,13 +107,22 @@ class Automatic(Preconditioner):
 
 def pays(op: GaussNewton, batch_dim: int) -> bool:
     """Whether K-FAC would be taken for this operator; see :class:`Automatic`."""
-    seen = watched(op, batch_dim)
-    layers = [] if seen is None else [layer for layer in seen.layers if layer.weight is not None]
-    uses = [i for layer in layers for i in (layer.weight, layer.bias)]
-    own = [layer for layer in layers if uses.count(layer.weight) == 1]
-    covered = sum(op.params[i].numel() for layer in own for i in (layer.weight, layer.bias) if i is not None)
-    inverses, passes = (sum(work) for work in zip(*map(_work, own), strict=True)) if own else (0, 0)
-    return 2 * covered > op.vector.size and inverses <= max(_PASSES * passes, _LITTLE)
+    if any(distributions(part.space) is None for part in op.parts):
+        return False
+    covered: set[int] = set()
+    inverses: dict[int, int] = {}
+    passes = [0]
+
+    def use(_: Sequence[int], heads: list[Tensor], layers: list[Layer]) -> None:
+        for layer in layers:
+            if layer.weight is not None:
+                covered.update(i for i in (layer.weight, layer.bias) if i is not None)
+                inverses[layer.weight], work = _work(layer)
+                passes[0] += work
+
+    visit(op, batch_dim, use)
+    share = sum(op.params[i].numel() for i in covered)
+    return 2 * share > op.vector.size and sum(inverses.values()) <= max(_PASSES * passes[0], _LITTLE)
 
 
 def _work(layer: Layer) -> tuple[int, int]:

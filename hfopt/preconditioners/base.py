@@ -47,6 +47,9 @@ class Preconditioner(ABC):
         """Whether M is there after :meth:`refresh`; where it is not, the step goes on without a preconditioner."""
         return True
 
+    runs = 0
+    """How often :meth:`refresh` ran the closure with a backward pass, the last time, as a part of every step."""
+
     _z: Tensor | None = None
 
     def __call__(self, r: Tensor) -> Tensor:

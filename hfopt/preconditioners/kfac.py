@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hfopt.curvature import GaussNewton
+from hfopt.losses import Diagonal, OutputCurvature
 from hfopt.notice import logger
 from hfopt.operators import Operator
-from hfopt.output_space import Matching
+from hfopt.output_space import Joint, Matching
 from hfopt.preconditioners.base import Preconditioner, generator, ready, with_outputs
-from hfopt.preconditioners.layers import Layer, Watched, watched
+from hfopt.preconditioners.layers import Layer, Watched, visit
 
 
 @dataclass
@@ -84,6 +86,9 @@ class KFAC(Preconditioner):
                 f.a, f.g = f.a.to(device=op.device, dtype=op.dtype), f.g.to(device=op.device, dtype=op.dtype)
             return
         draws = generator(op, step)
+        # Processes that have as many cases each draw together what one process with all cases would.
+        for _ in range(0 if op.processes is None else op.processes.rank):
+            drawn(op, draws, self.batch_dim)
         self.factors = self._find(op, draws)
         layered = {i for f in self.factors for i in (f.weight, f.bias)}
         self._diagonal = torch.zeros(op.vector.size, dtype=op.dtype, device=op.device)
@@ -96,32 +101,36 @@ class KFAC(Preconditioner):
                 op.processes.mean_(t)
 
     def _find(self, op: GaussNewton, draws: torch.Generator) -> list[Factors]:
-        seen = watched(op, self.batch_dim)
-        groups: dict[tuple[int, int], list[Layer]] = {}
-        for layer in seen.layers if seen is not None else ():
-            if layer.weight is not None:
-                groups.setdefault((layer.weight, -1 if layer.bias is None else layer.bias), []).append(layer)
-        uses = [i for pair in groups for i in pair if i >= 0]
-        groups = {pair: used for pair, used in groups.items() if all(uses.count(i) == 1 for i in pair if i >= 0)}
-        if seen is None or not groups:
-            if not self._told:
-                self._told = True
-                logger.warning(
-                    "K-FAC found no linear or convolution layer whose cases stand along dimension %d of the one "
-                    "output, and is a diagonal preconditioner",
-                    self.batch_dim,
-                )
-            return []
-        found = [_empty(op, pair) for pair in groups]
-        for draw in range(self.samples):
-            layers = [layer for layers in groups.values() for layer in layers]
-            used, _ = Watched(seen.heads, layers, []).backward(drawn(op, draws, self.batch_dim))
-            reached = {id(layer) for layer in used}
-            for f, calls in zip(found, groups.values(), strict=True):
-                for layer in calls:
-                    if id(layer) in reached:
-                        _add(f, layer, op.dtype, draw == 0, self.samples)
-        return found
+        samples = [drawn(op, draws, self.batch_dim) for _ in range(self.samples)]
+        found: dict[tuple[int, int], Factors] = {}
+        cases: dict[tuple[int, int], int] = {}
+
+        def use(indices: Sequence[int], heads: list[Tensor], layers: list[Layer]) -> None:
+            pairs = {id(y): (y.weight, -1 if y.bias is None else y.bias) for y in layers if y.weight is not None}
+            layers = [y for y in layers if y.weight is not None]
+            for w, i in pairs.values():
+                found.setdefault((w, i), _empty(op, (w, i)))
+            for n, sample in enumerate(samples):
+                used, _ = Watched(heads, layers, []).backward([sample[i] for i in indices])
+                for layer in used:
+                    pair = pairs[id(layer)]
+                    _add(found[pair], layer, op.dtype, n == 0, self.samples)
+                    cases[pair] = cases.get(pair, 0) + (layer.cases if n == 0 else 0)
+
+        visit(op, self.batch_dim, use)
+        # A parameter in two blocks is left to the diagonal.
+        uses = [i for pair in found for i in pair if i >= 0]
+        found = {pair: f for pair, f in found.items() if all(uses.count(i) == 1 for i in pair if i >= 0)}
+        if not found and not self._told:
+            self._told = True
+            logger.warning(
+                "K-FAC found no linear or convolution layer whose cases stand along dimension %d of an output, and is "
+                "a diagonal preconditioner",
+                self.batch_dim,
+            )
+        for pair, f in found.items():
+            f.a /= max(1, cases.get(pair, 0))
+        return list(found.values())
 
     def damp(self, damping: float, decay: float | Tensor) -> None:
         """Invert the damped factors."""
@@ -133,7 +142,8 @@ class KFAC(Preconditioner):
         for f in self.factors:
             c = decay if pieces is None else float(pieces[f.weight].mean())
             assert isinstance(c, float | int)
-            self._inverses.append(_damped_inverses(f, damping + c))
+            with exactly(f.a):
+                self._inverses.append(_damped_inverses(f, damping + c))
 
     def apply(self, r: Tensor) -> Tensor:
         """``G^-1 R A^-1`` for every layer's part R of r."""
@@ -143,14 +153,15 @@ class KFAC(Preconditioner):
         """``M^-1 r``, in ``out``."""
         torch.mul(r, ready(self._inverse, "damp()", "applying"), out=out)
         given, found = torch.split(r, self._sizes), torch.split(out, self._sizes)
-        for f, (a, g) in zip(self.factors, self._inverses, strict=True):
-            block = given[f.weight].view(len(g), -1)
-            if f.bias < 0:
-                torch.mm(g @ block, a, out=found[f.weight].view(len(g), -1))
-                continue
-            solved = g @ torch.cat([block, given[f.bias].unsqueeze(1)], 1) @ a
-            found[f.weight].view(len(g), -1).copy_(solved[:, :-1])
-            found[f.bias].copy_(solved[:, -1])
+        with exactly(r):
+            for f, (a, g) in zip(self.factors, self._inverses, strict=True):
+                block = given[f.weight].view(len(g), -1)
+                if f.bias < 0:
+                    torch.mm(g @ block, a, out=found[f.weight].view(len(g), -1))
+                    continue
+                solved = g @ torch.cat([block, given[f.bias].unsqueeze(1)], 1) @ a
+                found[f.weight].view(len(g), -1).copy_(solved[:, :-1])
+                found[f.bias].copy_(solved[:, -1])
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,28 +191,61 @@ def drawn(op: GaussNewton, draws: torch.Generator, batch_dim: int) -> list[Tenso
     found = [torch.zeros_like(t) for t in op.cotangents]
     start = 0
     for part in op.parts:
-        space = part.space
-        if not isinstance(space, Matching) or any(b.closed is None for b in space.blocks):
+        forms = distributions(part.space)
+        if forms is None:
             for i in range(start, start + part.count):
                 t = op.cotangents[i]
                 found[i] = t * t.shape[batch_dim % t.dim()] ** 0.5 if t.dim() else t
         else:
-            for block in space.blocks:
-                assert block.closed is not None
+            for i, form in forms:
                 # The criteria's curvature is that of the loss as the closure has it, scaled by 1 / unit.
-                found[start + block.where[0]] += block.closed.sample(draws) * op.unit**0.5
+                found[start + i] += form.sample(draws) * op.unit**0.5
         start += part.count
     return found
 
 
+def distributions(space: Matching | Joint) -> list[tuple[int, OutputCurvature]] | None:
+    """(output, a curvature that can be drawn from) for every criterion; None if there is one without.
+
+    A criterion without a closed form may be drawn from if its Hessian is diagonal, as that of a sum over elements is.
+    """
+    if isinstance(space, Matching) and all(b.closed is not None for b in space.blocks):
+        return [(b.where[0], b.closed) for b in space.blocks if b.closed is not None]
+    none: list[Tensor] = [torch.zeros_like(p) for p in space.params]
+    ones = [torch.ones_like(z) for z in space.outputs]
+    draws = torch.Generator(device=ones[0].device).manual_seed(0)
+    signs = [torch.randint(0, 2, z.shape, generator=draws, device=z.device).to(z) * 2 - 1 for z in ones]
+    forms: list[tuple[int, OutputCurvature]] = []
+    products = [space.product(u, none)[0] for u in (ones, signs)]
+    for i, (diagonal, product, sign) in enumerate(zip(*products, signs, strict=True)):
+        if diagonal is None or product is None:
+            continue
+        size = diagonal.abs().max()
+        eps = 16 * torch.finfo(diagonal.dtype).eps
+        if bool((diagonal < -eps * size).any()) or bool(((product - sign * diagonal).abs() > eps * size).any()):
+            return None
+        forms.append((i, Diagonal(diagonal.detach().clamp_min(0), diagonal.shape)))
+    return forms
+
+
 def _add(f: Factors, layer: Layer, dtype: torch.dtype, first: bool, samples: int) -> None:
-    """Add one call's part of A (with the first draw) and of G."""
+    """Add one call's part of G, and (with the first draw) of A times the number of cases."""
+    with exactly(f.a):
+        _add_rows(f, layer, dtype, first, samples)
+
+
+def exactly(like: Tensor) -> torch.autocast:
+    """The block in which products keep their precision, whatever surrounds the step."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _add_rows(f: Factors, layer: Layer, dtype: torch.dtype, first: bool, samples: int) -> None:
     for _, x, g in layer.rows(layer.block(), dtype):
         x, g = x.flatten(0, 1), g.flatten(0, 1)
         f.g.addmm_(g.t(), g, alpha=1 / (layer.positions * samples))
         if first:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1) if f.bias >= 0 else x
-            f.a.addmm_(x.t(), x, alpha=1 / layer.cases)
+            f.a.addmm_(x.t(), x)
 
 
 def _damped_inverses(f: Factors, damping: float) -> tuple[Tensor, Tensor]:

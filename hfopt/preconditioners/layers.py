@@ -7,7 +7,7 @@ Both are ``y = W x`` over rows: those of a linear layer's input, or the patches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +99,10 @@ class Layer:
 class Watching(TorchFunctionMode):
     """Takes down every call of a layer whose weight or bias depends on parameters, while a closure runs."""
 
-    def __init__(self, params: Sequence[Tensor], case: int, cases: int) -> None:
+    def __init__(self, params: Sequence[Tensor], cases: Iterable[tuple[int, int]]) -> None:
         super().__init__()
         self._index = {id(p): i for i, p in enumerate(params)}
-        self._case, self._cases = case, cases
+        self._cases = list(dict.fromkeys(cases))  # (dimension, number) of every output
         self.layers: list[Layer] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,15 +132,16 @@ class Watching(TorchFunctionMode):
             case = self._case_of(x)
             return None if case is None or weight.dim() != 2 else Layer(w, b, x, y, case, None, roots)
         patches = patches_of(weight, *more, **named)
-        if patches is None or x.dim() != weight.dim() or x.shape[0] != self._cases:
+        if patches is None or x.dim() != weight.dim() or all(x.shape[0] != number for _, number in self._cases):
             return None
         return Layer(w, b, x, y, 0, patches, roots)
 
     def _case_of(self, x: Tensor) -> int | None:
         lead = x.shape[:-1]
-        for dim in (self._case, 0):
-            if dim < len(lead) and lead[dim] == self._cases:
-                return dim
+        for case, number in self._cases:
+            for dim in (case, 0):
+                if dim < len(lead) and lead[dim] == number:
+                    return dim
         return None
 
 
@@ -192,14 +193,33 @@ class Watched:
         return layers, [s for s in self.sequences if any(g is not None for g in s.g)]
 
 
+def visit(op: GaussNewton, batch_dim: int, use: Callable[[Sequence[int], list[Tensor], list[Layer]], None]) -> None:
+    """Run the closure again; ``use(indices, heads, layers)`` for every part: which outputs, in the graph of this run.
+
+    Nothing happens where an output has no cases.
+    """
+    outputs = [z for part in op.parts for z in part.space.outputs]
+    if any(z.dim() == 0 for z in outputs):
+        return
+    first = [0]
+    for part in op.parts:
+        first.append(first[-1] + part.count)
+    with Watching(op.params, [(batch_dim % z.dim(), z.shape[batch_dim % z.dim()]) for z in outputs]) as mode:
+
+        def each(i: int, heads: list[Tensor]) -> None:
+            layers, mode.layers = mode.layers, []
+            use(range(first[i], first[i + 1]), heads, layers)
+
+        op.outputs_by_part(each)
+
+
 def watched(op: GaussNewton, batch_dim: int) -> Watched | None:
     """What another run of the closure shows; None unless it has one output, with several cases."""
-    parts = op.parts
-    if len(parts) != 1 or len(parts[0].space.outputs) != 1 or parts[0].space.outputs[0].dim() == 0:
+    outputs = op.parts[0].space.outputs if len(op.parts) == 1 else []
+    if len(outputs) != 1 or outputs[0].dim() == 0:
         return None
-    shape = parts[0].space.outputs[0].shape
-    case = batch_dim % len(shape)
-    with Watching(op.params, case, shape[case]) as mode, noting() as found:
+    cases = [(batch_dim % z.dim(), z.shape[batch_dim % z.dim()]) for z in outputs]
+    with Watching(op.params, cases) as mode, noting() as found:
         heads = op.outputs_again()
-    sequences = [Sequences(noted) for noted in found if known(noted, shape[case])]
+    sequences = [Sequences(noted) for noted in found if known(noted, cases[0][1])]
     return None if heads is None else Watched(heads, mode.layers, sequences)

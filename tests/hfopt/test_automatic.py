@@ -1,4 +1,4 @@
-"""The preconditioner that chooses itself: K-FAC for linear and convolution layers where it pays, otherwise none."""
+"""The preconditioner that is taken where none is named: K-FAC for linear and convolution layers, or none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hfopt
-from hfopt.preconditioners import Automatic
+from hfopt.operators import Operator
+from hfopt.preconditioners import KFAC, Automatic
 from models import RNN
+from tests.hfopt.tools import theta
 
 Closure = Callable[[], Tensor]
 
@@ -63,44 +66,150 @@ def two_losses() -> tuple[nn.Module, Closure]:
 
 @pytest.mark.parametrize(
     ("build", "chosen"),
-    [(mlp, True), (convolutional, True), (wide, False), (recurrent, False), (tied, False), (two_losses, False)],
+    [(mlp, True), (convolutional, True), (tied, True), (two_losses, True), (wide, False), (recurrent, False)],
 )
 def test_what_is_chosen(build: Callable[[], tuple[nn.Module, Closure]], chosen: bool) -> None:
     model, loss = build()
-    optimizer = hfopt.HessianFree(model.parameters(), preconditioner="auto")
+    optimizer = hfopt.HessianFree(model.parameters())
     optimizer.step(loss)
     assert isinstance(optimizer.preconditioner, Automatic)
     assert optimizer.preconditioner.chosen is chosen
     assert optimizer.preconditioner.active is chosen
 
 
-@pytest.mark.parametrize(
-    ("build", "name"), [(mlp, "kfac"), (convolutional, "kfac"), (recurrent, None), (two_losses, None)]
-)
-def test_steps_are_those_of_the_one_that_is_chosen(
-    build: Callable[[], tuple[nn.Module, Closure]], name: str | None
-) -> None:
-    def train(preconditioner: str | None) -> tuple[nn.Module, list[hfopt.StepStats]]:
-        model, loss = build()
-        optimizer = hfopt.HessianFree(model.parameters(), preconditioner=preconditioner)
-        for _ in range(4):
-            optimizer.step(loss)
-        return model, [replace(s, seconds=0.0) for s in optimizer.stats]
+def train(build: Callable[[], tuple[nn.Module, Closure]], **options: Any) -> tuple[Tensor, list[hfopt.StepStats]]:
+    model, loss = build()
+    optimizer = hfopt.HessianFree(model.parameters(), **options)
+    for _ in range(4):
+        optimizer.step(loss)
+    return theta(model), [replace(s, seconds=0.0) for s in optimizer.stats]
 
-    ours, stats = train("auto")
-    other, others = train(name)
-    assert stats == others
-    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), other.parameters(), strict=True))
+
+class Fixed(KFAC):
+    """K-FAC with the same draws in every step, and damped by lambda alone."""
+
+    def refresh(self, op: Operator, step: int) -> None:
+        super().refresh(op, 0)
+
+
+@pytest.mark.parametrize("build", [mlp, convolutional])
+def test_steps_are_those_of_kfac(build: Callable[[], tuple[nn.Module, Closure]]) -> None:
+    ours, stats = train(build)
+    theirs, others = train(build, preconditioner=Fixed())
+    assert torch.equal(ours, theirs)
+    assert [replace(s, gradients=1) for s in stats] == others
+
+
+def test_steps_without_it_are_those_of_none() -> None:
+    ours, stats = train(recurrent)
+    theirs, others = train(recurrent, preconditioner=None)
+    assert torch.equal(ours, theirs)
+    assert [replace(s, gradients=1) for s in stats] == others
+
+
+def test_the_record_counts_every_run_of_the_closure() -> None:
+    model, loss = mlp()
+    optimizer, calls = hfopt.HessianFree(model.parameters()), [0]
+
+    def closure() -> Tensor:
+        calls[0] += 1
+        return loss()
+
+    for _ in range(3):
+        calls[0] = 0
+        optimizer.step(closure)
+        s = optimizer.stats[-1]
+        assert s.gradients + s.evaluations == calls[0]
+        assert s.gradients == (3 if s.step == 1 else 2)
+
+
+def test_a_penalty_outside_is_one_inside() -> None:
+    def penalised() -> tuple[nn.Module, Closure]:
+        model, loss = mlp()
+        return model, lambda: loss() + sum(0.05 * p.square().sum() for p in model.parameters())
+
+    ours, _ = train(mlp, weight_decay=0.1)
+    theirs, _ = train(penalised)
+    assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_a_loss_of_ones_own_is_drawn_from_like_the_criterion() -> None:
+    def own() -> tuple[nn.Module, Closure]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        x, y = torch.randn(40, 4, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+
+        def loss() -> Tensor:
+            squares: Tensor = (model(x) - y) ** 2
+            return squares.mean()
+
+        return model, loss
+
+    ours, stats = train(mlp)
+    theirs, others = train(own)
+    assert torch.allclose(ours, theirs, rtol=1e-7, atol=1e-9)
+    assert [s.cg_iterations for s in stats] == [s.cg_iterations for s in others]
+    assert others[-1].gradients == 2
+
+
+def test_curvature_that_is_not_diagonal_takes_none() -> None:
+    model, _ = mlp()
+    x = torch.randn(40, 4, dtype=torch.float64)
+    optimizer = hfopt.HessianFree(model.parameters(), loss=lambda z: z.logsumexp(1).mean() + 0.5 * z.square().mean())
+    optimizer.step(lambda: model(x))
+    assert isinstance(optimizer.preconditioner, Automatic)
+    assert optimizer.preconditioner.chosen is False
+
+
+def test_a_closure_that_cannot_be_watched_takes_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(self: KFAC, op: Operator, step: int) -> None:
+        raise RuntimeError("no memory")
+
+    model, loss = mlp()
+    optimizer = hfopt.HessianFree(model.parameters())
+    monkeypatch.setattr(KFAC, "refresh", fails)
+    with caplog.at_level(logging.WARNING, "hfopt"):
+        optimizer.step(loss)
+    assert "takes no preconditioner: no memory" in caplog.text
+    assert optimizer.stats[-1].accepted
+
+
+def test_autocast_around_a_step_leaves_the_factors_exact() -> None:
+    model, loss = mlp(dtype=torch.float32)
+    twin, same = mlp(dtype=torch.float32)
+    a, b = (hfopt.HessianFree(m.parameters()) for m in (model, twin))
+
+    def outside(closure: Closure) -> Closure:
+        def run() -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return closure()
+
+        return run
+
+    a.step(loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        b.step(outside(same))
+    assert torch.equal(theta(model), theta(twin))
+
+
+def test_other_dampings_and_names_take_what_they_ask_for() -> None:
+    model, _ = mlp()
+    assert hfopt.HessianFree(model.parameters(), damping=0.1).preconditioner is None
+    assert hfopt.HessianFree(model.parameters(), preconditioner=None).preconditioner is None
+    assert hfopt.HessianFree(model.parameters(), preconditioner="none").preconditioner is None
+    assert isinstance(hfopt.HessianFree(model.parameters(), preconditioner="kfac").preconditioner, KFAC)
 
 
 def test_a_hessian_and_outputs_without_cases_take_none() -> None:
     model, loss = mlp()
-    optimizer = hfopt.HessianFree(model.parameters(), curvature="hessian", preconditioner="auto")
+    optimizer = hfopt.HessianFree(model.parameters(), curvature="hessian")
     optimizer.step(loss)
     assert isinstance(optimizer.preconditioner, Automatic)
     assert not optimizer.preconditioner.active
     p = nn.Parameter(torch.tensor(3.0))
-    optimizer = hfopt.HessianFree([p], preconditioner="auto")
+    optimizer = hfopt.HessianFree([p])
     for _ in range(5):
         optimizer.step(lambda: F.mse_loss(p * 2, torch.tensor(1.0)))
     assert float(p.detach()) == pytest.approx(0.5, abs=0.01)
@@ -108,14 +217,14 @@ def test_a_hessian_and_outputs_without_cases_take_none() -> None:
 
 def test_a_resumed_run_keeps_the_choice_and_the_bits(caplog: pytest.LogCaptureFixture) -> None:
     model, loss = mlp()
-    optimizer = hfopt.HessianFree(model.parameters(), preconditioner="auto")
-    with caplog.at_level(logging.INFO, "hfopt"):
+    optimizer = hfopt.HessianFree(model.parameters())
+    with caplog.at_level(logging.DEBUG, "hfopt"):
         for _ in range(2):
             optimizer.step(loss)
     assert sum("preconditioned by K-FAC" in r.message for r in caplog.records) == 1
     other, other_loss = mlp()
     other.load_state_dict(model.state_dict())
-    second = hfopt.HessianFree(other.parameters(), preconditioner="auto")
+    second = hfopt.HessianFree(other.parameters())
     second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert isinstance(second.preconditioner, Automatic)
     assert second.preconditioner.chosen is True

@@ -164,7 +164,8 @@ X, Y = randn(20, 3, seed=11), randn(20, 2, seed=12)
 def test_the_loss_chooses_lambda() -> None:
     """Every candidate solved directly: none beside the chosen one is clearly better, and the step is that one's."""
     model = mlp(3, 5, 2, seed=13)
-    optimizer = hfopt.HessianFree(model.parameters(), cg=exact(max_iterations=200), line_search=None)
+    cg = exact(max_iterations=200)
+    optimizer = hfopt.HessianFree(model.parameters(), cg=cg, line_search=None, preconditioner=None)
     for _ in range(6):
         before = theta(model)
         g = flat(torch.autograd.grad(F.mse_loss(model(X), Y), list(model.parameters())))

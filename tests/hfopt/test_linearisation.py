@@ -220,7 +220,7 @@ def test_hidden_states_of_a_frozen_layer_are_left_out(policy: str) -> None:
 
 def test_a_growing_batch_is_run_once() -> None:
     model, runs = mlp(3, 4, 2, seed=50), [0]
-    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer = hfopt.HessianFree(model.parameters(), preconditioner=None)
     for n in (2, 4, 6):
 
         def closure(n: int = n) -> Tensor:

@@ -280,7 +280,7 @@ def test_evaluations_on_the_checks_are_those_of_the_solve_that_was_taken() -> No
     twin = mlp(3, 6, 2, seed=19)
     op = hfopt.GaussNewton(mse(twin), twin.parameters())
     f0 = op.loss.item()
-    optimizer = hfopt.HessianFree(model.parameters(), cg=CG(check_every=1))
+    optimizer = hfopt.HessianFree(model.parameters(), cg=CG(check_every=1), preconditioner=None)
     optimizer.step(mse(model))
     s = optimizer.stats[0]
     solution = CG(check_every=1).solve(op.damped(s.damping), -op.gradient)
@@ -307,7 +307,7 @@ def test_the_next_solve_starts_from_the_decayed_last_solution() -> None:
 
 def test_the_record_of_a_step() -> None:
     model = mlp(3, 4, 2, seed=21)
-    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer = hfopt.HessianFree(model.parameters(), preconditioner=None)
     count = {"calls": 0}
 
     def closure() -> Tensor:
