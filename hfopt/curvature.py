@@ -299,11 +299,8 @@ class GaussNewton(Local):
         if self._again is not None:
             use(0, self._again()[: self.parts[0].count])
             return
-
-        def each(part: Part, heads: list[Tensor]) -> None:
-            use(self.parts.index(part), heads[: part.count])
-
         with self._frozen.again(), torch.enable_grad(), differentiable():
+            each = lambda part, heads: use(self.parts.index(part), heads[: part.count])  # noqa: E731
             again(self._closure, self.parts, each, everything=True)
 
     def outputs_again(self) -> list[Tensor] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import logging
 import re
 import shutil
 import subprocess
@@ -61,7 +62,13 @@ def requirements(config: configparser.ConfigParser, section: str, option: str) -
 
 def test_dependencies_point_one_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    status = importlinter_cli.lint_imports(no_cache=True)
+    loggers = [found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger)]
+    disabled = [logger.disabled for logger in loggers]
+    try:
+        status = importlinter_cli.lint_imports(no_cache=True)
+    finally:  # it configures logging, and with that disables all loggers that are there
+        for logger, before in zip(loggers, disabled, strict=True):
+            logger.disabled = before
     assert status == 0, capsys.readouterr().out
 
 

@@ -52,10 +52,9 @@ class Automatic(Preconditioner):
 
     def refresh(self, op: Operator, step: int) -> None:
         """Choose, on the first step; then find K-FAC's factors, if that was chosen."""
-        self._taken = False
+        self._taken, self.runs = False, 0
         if not isinstance(op, GaussNewton) or not self._has_cases(op):
             return
-        self.runs = 0
         if self.chosen is None:
             self.runs = 1
             self.chosen = pays(op, self.kfac.batch_dim)

@@ -270,8 +270,13 @@ def test_the_second_ctrl_c_is_immediate(tmp_path: Path, capfd: Any) -> None:
         forget()
 
     hf.problem.forget = forget_and_signal  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        hf.optimize()
+    # What is started in the background, by a shell or by pytest's workers, ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hf.optimize()
+    finally:
+        signal.signal(signal.SIGINT, before)
     run = read_run(tmp_path / "run")
     assert run.steps["step"].tolist() == [0, 1, 2]
     assert run.find().step == 2
