@@ -372,7 +372,7 @@ def explained(product: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
         try:
             return product(*args, **kwargs)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # what torch raises where an operation has no derivative formula
             raise not_differentiable({"the product": error}) from error
 
     return wrapped

@@ -55,24 +55,24 @@ class Automatic(Preconditioner):
         self._taken, self.runs = False, 0
         if not isinstance(op, GaussNewton) or not self._has_cases(op):
             return
-        if self.chosen is None:
-            self.runs = 1
-            self.chosen = pays(op, self.kfac.batch_dim)
-            if op.processes is not None:
-                self.chosen = op.processes.mean(float(self.chosen)) == 1.0
-            if self.chosen:
-                logger.debug("conjugate gradients are preconditioned by K-FAC (preconditioner=None takes none)")
-        if not self.chosen:
-            return
-        self.runs += 1
         try:
-            # The same draws in every step: how many steps were made before makes no difference.
-            self.kfac.refresh(op, 0)
+            self._take(op)
         except RuntimeError as error:  # a closure that cannot be run again, or memory: nothing to fail for
             if op.processes is not None:  # the others would wait
                 raise
             logger.warning("K-FAC could not be built, and this step takes no preconditioner: %s", error)
-        else:
+
+    def _take(self, op: GaussNewton) -> None:
+        if self.chosen is None:
+            self.runs = 1
+            chosen = pays(op, self.kfac.batch_dim)
+            self.chosen = chosen if op.processes is None else op.processes.mean(float(chosen)) == 1.0
+            if self.chosen:
+                logger.debug("conjugate gradients are preconditioned by K-FAC (preconditioner=None takes none)")
+        if self.chosen:
+            self.runs += 1
+            # The same draws in every step: how many steps were made before makes no difference.
+            self.kfac.refresh(op, 0)
             self._taken = True
 
     def _has_cases(self, op: GaussNewton) -> bool:

@@ -92,6 +92,24 @@ class Fixed(KFAC):
         super().refresh(op, 0)
 
 
+def test_a_closure_that_cannot_be_looked_at_takes_none_and_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(op: Operator, batch_dim: int) -> bool:
+        raise RuntimeError("no memory")
+
+    model, loss = mlp()
+    optimizer = hfopt.HessianFree(model.parameters())
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "hfopt"):
+        patch.setattr("hfopt.preconditioners.automatic.pays", fails)
+        optimizer.step(loss)
+    assert "takes no preconditioner: no memory" in caplog.text
+    assert optimizer.stats[-1].accepted
+    optimizer.step(loss)
+    assert isinstance(optimizer.preconditioner, Automatic)
+    assert optimizer.preconditioner.active
+
+
 @pytest.mark.parametrize("build", [mlp, convolutional])
 def test_steps_are_those_of_kfac(build: Callable[[], tuple[nn.Module, Closure]]) -> None:
     ours, stats = train(build)
