@@ -30,6 +30,7 @@ class ScaledStart(CG):
         preconditioner: Callable[[Tensor], Tensor] | None = None,
         stop: Callable[[int, Tensor, float], bool] | None = None,
         directions: int = 0,
+        augment: Tensor | None = None,
     ) -> Solution:
         """See :meth:`hfopt.CG.solve`."""
         run = Run(self, op, b, x0, preconditioner, directions)
@@ -72,6 +73,7 @@ class Thin(CG):
         preconditioner: Callable[[Tensor], Tensor] | None = None,
         stop: Callable[[int, Tensor, float], bool] | None = None,
         directions: int = 0,
+        augment: Tensor | None = None,
     ) -> Solution:
         """See :meth:`hfopt.CG.solve`, from zero."""
         solution = super().solve(op, b, None, preconditioner, stop, directions)
@@ -201,8 +203,9 @@ METHODS = {
         _old("start 0.99", START, lambda: martens(decay=0.99)),
         _old("start 0.5 to 0.99", START, before=rising),
         _old("start scaled", START, lambda: ScaledStart(tolerance=5e-4, decay=1.0)),
+        _old("start as a direction", START, lambda: martens(decay=None)),
         _old("stop by rate", STOP, lambda: CG(decay=0.95)),
-        _old("stop by rate from 0", STOP),
+        _old("stop by rate from 0", STOP, lambda: CG(decay=0.0)),
         _old("stop at eps 5e-3", STOP, lambda: martens(tolerance=5e-3)),
         _old("lambda times 2 or 1/4", LAMBDA, martens, lambda: LevenbergMarquardt(increase=2.0, decrease=0.25)),
         _old("lambda continuous", LAMBDA, martens, Continuous),
@@ -210,6 +213,7 @@ METHODS = {
         _old("L-BFGS", REUSE, preconditioner=lambda: "lbfgs"),
         _old("Ritz vectors", REUSE, preconditioner=Ritz),
         _new(NEW, ALL),
+        _new("default: start 0", START, lambda: CG(decay=0.0)),
         _new("default: start 0.95", START, lambda: CG(decay=0.95)),
         _new("default: start scaled", START, lambda: ScaledStart(decay=1.0)),
         _new("default: overhead 5", STOP, lambda: CG(overhead=5.0)),
@@ -223,4 +227,3 @@ METHODS = {
         _new("default: Ritz vectors", REUSE, preconditioner=Ritz),
     )
 }
-METHODS["stop by rate from 0"] = replace(METHODS["stop by rate from 0"], cg=CG)

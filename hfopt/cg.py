@@ -97,7 +97,8 @@ class CG:
             products, the evaluations of the loss. Not used where ``tolerance`` is a number.
         residual: stop when ``|b - A x| <= residual |b|``.
         decay: a step starts CG at this multiple of the last CG solution (Martens' code: 0.95); 0 starts at zero. Or a
-            schedule: a function of the number of steps done so far, such as :class:`hfopt.RisingDecay`.
+            schedule: a function of the number of steps done so far, such as :class:`hfopt.RisingDecay`. None: the last
+            solution is one more direction, whose length the model chooses, at the one product that a start costs, too.
         growth: iterates are kept at ``ceil(5 growth^j)`` and at the end (Martens 2010, section 4.6: 1.3).
         check_every: iterations between rows of the table of checks.
         repair_every: recompute ``r = b - A x`` from scratch every so many iterations, at one product each; 0: never.
@@ -110,7 +111,7 @@ class CG:
     tolerance: float | None = None
     overhead: float = 10.0
     residual: float = 1e-10
-    decay: float | Callable[[int], float] = 0.0
+    decay: float | Callable[[int], float] | None = None
     growth: float = 1.3
     check_every: int = 10
     repair_every: int = 0
@@ -125,7 +126,10 @@ class CG:
             )
         tolerance = 0.0 if self.tolerance is None else self.tolerance
         if not (
-            tolerance >= 0 and self.residual >= 0 and (callable(self.decay) or 0 <= self.decay <= 1) and self.growth > 1
+            tolerance >= 0
+            and self.residual >= 0
+            and (self.decay is None or callable(self.decay) or 0 <= self.decay <= 1)
+            and self.growth > 1
         ):
             raise ValueError(
                 f"tolerance and residual must be >= 0, decay in [0, 1], growth > 1, but are {self.tolerance}, "
@@ -141,8 +145,10 @@ class CG:
         if self.cuda_graphs not in ("auto", True, False):
             raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}, but must be 'auto', True or False")
 
-    def decay_after(self, steps: int) -> float:
+    def decay_after(self, steps: int) -> float | None:
         """The multiple of the last solution that a step starts at, ``steps`` having been done before.
+
+        None where the model chooses it.
 
         Raises:
             ValueError: a schedule gave a number outside [0, 1].
@@ -191,8 +197,9 @@ class CG:
         preconditioner: Callable[[Tensor], Tensor] | None = None,
         stop: Callable[[int, Tensor, float], bool] | None = None,
         directions: int = 0,
+        augment: Tensor | None = None,
     ) -> Solution:
-        """Minimise ``phi`` from ``x0``.
+        """Minimise ``phi`` from ``x0``, or along ``augment`` and what is conjugate to it.
 
         On a direction of negative or zero curvature the iteration ends; if it is the first direction, and nothing
         better is known, the answer is that direction with the step its curvature's absolute value would give.
@@ -204,26 +211,33 @@ class CG:
             preconditioner: ``z = M^-1 r`` for a fixed symmetric positive definite M; None: identity.
             stop: called at every check with (iteration, x, phi); True ends the solve ("stopped").
             directions: how many directions are kept, with their products: two vectors each.
+            augment: u (P,), one more direction, in place of ``x0``; without effect where ``u'Au`` is not clearly
+                positive.
 
         Raises:
-            ValueError: ``b`` or ``x0`` of another shape, a right-hand side that is not finite, or graphs that are
-                required where there is no CUDA device.
+            ValueError: ``b``, ``x0`` or ``augment`` of another shape, both of the latter, a right-hand side that is not
+                finite, or graphs that are required where there is no CUDA device.
             RuntimeError: graphs are required, but the system cannot be recorded.
         """
-        if b.dim() != 1 or (x0 is not None and x0.shape != b.shape):
-            other = None if x0 is None else x0.shape
-            raise ValueError(f"b must be flat and x0 of its shape, but they have shapes {b.shape} and {other}")
+        for name, given in (("x0", x0), ("augment", augment)):
+            if b.dim() != 1 or (given is not None and given.shape != b.shape):
+                other = None if given is None else given.shape
+                raise ValueError(f"b must be flat and {name} of its shape, but they have shapes {b.shape} and {other}")
+        if x0 is not None and augment is not None:
+            raise ValueError("a solve starts at x0 or along augment, but both are given")
         size_b = norm(b)
         if not math.isfinite(size_b):
             raise ValueError("the right-hand side b is not finite")
         if b.device.type != "cuda":
             if self.cuda_graphs is True:
                 raise ValueError(f"cuda_graphs is True, but the right-hand side b is on {b.device}; leave it at 'auto'")
-            return Run(self, op, b, x0, preconditioner, directions=directions).iterate(size_b, stop)
+            run = Run(self, op, b, x0, preconditioner, directions=directions, augment=augment)
+            return run.iterate(size_b, stop)
         from hfopt.device_cg import DeviceRun  # which needs this module
 
         with recording(op, b, self.cuda_graphs, self._attempts) as recorder:
-            return DeviceRun(self, op, b, x0, preconditioner, recorder, directions=directions).iterate(size_b, stop)
+            run = DeviceRun(self, op, b, x0, preconditioner, recorder, directions=directions, augment=augment)
+            return run.iterate(size_b, stop)
 
 
 class Run:
@@ -237,6 +251,7 @@ class Run:
         x0: Tensor | None,
         preconditioner: Callable[[Tensor], Tensor] | None,
         directions: int = 0,
+        augment: Tensor | None = None,
     ) -> None:
         self.o, self.op, self.b, self.precondition = options, op, b, preconditioner
         self.stored = options.stored_iterations()
@@ -251,11 +266,40 @@ class Run:
         self.pairs: list[tuple[Tensor, Tensor]] = []
         if directions and not zero_start:
             self.pairs.append((self.x.clone(), b - self.r))
+        self.u: Tensor | None = None
+        self.au = b
+        if augment is not None:
+            self.start_along(augment)
         self.warm = len(self.pairs)
         self.kept: list[Iterate] = []
         self.checks: list[CGCheck] = []
         self.history = [self.phi()]
         self.carried = False  # whether the last phi is the one before, carried along
+
+    def start_along(self, u: Tensor) -> None:
+        """Begin at the minimum of phi along u, which is scaled to ``u'Au = 1``."""
+        au = self.multiply(u)
+        curvature = dot(u, au)
+        # Less than that is rounding: of directions in A's null space nothing is known.
+        if not 8 * torch.finfo(u.dtype).eps * norm(u) * norm(au) < curvature < math.inf:
+            return
+        scale = curvature**-0.5
+        self.u, self.au = u * scale, au * scale
+        if self.directions:
+            self.pairs.append((self.u, self.au))
+        self.correct()
+
+    def correct(self) -> None:
+        """To the minimum along u, where rounding would lead away from it."""
+        if self.u is not None:
+            length = dot(self.u, self.r)
+            self.x.add_(self.u, alpha=length)
+            self.r.add_(self.au, alpha=-length)
+
+    def conjugate(self, d: Tensor, z: Tensor) -> None:
+        """Take out of d what makes z not conjugate to u."""
+        if self.u is not None:
+            d.add_(self.u, alpha=-dot(z, self.au))
 
     def multiply(self, v: Tensor) -> Tensor:
         """``A v`` in ``scratch``."""
@@ -317,7 +361,18 @@ class Run:
         self.pairs.clear()  # one copy of each at a time
         first = torch.stack(s)
         s.clear()
-        return first, torch.stack(a)
+        return self.unmixed(first, torch.stack(a))
+
+    def unmixed(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The same space, by directions at right angles to u, of which conjugate ones can contain far more than else.
+
+        Where u has little curvature, they would be taken for dependent ones.
+        """
+        if self.u is not None and self.warm:
+            share = s[1:] @ self.u / norm(self.u) ** 2
+            s[1:].addr_(share, self.u, alpha=-1.0)
+            a[1:].addr_(share, self.au, alpha=-1.0)
+        return s, a
 
     def iterate(self, size_b: float, stop: Callable[[int, Tensor, float], bool] | None) -> Solution:
         """Solve, with ``size_b = |b|``; ``stop`` is asked at checks."""
@@ -326,6 +381,7 @@ class Run:
             self.keep(0)
         z = self.r if self.precondition is None else self.precondition(self.r)
         d = z.clone()
+        self.conjugate(d, z)
         rz = dot(self.r, z)
         for i in range(o.max_iterations + 1):
             residual = rz**0.5 if self.precondition is None and rz >= 0 else norm(self.r)
@@ -350,8 +406,10 @@ class Run:
             alpha = rz / curvature
             if (reason := self.along(d, ad, alpha)) is not None:
                 return self.back_off(reason, i) if reason == "not finite" else self.done(reason, i)
+            self.correct()
             if o.repair_every and (i + 1) % o.repair_every == 0:
                 self.residual_from_scratch()
+                self.correct()
             self.carried = self.carries(i + 1)
             self.history.append(self.history[-1] - 0.5 * alpha * rz if self.carried else self.phi())
             if i + 1 in stored:
@@ -365,6 +423,7 @@ class Run:
             z = self.r if self.precondition is None else self.precondition(self.r)
             rz, old = dot(self.r, z), rz
             torch.add(z, d, alpha=rz / old, out=d)
+            self.conjugate(d, z)
         raise AssertionError("unreachable")
 
     def back_off(self, reason: str, i: int) -> Solution:

@@ -71,8 +71,9 @@ class DeviceRun(Run):
         preconditioner: Callable[[Tensor], Tensor] | None,
         recorder: Recorder | None = None,
         directions: int = 0,
+        augment: Tensor | None = None,
     ) -> None:
-        super().__init__(options, op, b, x0, preconditioner, directions)
+        super().__init__(options, op, b, x0, preconditioner, directions, augment)
         self.recorder = recorder
         self.repeat: Callable[[], None] | None = None
         self.bound = 0.0  # of |r|
@@ -94,6 +95,7 @@ class DeviceRun(Run):
         self.wide = [torch.empty_like(b, dtype=torch.float64) for _ in range(0 if b.dtype == torch.float64 else 2)]
         self.step_length, self.turn = zeros(dtype=b.dtype), zeros(dtype=b.dtype)
         self.alpha, self.old, self.spare = zeros(), zeros(), zeros()
+        self.along_u, self.length = zeros(), zeros(dtype=b.dtype)
         self.line, self.log = zeros(1, 6), zeros(steps, 6)
         self.value, _, self.rz, self.size, self.residual, self.curvature = self.line[0].unbind()
         self.value.fill_(self.history[0])
@@ -151,6 +153,22 @@ class DeviceRun(Run):
             self.residual.sqrt_()
         return z
 
+    def turn_from(self, z: Tensor) -> None:
+        """``d -= u (Au)'z``: :meth:`hfopt.cg.Run.conjugate`."""
+        if self.u is not None:
+            self.dot_into(z, self.au, self.along_u)
+            self.length.copy_(self.along_u)
+            self.d.addcmul_(self.u, self.length, value=-1.0)
+
+    def keep_to(self) -> None:
+        """:meth:`hfopt.cg.Run.correct`, unless the solve has ended."""
+        if self.u is not None:
+            self.dot_into(self.r, self.u, self.along_u)
+            self.along_u.masked_fill_(self.dead, 0.0)
+            self.length.copy_(self.along_u)
+            self.x.addcmul_(self.u, self.length)
+            self.r.addcmul_(self.au, self.length, value=-1.0)
+
     def curve(self) -> None:
         """``A d`` and ``d'A d``."""
         product = self.multiply(self.d)
@@ -179,6 +197,7 @@ class DeviceRun(Run):
         self.step_length.copy_(self.alpha)
         self.x.addcmul_(self.d, self.step_length)
         self.r.addcmul_(self.scratch, self.step_length, value=-1.0)
+        self.keep_to()
         self.log.index_copy_(0, self.i, self.line)
         torch.mul(self.alpha, self.rz, out=self.spare)
         self.value.sub_(self.spare, alpha=0.5)
@@ -192,6 +211,7 @@ class DeviceRun(Run):
         z = self.measure()
         torch.div(self.rz, self.old, out=self.turn)
         torch.addcmul(z, self.d, self.turn, out=self.d)
+        self.turn_from(z)
         self.curve()
         self.judge()
         self.move()
@@ -250,6 +270,7 @@ class DeviceRun(Run):
         if o.repair_every and i % o.repair_every == 0:
             torch.sub(self.b, self.multiply(self.x), out=self.scratch)
             torch.where(self.alive, self.scratch, self.r, out=self.r)
+            self.keep_to()
         if not self.carries(i):
             self.dot_into(self.b, self.x, self.spare)
             self.dot_into(self.r, self.x, self.value)
@@ -298,7 +319,9 @@ class DeviceRun(Run):
 
     def first(self) -> Solution | None:
         """The first iteration, which the host follows step by step; the solution if it ends there."""
-        self.d.copy_(self.measure())
+        z = self.measure()
+        self.d.copy_(z)
+        self.turn_from(z)
         line = self.read(0, 0)[0]
         line[CURVATURE] = 1.0
         reason = self.ended(0, line)

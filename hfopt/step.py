@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +39,8 @@ _CALIBRATION_TRIES = 8
 _CALIBRATION_DEPTH = 1e-3
 # Another lambda is better if the loss falls by so much more, as a share of the decrease.
 _CLEAR = 1e-2
+NOWHERE: Mapping[str, Tensor] = {}
+"""No start: the solve begins at zero."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,18 @@ class Step(Objective):
 
     # -- solve, backtrack, judge -----------------------------------------------------------------------------------
 
-    def cg_start(self) -> Tensor | None:
-        """The decayed last solution of CG, or None."""
+    def cg_start(self) -> dict[str, Tensor]:
+        """What the last solution of CG is to the next solve: ``augment``, with a decay ``x0``, or nothing."""
         starts = [self.o.state[p].get("cg_start") for p in self.vector.params]
         decay = self.o.cg.decay_after(self.o.steps)
         if decay == 0 or all(s is None for s in starts):
-            return None
-        return self.vector.flatten(starts).mul_(decay)
+            return {}
+        last = self.vector.flatten(starts)
+        return {"augment": last} if decay is None else {"x0": last.mul_(decay)}
 
-    def solve(self, damping: float, x0: Tensor | None, directions: int = 0) -> Solution:
-        """Solve with ``lambda = damping``."""
-        o = self.o
+    def solve(self, damping: float, start: Mapping[str, Tensor] = NOWHERE, directions: int = 0) -> Solution:
+        """Solve with ``lambda = damping``; ``start`` as :meth:`cg_start` gives it."""
+        o, x0 = self.o, start.get("x0")
         decay = self.decay if self.scale is None else self.decay + damping * (1 / self.scale - 1)
         system = self.op.damped(damping, o.structural, decay)
         chosen = o.preconditioner if o.preconditioner is not None and o.preconditioner.active else None
@@ -107,16 +110,17 @@ class Step(Objective):
             chosen.damp(damping, decay)
         seen = system if chosen is None else chosen.watch(system)
         if self.model.op is self.op:
-            solution = o.cg.solve(seen, -self.g, x0, preconditioner, directions=directions)
+            augment = start.get("augment")
+            solution = o.cg.solve(seen, -self.g, x0, preconditioner, directions=directions, augment=augment)
         else:
             second = Quadratic(self.model.op.damped(damping, o.structural, decay), -self.model.g, o.debias_slopes)
             solution = solve_debiased(o.cg, seen, -self.g, second, x0, preconditioner)
         self.products += solution.products
         return solution
 
-    def candidate(self, damping: float, x0: Tensor | None) -> Candidate:
+    def candidate(self, damping: float, start: Mapping[str, Tensor] = NOWHERE) -> Candidate:
         """Solve with ``lambda = damping``, backtrack, and judge the step by rho."""
-        return self.judged(damping, self.solve(damping, x0))
+        return self.judged(damping, self.solve(damping, start))
 
     def judged(self, damping: float, solution: Solution) -> Candidate:
         """Backtrack over the iterates of a solve, and judge the step by rho."""
@@ -185,13 +189,13 @@ class Step(Objective):
         below the lower one.
         """
         damping = self.curvature_along_gradient()
-        best = (damping, self.candidate(damping, None))
+        best = (damping, self.candidate(damping))
         trusted = best[1].rho >= 0.25
         for _ in range(_CALIBRATION_TRIES):
             if trusted and not best[1].rho > 0.75:
                 break
             damping = damping / 10 if trusted else damping * 10
-            trial = self.candidate(damping, None)
+            trial = self.candidate(damping)
             if trusted and not (trial.rho > 0.5 and trial.value < best[1].value):
                 break
             best = (damping, trial)
@@ -210,7 +214,7 @@ class Step(Objective):
         first = self.curvature_along_gradient() if value is None else value
         at = first * _CALIBRATION_DEPTH if calibrates else first
         kept = rule.kept(self.vector.size * self.g.element_size())
-        solution = self.solve(at, None if calibrates else self.cg_start(), kept)
+        solution = self.solve(at, NOWHERE if calibrates else self.cg_start(), kept)
         if solution.reason == "not finite" or solution.pairs is None or not len(solution.pairs[0]):
             return at, self.judged(at, solution)
         path = Path(*solution.pairs, -self.g, at, None if self.scale is None else 1 / self.scale)

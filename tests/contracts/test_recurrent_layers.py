@@ -48,7 +48,7 @@ def test_steps_are_those_of_a_loop_over_time(layer: Any, packed: bool, device: s
     twin = copy.deepcopy(model)
     model.to(device)
     x, y = X.to(device), Y.to(device)
-    cg = hfopt.CG(max_iterations=8)
+    cg = hfopt.CG(max_iterations=8, decay=0.0)  # solves that do not amplify the roundings of earlier ones
     ours = hfopt.HessianFree(model.parameters(), cg=cg)
     plain = hfopt.HessianFree(twin.parameters(), cg=cg, replace_recurrences=False)
     for _ in range(3):

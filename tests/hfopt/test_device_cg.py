@@ -55,8 +55,9 @@ def device(
     x0: Tensor | None = None,
     m: Preconditioner | None = None,
     recorder: Recorder | None = None,
+    augment: Tensor | None = None,
 ) -> Solution:
-    run = DeviceRun(cg, op, b, x0, m, recorder)
+    run = DeviceRun(cg, op, b, x0, m, recorder, augment=augment)
     if recorder is not None:
         recorder.run = run
     return run.iterate(norm(b), None)

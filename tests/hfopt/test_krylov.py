@@ -164,7 +164,7 @@ X, Y = randn(20, 3, seed=11), randn(20, 2, seed=12)
 def test_the_loss_chooses_lambda() -> None:
     """Every candidate solved directly: none beside the chosen one is clearly better, and the step is that one's."""
     model = mlp(3, 5, 2, seed=13)
-    cg = exact(max_iterations=200)
+    cg = exact(max_iterations=200, decay=0.0)  # from zero, the space is that of every lambda
     optimizer = hfopt.HessianFree(model.parameters(), cg=cg, line_search=None, preconditioner=None)
     for _ in range(6):
         before = theta(model)
@@ -241,8 +241,9 @@ def test_structural_damping_keeps_its_weight() -> None:
     torch.manual_seed(0)
     model = RNN(2, 6, 1, output="last").double()
     x, y = randn(7, 9, 2, seed=19), randn(9, 1, seed=20)
+    cg = exact(max_iterations=300, decay=0.0)
     optimizer = hfopt.HessianFree(
-        model.parameters(), structural=0.5, damping=KrylovDamping(0.05), cg=exact(max_iterations=300), line_search=None
+        model.parameters(), structural=0.5, damping=KrylovDamping(0.05), cg=cg, line_search=None
     )
     changed = 0
     for _ in range(4):

@@ -125,7 +125,7 @@ def test_a_decay_that_rises() -> None:
     for t in range(4):
         before = [s["cg_start"].clone() for s in optimizer.state.values()]
         step = Step(optimizer, closure(model, (x, y)), None, None)
-        start = step.cg_start()
+        start = step.cg_start().get("x0")
         if t:
             assert start is not None
             assert torch.allclose(start, decay(t) * flat(before), rtol=1e-12)
