@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 import corpora
+import hfopt
 from corpora.picture import draw_images
 from hfopt.experiment import evaluate
 from hfopt.hf import HF
@@ -57,8 +58,8 @@ class Settings:
     """Images in a batch of hf and lbfgs, which take all batches for the gradient."""
     minibatch: int = 100
     """Images in a step of the stochastic optimizers."""
-    curvature_batches: int = 1
-    """How many batches the curvature products use; their images are others at every step."""
+    curvature_batches: int | None = 1
+    """How many batches the curvature products use, with other images at every step; None: all."""
     evaluation_batches: int | None = None
     """How many batches judge the step: backtracking, line search and rho; by default all."""
 
@@ -71,7 +72,9 @@ class Settings:
     scale: float = 1.0
     """Scale of the weights at the start."""
 
-    preconditioner: Literal["none", "empirical-fisher", "hutchinson", "nystrom", "kfac", "lbfgs"] = "none"
+    lambda_by: Literal["rho", "loss"] = "rho"
+    """What lambda follows: the reduction ratio, or the loss itself, which should then be that of all images."""
+    preconditioner: Literal["none", "auto", "empirical-fisher", "hutchinson", "nystrom", "kfac", "lbfgs"] = "none"
     """Preconditioner of conjugate gradients; empirical-fisher is the diagonal of 2010, to the power 0.75."""
     threshold: float = 0.0
     """Squared error below which the run ends with success; 0 for none."""
@@ -82,8 +85,12 @@ class CommandLine(Action, Training, Settings):
     """Deep autoencoders of images. Presets, as first word: digits (default), mnist, curves."""
 
 
-DIGITS = CommandLine(weight_decay=2e-5)
-LARGE = replace(DIGITS, minibatch=200)
+BASE = CommandLine(weight_decay=2e-5)
+# So few images that all of them go into everything, as the optimizer's own settings like it best.
+DIGITS = replace(
+    BASE, curvature_batches=None, lambda_by="loss", preconditioner="kfac", cg_tolerance=None, cg_decay=None
+)
+LARGE = replace(BASE, minibatch=200)
 PRESETS = {
     "digits": DIGITS,
     "mnist": replace(LARGE, data="mnist", sizes=(784, 1000, 500, 250, 30), batch_size=7500),
@@ -136,8 +143,13 @@ hf = HF(
     Path(__file__).parent / "logs" / name,
     model,
     problem,
-    optimizer=optimizer(settings, RATES, preconditioner=settings.preconditioner),
-    curvature_batches=None if stochastic else range(settings.curvature_batches),
+    optimizer=optimizer(
+        settings,
+        RATES,
+        preconditioner=settings.preconditioner,
+        damping={"rho": hfopt.LevenbergMarquardt, "loss": hfopt.KrylovDamping}[settings.lambda_by],
+    ),
+    curvature_batches=None if stochastic or settings.curvature_batches is None else range(settings.curvature_batches),
     evaluation_batches=None if settings.evaluation_batches is None else range(settings.evaluation_batches),
     threshold=settings.threshold,
     seed=settings.seed,

@@ -25,18 +25,20 @@ def optimizer(settings: Training, rates: dict[str, float] | None = None, **hessi
     Args:
         settings: of the run.
         rates: learning rates, by optimizer, that suit the run better than those here.
-        hessian_free: further arguments of `hfopt.HessianFree`.
+        hessian_free: further arguments of `hfopt.HessianFree`; `damping` is what makes the rule, by default
+            `hfopt.LevenbergMarquardt`.
     """
     name, lr = settings.optimizer, settings.lr
     if lr is None:
         lr = (LEARNING_RATES | (rates or {})).get(name)
     if name == "hf":
         cg = hfopt.CG(max_iterations=settings.cg_iterations, tolerance=settings.cg_tolerance, decay=settings.cg_decay)
-        # Chosen by the loss of a few batches, lambda would follow their noise: here it follows rho.
+        # Chosen by the loss of a few batches, lambda would follow their noise: by default it follows rho.
+        rule = hessian_free.pop("damping", hfopt.LevenbergMarquardt)
         return lambda parameters: hfopt.HessianFree(
             parameters,
             lr=1.0 if lr is None else lr,
-            damping=hfopt.LevenbergMarquardt() if settings.damping is None else settings.damping,
+            damping=rule() if settings.damping is None else settings.damping,
             weight_decay=settings.weight_decay,
             cg=cg,
             **hessian_free,

@@ -39,10 +39,10 @@ class Training:
     """Coefficient c of the penalty c/2 |theta|^2, for hf."""
     cg_iterations: int = 250
     """Iterations of conjugate gradients at most."""
-    cg_tolerance: float = 5e-4
-    """Relative progress per iteration below which conjugate gradients stop."""
-    cg_decay: float = 0.95
-    """Factor of the last solution that conjugate gradients start from."""
+    cg_tolerance: float | None = 5e-4
+    """Relative progress per iteration below which conjugate gradients stop; None: where progress per product falls."""
+    cg_decay: float | None = 0.95
+    """Factor of the last solution that conjugate gradients start from; None: the last solution is a direction."""
     max_steps: int | None = None
     """Steps at most; by default 500, for stochastic optimizers 50,000."""
     seed: int = 0

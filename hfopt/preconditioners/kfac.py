@@ -84,7 +84,9 @@ class KFAC(Preconditioner):
             self._diagonal = old.to(device=op.device, dtype=op.dtype)
             for f in self.factors:
                 f.a, f.g = f.a.to(device=op.device, dtype=op.dtype), f.g.to(device=op.device, dtype=op.dtype)
+            self.runs = 0
             return
+        self.runs = 1
         draws = generator(op, step)
         # Processes that have as many cases each draw together what one process with all cases would.
         for _ in range(0 if op.processes is None else op.processes.rank):
