@@ -1,0 +1,234 @@
+"""Deep autoencoders: HF beside Adam and Nesterov's momentum in the same time: ``python -m benchmarks.autoencoders``.
+
+Every run is one of ``python -m runs.autoencoder``, ended by Ctrl-C when its optimizer has had its seconds: HF with the
+settings of the preset, Adam, and SGD with Nesterov's momentum on the schedule of Sutskever, Martens, Dahl & Hinton
+(ICML 2013). The latter two are run with six learning rates each for the first seed, and with the best of them for the
+others. What counts is the squared error on the training images, summed over pixels and averaged over images, at the
+tests that a run makes; seconds are those inside of the optimizers' steps, tests and the fetching of images left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from benchmarks import machine
+from hfopt.runreader import read_run
+
+ROOT = Path(__file__).parent
+OURS = "hf"
+RATES = {"adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "nag": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+NAMES = {OURS: "HF", "adam": "Adam", "nag": "Nesterov's momentum"}
+COLOURS = {OURS: "C3", "adam": "C0", "nag": "C2"}
+SECONDS = {"digits": 20.0, "mnist": 900.0}
+PUBLISHED = {
+    "mnist": "Martens (2010), as quoted by Sutskever et al. (2013): 1.40 for HF; 0.73 for momentum at its best"
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run, and for how long."""
+
+    data: Annotated[Literal["digits", "mnist"], tyro.conf.Positional] = "digits"
+    """the images; MNIST's are read from HFOPT_DATA/mnist"""
+    seconds: float | None = None
+    """of every run; by default 20 for digits, 900 for MNIST"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of first parameters and of the order of images; the first one's runs choose the learning rates"""
+    threads: int = 2
+    """of torch"""
+    rates: tuple[float, ...] = ()
+    """learning rates of the others; by default six each"""
+    page_only: bool = False
+    """make page and picture from the results as they are"""
+    results: Path = ROOT / "results" / "autoencoders"
+    """folder of the numbers"""
+    page: Path = ROOT.parent / "docs" / "autoencoders.md"
+    """the page; its picture goes to the folder images beside it"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: errors on the training images at the tests, and the optimizer's seconds before each."""
+
+    optimizer: str
+    rate: float | None
+    seed: int
+    steps: int
+    seconds: tuple[float, ...]
+    errors: tuple[float, ...]
+    command: str
+
+    @property
+    def error(self) -> float:
+        """The least error of all."""
+        return min(self.errors)
+
+    def until(self, seconds: float) -> float:
+        """The least error up to a time."""
+        return min((e for t, e in zip(self.seconds, self.errors, strict=True) if t <= seconds), default=self.errors[0])
+
+
+def train(options: Options, optimizer: str, rate: float | None, seed: int, seconds: float) -> Run:
+    """One run, ended when its optimizer has had ``seconds``.
+
+    Raises:
+        RuntimeError: the run ended by itself; the message has what it printed.
+    """
+    words = ["-m", "runs.autoencoder", options.data, "--optimizer", optimizer, "--evaluate-on", "train"]
+    words += ["--seed", str(seed), "--threads", str(options.threads)]
+    words += [] if rate is None else ["--lr", f"{rate:g}"]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        process = subprocess.Popen(
+            [sys.executable, *words, "--max-steps", "1000000", "--name", str(run)],
+            cwd=ROOT.parent,
+            env=dict(os.environ, PYTHONPATH=str(ROOT.parent)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        while process.poll() is None and _spent(run) < seconds:
+            time.sleep(min(1.0, seconds / 20))
+        ended = process.poll()
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate()[0].decode(errors="replace")
+        if ended is not None or not (run / "run.h5").exists():
+            raise RuntimeError(f"python {' '.join(words)} ended by itself:\n{printed}")
+        rows = read_run(run).steps
+    # A test belongs to the parameters before the row's own step.
+    before = np.cumsum(np.nan_to_num(rows["optimizer_seconds"])) - np.nan_to_num(rows["optimizer_seconds"])
+    kept = np.isfinite(rows["error_rate"]) & (before <= seconds)
+    return Run(
+        optimizer, rate, seed, int((before <= seconds).sum()), tuple(np.round(before[kept], 4).tolist()),
+        tuple(float(f"{e:.6g}") for e in rows["error_rate"][kept]), "python " + " ".join(words),
+    )  # fmt: skip
+
+
+def _spent(run: Path) -> float:
+    """The optimizer's seconds so far."""
+    try:
+        return float(np.nansum(read_run(run).steps["optimizer_seconds"]))
+    except (FileNotFoundError, OSError, ValueError):
+        return 0.0  # nothing is written yet
+
+
+def measure(options: Options) -> list[Run]:
+    """All runs."""
+    seconds = options.seconds or SECONDS[options.data]
+    runs: list[Run] = []
+    for seed in options.seeds:
+        for name in NAMES:
+            rates: tuple[float | None, ...] = (None,)
+            if name != OURS:
+                rates = options.rates or RATES[name]
+                if seed != options.seeds[0]:
+                    rates = (best(runs, name)[0].rate,)
+            for rate in rates:
+                runs.append(train(options, name, rate, seed, seconds))
+                at = "" if rate is None else f" lr {rate:g}"
+                print(f"{name}{at} seed {seed}: {runs[-1].error:.4g} after {runs[-1].steps} steps", flush=True)
+    return runs
+
+
+def best(runs: list[Run], name: str) -> list[Run]:
+    """The runs of an optimizer at the learning rate that was best for the first seed, one a seed."""
+    own = [r for r in runs if r.optimizer == name]
+    rate = min((r for r in own if r.seed == own[0].seed), key=lambda r: r.error).rate
+    return [r for r in own if r.rate == rate]
+
+
+def section(data: str, seconds: float, about: dict[str, str], runs: list[Run], picture: str) -> str:
+    """Markdown on one data set."""
+    shares = (0.1, 0.25, 0.5, 1.0)
+    heads = " | ".join(f"{share * seconds:g} s" for share in shares)
+    lines = [f"## {data}", "", f"| optimizer | rate | {heads} | steps |", "|---|--:|" + "--:|" * (len(shares) + 1)]
+    for name, title in NAMES.items():
+        chosen = best(runs, name)
+        cells = [f"{statistics.median(r.until(share * seconds) for r in chosen):.3g}" for share in shares]
+        rate = "-" if chosen[0].rate is None else f"{chosen[0].rate:g}"
+        lines.append(f"| {title} | {rate} | {' | '.join(cells)} | {statistics.median(r.steps for r in chosen):g} |")
+    count = len({r.seed for r in runs})
+    lines += ["", f"Least training errors up to a time, medians over {count} seed{'s' * (count > 1)}."]
+    lines += [PUBLISHED[data] + "."] if data in PUBLISHED else []
+    lines += ["", f"![Training error over seconds](images/{picture})", ""]
+    lines += [f"- `{best(runs, name)[0].command}`" for name in NAMES]
+    keys = ("date", "processor", "threads", "torch", "hfopt")
+    return "\n".join([*lines, "", "; ".join(f"{k}: {about[k]}" for k in keys) + "."])
+
+
+def plot(runs: list[Run], path: Path, title: str) -> None:
+    """Training error over seconds: every seed at the best rate, the first in bold."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for name, label in NAMES.items():
+        for i, run in enumerate(best(runs, name)):
+            at = "" if run.rate is None else f", rate {run.rate:g}"
+            ax.plot(run.seconds, run.errors, color=COLOURS[name], lw=0.7 if i else 1.8, label=None if i else label + at)
+    ax.set(yscale="log", xlabel="seconds", ylabel="squared error on the training images", title=title)
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+HEAD = """# Deep autoencoders in the same time
+
+Written by `python -m benchmarks.autoencoders` (for MNIST `python -m benchmarks.autoencoders mnist`), which runs the
+commands below and ends each when its optimizer has had the seconds. HF has the settings of its preset; the others get
+six learning rates each for the first seed, the best one for the others. The error is the squared one on the training
+images, summed over pixels and averaged over images; seconds are those inside of the optimizers' steps.
+
+"""
+
+
+def write(options: Options) -> None:
+    """The page, from the results of all data sets."""
+    images = options.page.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for data in SECONDS:
+        path = options.results / f"{data}.json"
+        if path.exists():
+            found = json.loads(path.read_text("utf-8"))
+            runs = [Run(**{**r, "seconds": tuple(r["seconds"]), "errors": tuple(r["errors"])}) for r in found["runs"]]
+            picture = f"autoencoder-{data}.png"
+            plot(runs, images / picture, f"{data}, {found['about']['threads']} threads")
+            sections.append(section(data, found["seconds"], found["about"], runs, picture))
+    options.page.write_text(HEAD + "\n\n".join(sections) + "\n", "utf-8")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run what the command line asks for, and write the page."""
+    options = tyro.cli(Options, args=args, prog="python -m benchmarks.autoencoders", description=__doc__)
+    if not options.page_only:
+        torch.set_num_threads(options.threads)
+        found = {
+            "seconds": options.seconds or SECONDS[options.data],
+            "about": machine.describe(torch.device("cpu")),
+            "runs": [asdict(r) for r in measure(options)],
+        }
+        options.results.mkdir(parents=True, exist_ok=True)
+        (options.results / f"{options.data}.json").write_text(json.dumps(found) + "\n", "utf-8")
+    write(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
