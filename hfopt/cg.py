@@ -277,17 +277,21 @@ class Run:
         self.carried = False  # whether the last phi is the one before, carried along
 
     def start_along(self, u: Tensor) -> None:
-        """Begin at the minimum of phi along u, which is scaled to ``u'Au = 1``."""
+        """Begin at the minimum of phi along u."""
+        if self.takes(u):
+            if self.directions and self.u is not None:
+                self.pairs.append((self.u, self.au))
+            self.correct()
+
+    def takes(self, u: Tensor) -> bool:
+        """Whether u has enough curvature to be a direction, which is then kept, scaled to ``u'Au = 1``."""
         au = self.multiply(u)
         curvature = dot(u, au)
         # Less than that is rounding: of directions in A's null space nothing is known.
         if not 8 * torch.finfo(u.dtype).eps * norm(u) * norm(au) < curvature < math.inf:
-            return
-        scale = curvature**-0.5
-        self.u, self.au = u * scale, au * scale
-        if self.directions:
-            self.pairs.append((self.u, self.au))
-        self.correct()
+            return False
+        self.u, self.au = u * curvature**-0.5, au * curvature**-0.5
+        return True
 
     def correct(self) -> None:
         """To the minimum along u, where rounding would lead away from it."""

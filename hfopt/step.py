@@ -101,7 +101,7 @@ class Step(Objective):
 
     def solve(self, damping: float, start: Mapping[str, Tensor] = NOWHERE, directions: int = 0) -> Solution:
         """Solve with ``lambda = damping``; ``start`` as :meth:`cg_start` gives it."""
-        o, x0 = self.o, start.get("x0")
+        o, x0, augment = self.o, start.get("x0"), start.get("augment")
         decay = self.decay if self.scale is None else self.decay + damping * (1 / self.scale - 1)
         system = self.op.damped(damping, o.structural, decay)
         chosen = o.preconditioner if o.preconditioner is not None and o.preconditioner.active else None
@@ -110,11 +110,10 @@ class Step(Objective):
             chosen.damp(damping, decay)
         seen = system if chosen is None else chosen.watch(system)
         if self.model.op is self.op:
-            augment = start.get("augment")
             solution = o.cg.solve(seen, -self.g, x0, preconditioner, directions=directions, augment=augment)
         else:
             second = Quadratic(self.model.op.damped(damping, o.structural, decay), -self.model.g, o.debias_slopes)
-            solution = solve_debiased(o.cg, seen, -self.g, second, x0, preconditioner)
+            solution = solve_debiased(o.cg, seen, -self.g, second, x0, preconditioner, augment)
         self.products += solution.products
         return solution
 
