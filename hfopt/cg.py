@@ -98,7 +98,8 @@ class CG:
         residual: stop when ``|b - A x| <= residual |b|``.
         decay: a step starts CG at this multiple of the last CG solution (Martens' code: 0.95); 0 starts at zero. Or a
             schedule: a function of the number of steps done so far, such as :class:`hfopt.RisingDecay`. None: the last
-            solution is one more direction, whose length the model chooses, at the one product that a start costs, too.
+            solution is one more direction, whose length the model chooses, at the one product that a start costs, too;
+            solves with two batches (``debias=``) start at zero then.
         growth: iterates are kept at ``ceil(5 growth^j)`` and at the end (Martens 2010, section 4.6: 1.3).
         check_every: iterations between rows of the table of checks.
         repair_every: recompute ``r = b - A x`` from scratch every so many iterations, at one product each; 0: never.
@@ -277,21 +278,16 @@ class Run:
         self.carried = False  # whether the last phi is the one before, carried along
 
     def start_along(self, u: Tensor) -> None:
-        """Begin at the minimum of phi along u."""
-        if self.takes(u):
-            if self.directions and self.u is not None:
-                self.pairs.append((self.u, self.au))
-            self.correct()
-
-    def takes(self, u: Tensor) -> bool:
-        """Whether u has enough curvature to be a direction, which is then kept, scaled to ``u'Au = 1``."""
+        """Begin at the minimum of phi along u, which is scaled to ``u'Au = 1``."""
         au = self.multiply(u)
         curvature = dot(u, au)
         # Less than that is rounding: of directions in A's null space nothing is known.
         if not 8 * torch.finfo(u.dtype).eps * norm(u) * norm(au) < curvature < math.inf:
-            return False
+            return
         self.u, self.au = u * curvature**-0.5, au * curvature**-0.5
-        return True
+        if self.directions:
+            self.pairs.append((self.u, self.au))
+        self.correct()
 
     def correct(self) -> None:
         """To the minimum along u, where rounding would lead away from it."""

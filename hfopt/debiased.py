@@ -48,7 +48,6 @@ def solve_debiased(
     second: Quadratic,
     x0: Tensor | None = None,
     preconditioner: Callable[[Tensor], Tensor] | None = None,
-    augment: Tensor | None = None,
 ) -> Solution:
     """Directions by conjugate gradients for ``op x = b``, step lengths by ``second``; at two products an iteration.
 
@@ -63,7 +62,6 @@ def solve_debiased(
         second: the quadratic that step lengths are taken from.
         x0: start (P,); None: zero.
         preconditioner: of A, as for :meth:`hfopt.CG.solve`.
-        augment: one more direction, as for :meth:`hfopt.CG.solve`, if it has curvature in both quadratics.
 
     Raises:
         ValueError: an unknown form of slopes, vectors of other shapes, a right-hand side that is not finite, or
@@ -71,16 +69,15 @@ def solve_debiased(
     """
     if second.slopes not in SLOPES:
         raise ValueError(f"slopes is {second.slopes!r}, but must be one of {', '.join(map(repr, SLOPES))}")
-    shapes = {tuple(v.shape) for v in (b, second.b, *(v for v in (x0, augment) if v is not None))}
+    shapes = {tuple(v.shape) for v in (b, second.b, b if x0 is None else x0)}
     if b.dim() != 1 or len(shapes) != 1:
-        told = "b, the second b, x0 and augment"
-        raise ValueError(f"{told} must be flat and of one shape, but they have shapes {sorted(shapes)}")
+        raise ValueError(f"b, the second b and x0 must be flat and of one shape, but they have shapes {sorted(shapes)}")
     size_b = norm(b)
     if not (math.isfinite(size_b) and math.isfinite(norm(second.b))):
         raise ValueError("a right-hand side is not finite")
     if options.cuda_graphs is True:
         raise ValueError("cuda_graphs is True, but a solve with two batches cannot be recorded; leave it at 'auto'")
-    return DebiasedRun(options, op, b, second, x0, preconditioner, augment).iterate(size_b, None)
+    return DebiasedRun(options, op, b, second, x0, preconditioner).iterate(size_b, None)
 
 
 class DebiasedRun(Run):
@@ -94,7 +91,6 @@ class DebiasedRun(Run):
         second: Quadratic,
         x0: Tensor | None,
         preconditioner: Callable[[Tensor], Tensor] | None,
-        augment: Tensor | None = None,
     ) -> None:
         self.second, self.moved = second, False
         self.product = torch.empty_like(b)
@@ -105,30 +101,8 @@ class DebiasedRun(Run):
             self.rest -= second.op.multiply(self.first_x, self.product)
         self.at = self.rest.clone() if second.slopes == "start" else None
         self.turned = False
-        super().__init__(options, op, b, x0, preconditioner, augment=augment)
+        super().__init__(options, op, b, x0, preconditioner)
         self.products += multiplied
-
-    def start_along(self, u: Tensor) -> None:
-        """Begin along u, as far as each quadratic says; only where it has curvature in both."""
-        if not self.takes(u) or self.u is None:
-            return
-        self.products += 1
-        bu = self.second.op.multiply(self.u, self.product)
-        curvature, slope = dot(self.u, bu), dot(self.rest, self.u)
-        if not (0 < curvature < math.inf and math.isfinite(slope)):
-            self.u = None
-            return
-        self.moved = True
-        self.x.add_(self.u, alpha=slope / curvature)
-        self.rest.add_(bu, alpha=-slope / curvature)
-        self.correct()
-
-    def correct(self) -> None:
-        """To the minimum along u in the first quadratic."""
-        if self.u is not None:
-            length = dot(self.u, self.r)
-            self.first_x.add_(self.u, alpha=length)
-            self.r.add_(self.au, alpha=-length)
 
     def along(self, d: Tensor, ad: Tensor, alpha: float) -> str | None:
         """Move by ``alpha d`` in the first quadratic, and as far as the second says in that one."""

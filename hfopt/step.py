@@ -113,7 +113,7 @@ class Step(Objective):
             solution = o.cg.solve(seen, -self.g, x0, preconditioner, directions=directions, augment=augment)
         else:
             second = Quadratic(self.model.op.damped(damping, o.structural, decay), -self.model.g, o.debias_slopes)
-            solution = solve_debiased(o.cg, seen, -self.g, second, x0, preconditioner, augment)
+            solution = solve_debiased(o.cg, seen, -self.g, second, x0, preconditioner)
         self.products += solution.products
         return solution
 

@@ -86,7 +86,7 @@ class CommandLine(Action, Training, Settings):
 
 
 BASE = CommandLine(weight_decay=2e-5)
-# So few images that all of them go into everything, as the optimizer's own settings like it best.
+# So few images that all of them go into every role, which is what the optimizer's own defaults are made for.
 DIGITS = replace(
     BASE, curvature_batches=None, lambda_by="loss", preconditioner="kfac", cg_tolerance=None, cg_decay=None
 )

@@ -276,7 +276,7 @@ def test_one_batch_in_both_roles_trains_as_without(options: dict[str, Any]) -> N
         groups = [{"params": list(model[0].parameters()), "lr": 0.5}, {"params": list(model[2].parameters())}]
         damping = options.get("damping", hfopt.LevenbergMarquardt())
         rule = hfopt.LevenbergMarquardt(damping.initial if isinstance(damping, hfopt.LevenbergMarquardt) else damping)
-        optimizer = hfopt.HessianFree(groups, cg=exact(max_iterations=5), **{**options, "damping": rule})
+        optimizer = hfopt.HessianFree(groups, cg=exact(max_iterations=5, decay=0.0), **{**options, "damping": rule})
         for _ in range(4):
             optimizer.step(mse(model, 0), debias=mse(model, 0) if debias else None)
         ends.append((theta(model), optimizer.stats[-1]))
@@ -293,7 +293,10 @@ def test_structural_damping_of_both_batches() -> None:
         torch.manual_seed(0)
         model = RNN(2, 4, 1).double()
         optimizer = hfopt.HessianFree(
-            model.parameters(), structural=0.5, damping=hfopt.LevenbergMarquardt(0.1), cg=exact(max_iterations=4)
+            model.parameters(),
+            structural=0.5,
+            damping=hfopt.LevenbergMarquardt(0.1),
+            cg=exact(max_iterations=4, decay=0.0),
         )
 
         def closure(model: nn.Module = model) -> Tensor:
@@ -312,7 +315,7 @@ def test_dropout_draws_once_a_step() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2)).double()
         optimizer = hfopt.HessianFree(
-            model.parameters(), damping=hfopt.LevenbergMarquardt(1.0), cg=exact(max_iterations=4)
+            model.parameters(), damping=hfopt.LevenbergMarquardt(1.0), cg=exact(max_iterations=4, decay=0.0)
         )
         for _ in range(3):
             optimizer.step(mse(model, 0), debias=mse(model, 0) if debias else None)
