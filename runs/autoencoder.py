@@ -147,7 +147,7 @@ hf = HF(
         settings,
         RATES,
         preconditioner=settings.preconditioner,
-        damping={"rho": hfopt.LevenbergMarquardt, "loss": hfopt.KrylovDamping}[settings.lambda_by],
+        rule={"rho": hfopt.LevenbergMarquardt, "loss": hfopt.KrylovDamping}[settings.lambda_by],
     ),
     curvature_batches=None if stochastic or settings.curvature_batches is None else range(settings.curvature_batches),
     evaluation_batches=None if settings.evaluation_batches is None else range(settings.evaluation_batches),

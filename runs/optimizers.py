@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hfopt
+from hfopt.damping import Damping, LevenbergMarquardt
 from runs.nesterov import Nesterov
 from runs.settings import Training
 
@@ -19,22 +20,26 @@ LEARNING_RATES = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 1e-2, "nag": 1e-3, "lbfg
 STOCHASTIC = ("adam", "rmsprop", "sgd", "nag")
 
 
-def optimizer(settings: Training, rates: dict[str, float] | None = None, **hessian_free: Any) -> Factory:
+def optimizer(
+    settings: Training,
+    rates: dict[str, float] | None = None,
+    rule: Callable[[], Damping] = LevenbergMarquardt,
+    **hessian_free: Any,
+) -> Factory:
     """What makes the optimizer that the settings ask for.
 
     Args:
         settings: of the run.
         rates: learning rates, by optimizer, that suit the run better than those here.
-        hessian_free: further arguments of `hfopt.HessianFree`; `damping` is what makes the rule, by default
-            `hfopt.LevenbergMarquardt`.
+        rule: makes what lambda follows where the settings give no lambda. Chosen by the loss of a few batches, lambda
+            would follow their noise: by default it follows rho.
+        hessian_free: further arguments of `hfopt.HessianFree`.
     """
     name, lr = settings.optimizer, settings.lr
     if lr is None:
         lr = (LEARNING_RATES | (rates or {})).get(name)
     if name == "hf":
         cg = hfopt.CG(max_iterations=settings.cg_iterations, tolerance=settings.cg_tolerance, decay=settings.cg_decay)
-        # Chosen by the loss of a few batches, lambda would follow their noise: by default it follows rho.
-        rule = hessian_free.pop("damping", hfopt.LevenbergMarquardt)
         return lambda parameters: hfopt.HessianFree(
             parameters,
             lr=1.0 if lr is None else lr,

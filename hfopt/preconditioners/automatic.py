@@ -70,9 +70,11 @@ class Automatic(Preconditioner):
             if self.chosen:
                 logger.debug("conjugate gradients are preconditioned by K-FAC (preconditioner=None takes none)")
         if self.chosen:
-            self.runs += 1
             # The same draws in every step: how many steps were made before makes no difference.
-            self.kfac.refresh(op, 0)
+            try:
+                self.kfac.refresh(op, 0)
+            finally:
+                self.runs += self.kfac.runs
             self._taken = True
 
     def _has_cases(self, op: GaussNewton) -> bool:
