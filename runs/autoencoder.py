@@ -3,6 +3,7 @@
     python -m runs.autoencoder                            scikit-learn's digits, 64-100-50-10 and back
     python -m runs.autoencoder mnist                      MNIST, 784-1000-500-250-30 and back
     python -m runs.autoencoder curves                     generated curves, 784-400-200-100-50-25-6 and back
+    python -m runs.autoencoder mnist-2010                 with the settings of 2010: all images in every gradient
     python -m runs.autoencoder mnist --optimizer nag --lr 0.001 --device cuda
     python -m runs.autoencoder --resume                   go on with that run where it was last saved
     python -m runs.autoencoder --picture images.png       look at images and their reconstructions
@@ -55,13 +56,17 @@ class Settings:
     evaluate_on: Literal["test", "train"] = "test"
     """Images whose error is followed: held-out ones, or those that are trained on."""
     batch_size: int = 500
-    """Images in a batch of hf and lbfgs, which take all batches for the gradient."""
+    """Images in a batch of hf and lbfgs."""
+    gradient_batches: int | None = None
+    """How many batches the gradient of hf and lbfgs is of, with other images at every step; None: all."""
     minibatch: int = 100
     """Images in a step of the stochastic optimizers."""
     curvature_batches: int | None = 1
-    """How many batches the curvature products use, with other images at every step; None: all."""
+    """How many of the gradient's batches the curvature products use; None: all of them."""
     evaluation_batches: int | None = None
-    """How many batches judge the step: backtracking, line search and rho; by default all."""
+    """How many of the gradient's batches judge the step: backtracking, line search and rho; None: all of them."""
+    test_every: int = 1
+    """Steps of hf and lbfgs from one test to the next; those of stochastic optimizers are five passes apart or more."""
 
     sizes: tuple[int, ...] = (64, 100, 50, 10)
     """Units from the inputs to the code; the decoder mirrors them."""
@@ -82,19 +87,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class CommandLine(Action, Training, Settings):
-    """Deep autoencoders of images. Presets, as first word: digits (default), mnist, curves."""
+    """Deep autoencoders of images. First word: digits (default), mnist, curves, mnist-2010 or curves-2010."""
 
 
-BASE = CommandLine(weight_decay=2e-5)
-# So few images that all of them go into every role, which is what the optimizer's own defaults are made for.
-DIGITS = replace(
-    BASE, curvature_batches=None, lambda_by="loss", preconditioner="kfac", cg_tolerance=None, cg_decay=None
-)
-LARGE = replace(BASE, minibatch=200)
-PRESETS = {
-    "digits": DIGITS,
-    "mnist": replace(LARGE, data="mnist", sizes=(784, 1000, 500, 250, 30), batch_size=7500),
-    "curves": replace(LARGE, data="curves", sizes=(784, 400, 200, 100, 50, 25, 6), batch_size=5000),
+# Gradient and losses are of so many images that lambda may follow the loss, as it does by default.
+BASE = CommandLine(weight_decay=2e-5, lambda_by="loss", preconditioner="kfac", cg_tolerance=None, cg_decay=None)
+# Thousands of new images at a step, as K-FAC leaves so little for CG to do that steps, not solves, are what counts.
+LARGE = replace(BASE, minibatch=200, batch_size=1500, gradient_batches=4, cg_iterations=6, test_every=5)
+# Martens (ICML 2010): gradients of all images, long solves on a part of them, lambda by rho.
+YEAR_2010 = CommandLine(weight_decay=2e-5, minibatch=200, preconditioner="empirical-fisher")
+MNIST: dict[str, Any] = {"data": "mnist", "sizes": (784, 1000, 500, 250, 30)}
+CURVES: dict[str, Any] = {"data": "curves", "sizes": (784, 400, 200, 100, 50, 25, 6)}
+PRESETS: dict[str, CommandLine] = {
+    "digits": BASE,
+    "mnist": replace(LARGE, **MNIST),
+    "curves": replace(LARGE, **CURVES),
+    "mnist-2010": replace(YEAR_2010, batch_size=7500, **MNIST),
+    "curves-2010": replace(YEAR_2010, batch_size=5000, **CURVES),
 }
 
 # The losses are sums over pixels, and so are their gradients. Every comparison should tune its own.
@@ -137,8 +146,13 @@ model.to(settings.device)
 # 4. Optimizer and driver.
 name = settings.name or f"autoencoder-{settings.data}-{settings.optimizer}-seed{settings.seed}"
 driven = pace(settings.optimizer, settings.max_steps)
-if stochastic:  # a test costs about a third of a pass where it looks at the training images
-    driven["test_freq"] = max(driven["test_freq"], 5 * len(problem.train_batches))
+roles: dict[str, Any] = {}
+if not stochastic:
+    gradient = len(problem.train_batches) if settings.gradient_batches is None else settings.gradient_batches
+    counts = {"gradient": gradient, "curvature": settings.curvature_batches, "evaluation": settings.evaluation_batches}
+    roles = {f"{role}_batches": range(gradient if count is None else count) for role, count in counts.items()}
+# A test costs about a third of a pass where it looks at the training images.
+often = max(driven["test_freq"], 5 * len(problem.train_batches)) if stochastic else settings.test_every
 hf = HF(
     Path(__file__).parent / "logs" / name,
     model,
@@ -149,14 +163,13 @@ hf = HF(
         preconditioner=settings.preconditioner,
         rule={"rho": hfopt.LevenbergMarquardt, "loss": hfopt.KrylovDamping}[settings.lambda_by],
     ),
-    curvature_batches=None if stochastic or settings.curvature_batches is None else range(settings.curvature_batches),
-    evaluation_batches=None if settings.evaluation_batches is None else range(settings.evaluation_batches),
+    **roles,
     threshold=settings.threshold,
     seed=settings.seed,
     settings=settings,
     overwrite=settings.overwrite,
     hints=hints("runs.autoencoder", typed, "images"),
-    **driven,
+    **driven | {"test_freq": often},
 )
 
 

@@ -66,12 +66,37 @@ def test_other_optimizers(tmp_path: Path, typed: Any, optimizer: str) -> None:
 def test_presets_are_the_published_nets() -> None:
     assert a.PRESETS["mnist"].sizes == (784, 1000, 500, 250, 30)
     assert a.PRESETS["curves"].sizes == (784, 400, 200, 100, 50, 25, 6)
-    assert [a.PRESETS[name].data for name in a.PRESETS] == ["digits", "mnist", "curves"]
+    assert [a.PRESETS[name].data for name in a.PRESETS] == ["digits", "mnist", "curves", "mnist", "curves"]
+    for name, batch_size in (("mnist-2010", 7500), ("curves-2010", 5000)):
+        published = a.PRESETS[name]
+        assert published.sizes == a.PRESETS[name.removesuffix("-2010")].sizes
+        assert (published.gradient_batches, published.curvature_batches, published.batch_size) == (None, 1, batch_size)
+        assert (published.cg_iterations, published.cg_tolerance, published.cg_decay) == (250, 5e-4, 0.95)
+        assert (published.lambda_by, published.preconditioner) == ("rho", "empirical-fisher")
     assert a.model.sizes == (64, 100, 50, 10, 50, 100, 64)
     assert a.model.nonlinearities.count("logistic") == 4
     assert a.hf.path == ROOT / "runs" / "logs" / "autoencoder-digits-hf-seed0"
     (group,) = a.hf.optimizer.param_groups
     assert group["weight_decay"] == 2e-5
+
+
+def test_roles_of_batches(tmp_path: Path, typed: Any) -> None:
+    """The gradient's batches are the first ones, the others' the first of these; tests are as far apart as asked."""
+    small = ("--sizes", "64", "10", "4", "--batch-size", "300", "--max-steps", "3")
+    three = ("--gradient-batches", "3", "--evaluation-batches", "2", "--test-every", "2")
+    for words, gradient, curvature, evaluation in (
+        ((), 5, 1, 5),
+        (("--curvature-batches", "None"), 5, 5, 5),
+        (three, 3, 1, 2),
+    ):
+        folder = tmp_path / f"run{len(words)}"
+        assert typed("--name", str(folder), *small, *words) == 0
+        run = read_run(folder)
+        chosen = run.configuration["batches"]
+        found = [chosen["gradient"], chosen["curvature"], chosen["evaluation"]]
+        assert found == [list(range(n)) for n in (gradient, curvature, evaluation)]
+        tested = np.isfinite(run.steps["error_rate"][:3])
+        assert tested.tolist() == ([True, False, True] if words == three else [True] * 3)
 
 
 def test_preset_by_word(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
