@@ -2,9 +2,12 @@
 
 Every run is one of ``python -m runs.autoencoder``, ended by Ctrl-C when its optimizer has had its seconds: HF with the
 settings of the preset, Adam, and SGD with Nesterov's momentum on the schedule of Sutskever, Martens, Dahl & Hinton
-(ICML 2013). The latter two are run with six learning rates each for the first seed, and with the best of them for the
-others. What counts is the squared error on the training images, summed over pixels and averaged over images, at the
-tests that a run makes; seconds are those inside of the optimizers' steps, tests and the fetching of images left out.
+(ICML 2013). The latter two are run with six learning rates each for the first seed, where ``--trial`` is given for that
+many seconds, and with the best of them for all seeds.
+
+What counts is the squared error on the training images, summed over pixels and averaged over images, at the tests that
+a run makes; seconds are those inside of the optimizers' steps, tests and the fetching of images left out. Results are
+written after every run, and ``--resume`` leaves out the runs that are there.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -53,6 +57,10 @@ class Options:
     """of torch"""
     rates: tuple[float, ...] = ()
     """learning rates of the others; by default six each"""
+    trial: float | None = None
+    """seconds of the runs that choose a learning rate; by default as many as of every run"""
+    resume: bool = False
+    """go on with the results that are there"""
     page_only: bool = False
     """make page and picture from the results as they are"""
     results: Path = ROOT / "results" / "autoencoders"
@@ -63,8 +71,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: errors on the training images at the tests, and the optimizer's seconds before each."""
+    """A run of so many seconds: errors on the training images at the tests, and the optimizer's seconds before each."""
 
+    budget: float
     optimizer: str
     rate: float | None
     seed: int
@@ -113,7 +122,7 @@ def train(options: Options, optimizer: str, rate: float | None, seed: int, secon
     before = np.cumsum(np.nan_to_num(rows["optimizer_seconds"])) - np.nan_to_num(rows["optimizer_seconds"])
     kept = np.isfinite(rows["error_rate"]) & (before <= seconds)
     return Run(
-        optimizer, rate, seed, int((before <= seconds).sum()), tuple(np.round(before[kept], 4).tolist()),
+        seconds, optimizer, rate, seed, int((before <= seconds).sum()), tuple(np.round(before[kept], 4).tolist()),
         tuple(float(f"{e:.6g}") for e in rows["error_rate"][kept]), "python " + " ".join(words),
     )  # fmt: skip
 
@@ -126,28 +135,40 @@ def _spent(run: Path) -> float:
         return 0.0  # nothing is written yet
 
 
-def measure(options: Options) -> list[Run]:
-    """All runs."""
+def measure(options: Options, runs: list[Run], keep: Callable[[], None]) -> None:
+    """Append all runs to those that are there already, and ``keep()`` after each."""
     seconds = options.seconds or SECONDS[options.data]
-    runs: list[Run] = []
+    trial = options.trial or seconds
+
+    def run(name: str, rate: float | None, seed: int, budget: float) -> None:
+        if any((r.optimizer, r.rate, r.seed, r.budget) == (name, rate, seed, budget) for r in runs):
+            return
+        runs.append(train(options, name, rate, seed, budget))
+        at = "" if rate is None else f" lr {rate:g}"
+        print(f"{name}{at} seed {seed}: {runs[-1].error:.4g} after {runs[-1].steps} steps", flush=True)
+        keep()
+
     for seed in options.seeds:
         for name in NAMES:
-            rates: tuple[float | None, ...] = (None,)
-            if name != OURS:
-                rates = options.rates or RATES[name]
-                if seed != options.seeds[0]:
-                    rates = (best(runs, name)[0].rate,)
-            for rate in rates:
-                runs.append(train(options, name, rate, seed, seconds))
-                at = "" if rate is None else f" lr {rate:g}"
-                print(f"{name}{at} seed {seed}: {runs[-1].error:.4g} after {runs[-1].steps} steps", flush=True)
-    return runs
+            if name == OURS:
+                run(name, None, seed, seconds)
+                continue
+            if seed == options.seeds[0]:
+                for rate in options.rates or RATES[name]:
+                    run(name, rate, seed, trial)
+            run(name, best_rate(runs, name, trial), seed, seconds)
 
 
-def best(runs: list[Run], name: str) -> list[Run]:
-    """The runs of an optimizer at the learning rate that was best for the first seed, one a seed."""
-    own = [r for r in runs if r.optimizer == name]
-    rate = min((r for r in own if r.seed == own[0].seed), key=lambda r: r.error).rate
+def best_rate(runs: list[Run], name: str, budget: float) -> float | None:
+    """The learning rate that was best of those of the first seed."""
+    own = [r for r in runs if r.optimizer == name and r.budget == budget]
+    return min((r for r in own if r.seed == own[0].seed), key=lambda r: r.error).rate
+
+
+def best(runs: list[Run], name: str, seconds: float) -> list[Run]:
+    """The runs of so many seconds of an optimizer at its best learning rate, one a seed."""
+    own = [r for r in runs if r.optimizer == name and r.budget == seconds]
+    rate = best_rate(own, name, seconds)
     return [r for r in own if r.rate == rate]
 
 
@@ -157,20 +178,25 @@ def section(data: str, seconds: float, about: dict[str, str], runs: list[Run], p
     heads = " | ".join(f"{share * seconds:g} s" for share in shares)
     lines = [f"## {data}", "", f"| optimizer | rate | {heads} | steps |", "|---|--:|" + "--:|" * (len(shares) + 1)]
     for name, title in NAMES.items():
-        chosen = best(runs, name)
+        chosen = best(runs, name, seconds)
         cells = [f"{statistics.median(r.until(share * seconds) for r in chosen):.3g}" for share in shares]
         rate = "-" if chosen[0].rate is None else f"{chosen[0].rate:g}"
         lines.append(f"| {title} | {rate} | {' | '.join(cells)} | {statistics.median(r.steps for r in chosen):g} |")
-    count = len({r.seed for r in runs})
+    count, first = len({r.seed for r in runs}), runs[0].seed
     lines += ["", f"Least training errors up to a time, medians over {count} seed{'s' * (count > 1)}."]
-    lines += [PUBLISHED[data] + "."] if data in PUBLISHED else []
+    for name, title in NAMES.items():
+        tried = {(r.rate, r.budget) for r in runs if r.optimizer == name and r.rate is not None and r.seed == first}
+        budget = min((b for _, b in tried), default=0.0)
+        rates = ", ".join(f"{rate:g}" for rate, b in sorted(tried) if b == budget)
+        lines[-1] += f" Rates tried with {title}, for {budget:g} s each: {rates}." if tried else ""
+    lines += ["", PUBLISHED[data] + "."] if data in PUBLISHED else []
     lines += ["", f"![Training error over seconds](images/{picture})", ""]
-    lines += [f"- `{best(runs, name)[0].command}`" for name in NAMES]
+    lines += [f"- `{best(runs, name, seconds)[0].command}`" for name in NAMES]
     keys = ("date", "processor", "threads", "torch", "hfopt")
     return "\n".join([*lines, "", "; ".join(f"{k}: {about[k]}" for k in keys) + "."])
 
 
-def plot(runs: list[Run], path: Path, title: str) -> None:
+def plot(runs: list[Run], seconds: float, path: Path, title: str) -> None:
     """Training error over seconds: every seed at the best rate, the first in bold."""
     import matplotlib
 
@@ -179,7 +205,7 @@ def plot(runs: list[Run], path: Path, title: str) -> None:
 
     figure, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
     for name, label in NAMES.items():
-        for i, run in enumerate(best(runs, name)):
+        for i, run in enumerate(best(runs, name, seconds)):
             at = "" if run.rate is None else f", rate {run.rate:g}"
             ax.plot(run.seconds, run.errors, color=COLOURS[name], lw=0.7 if i else 1.8, label=None if i else label + at)
     ax.set(yscale="log", xlabel="seconds", ylabel="squared error on the training images", title=title)
@@ -192,10 +218,17 @@ HEAD = """# Deep autoencoders in the same time
 
 Written by `python -m benchmarks.autoencoders` (for MNIST `python -m benchmarks.autoencoders mnist`), which runs the
 commands below and ends each when its optimizer has had the seconds. HF has the settings of its preset; the others get
-six learning rates each for the first seed, the best one for the others. The error is the squared one on the training
+several learning rates each for the first seed, the best one for all seeds. The error is the squared one on the training
 images, summed over pixels and averaged over images; seconds are those inside of the optimizers' steps.
 
 """
+
+
+def results(path: Path) -> tuple[dict[str, Any], list[Run]]:
+    """What a file of results says, and its runs."""
+    found = json.loads(path.read_text("utf-8"))
+    runs = [Run(**{**r, "seconds": tuple(r["seconds"]), "errors": tuple(r["errors"])}) for r in found["runs"]]
+    return found, runs
 
 
 def write(options: Options) -> None:
@@ -206,10 +239,11 @@ def write(options: Options) -> None:
     for data in SECONDS:
         path = options.results / f"{data}.json"
         if path.exists():
-            found = json.loads(path.read_text("utf-8"))
-            runs = [Run(**{**r, "seconds": tuple(r["seconds"]), "errors": tuple(r["errors"])}) for r in found["runs"]]
+            found, runs = results(path)
+            if any(not [r for r in runs if (r.optimizer, r.budget) == (n, found["seconds"])] for n in NAMES):
+                continue  # was stopped halfway
             picture = f"autoencoder-{data}.png"
-            plot(runs, images / picture, f"{data}, {found['about']['threads']} threads")
+            plot(runs, found["seconds"], images / picture, f"{data}, {found['about']['threads']} threads")
             sections.append(section(data, found["seconds"], found["about"], runs, picture))
     options.page.write_text(HEAD + "\n\n".join(sections) + "\n", "utf-8")
 
@@ -219,13 +253,16 @@ def main(args: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=args, prog="python -m benchmarks.autoencoders", description=__doc__)
     if not options.page_only:
         torch.set_num_threads(options.threads)
-        found = {
-            "seconds": options.seconds or SECONDS[options.data],
-            "about": machine.describe(torch.device("cpu")),
-            "runs": [asdict(r) for r in measure(options)],
-        }
-        options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / f"{options.data}.json").write_text(json.dumps(found) + "\n", "utf-8")
+        path = options.results / f"{options.data}.json"
+        runs = results(path)[1] if options.resume and path.exists() else []
+        about = machine.describe(torch.device("cpu"))
+
+        def keep() -> None:
+            options.results.mkdir(parents=True, exist_ok=True)
+            found = {"seconds": options.seconds or SECONDS[options.data], "about": about}
+            path.write_text(json.dumps({**found, "runs": [asdict(r) for r in runs]}) + "\n", "utf-8")
+
+        measure(options, runs, keep)
     write(options)
     return 0
 
