@@ -42,6 +42,8 @@ def forward(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str) -> Te
         from hfopt.recurrences.triton import simple as kernels
 
         return kernels.forward(P, X, K, h0, f)
+    if serves(K):
+        return native.forward(P, X, K, h0, nonlinearity)
     return loops.forward(P, X, K, h0, f)
 
 

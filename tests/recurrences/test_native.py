@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +72,47 @@ def ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
         monkeypatch.setattr(f"hfopt.recurrences.native.{module}.parts", parts)
     monkeypatch.setattr(threads, "_openmp", lambda: None)
     return count
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("f", list(NONLINEARITIES))
+def test_forward_equals_torchs(f: str, dtype: torch.dtype, ranges: int) -> None:
+    for sizes in [*SIZES, (3, 4, 0, 9, 1)]:
+        g = numbers(sum(sizes), dtype)
+        X, K, h0, _ = arguments("readout", sizes, dtype, g)
+        P = torch.randn(*X.shape[:2], K.shape[1], dtype=dtype, generator=g)
+        for p in (P, None):
+            found = simple.forward(p, X, K, h0, f)
+            assert_same([found], [loops.forward(p, X, K, h0, NONLINEARITIES[f])], f"forward {sizes}")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("f", list(NONLINEARITIES))
+def test_nonlinearities_are_exact_to_rounding(f: str, dtype: torch.dtype) -> None:
+    """Within four units in the last place, where they are small, where they saturate, and beyond all numbers."""
+    g = numbers(3, dtype)
+    spread = 10 ** torch.empty(20_000, dtype=torch.float64).uniform_(-12, 1.9, generator=g)
+    special = torch.tensor([0.0, 1e-30, 0.625, 22.0, 87.0, float("inf")], dtype=torch.float64)
+    x = torch.cat([spread, -spread, special, -special, torch.tensor([float("nan")])]).to(dtype).view(1, -1, 1)
+    nothing = x.new_zeros(1, 1)
+    found = simple.forward(x, x[..., :0], nothing, torch.zeros_like(x[0]), f).flatten()
+    x = x.flatten()
+    wide = np.asarray(x.numpy(), np.longdouble)
+    with np.errstate(over="ignore", invalid="ignore"):
+        wanted = {
+            "tanh": lambda: np.tanh(wide),
+            "sigmoid": lambda: 1 / (1 + np.exp(-wide)),
+            "relu": lambda: np.where(wide < 0, 0, wide),
+            "identity": lambda: wide,
+        }[f]()
+    rounded = torch.from_numpy(wanted.astype(found.numpy().dtype))
+    assert torch.equal(found.isnan(), x.isnan())
+    assert torch.equal(found[rounded.isinf()], rounded[rounded.isinf()])
+    at = rounded.isfinite().numpy()
+    unit = np.spacing(np.abs(rounded.numpy()[at])).astype(np.longdouble)
+    assert float((np.abs(found.numpy()[at].astype(np.longdouble) - wanted[at]) / unit).max()) < 4
 
 
 @needs_compiler

@@ -1,4 +1,4 @@
-"""The compiled tangents and adjoints of the registered cells; forward passes stay with torch's own nonlinearities."""
+"""The compiled tangents and adjoints of the registered cells; forward passes are the cells' own."""
 
 from __future__ import annotations
 

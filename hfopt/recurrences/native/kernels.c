@@ -59,20 +59,25 @@ static void *workspace(size_t bytes) {
 #include "team.h"
 
 #define REAL float
+#define SINGLE 1
 #define NAME(x) x##_float32
 static REAL *NAME(workspace)(long count) { return workspace((count + 64) * sizeof(REAL)); }
 #include "gemm.h"
+#include "nonlinear.h"
 #include "simple.h"
 #include "lstm.h"
 #include "gru.h"
 #include "mrnn.h"
 #undef REAL
+#undef SINGLE
 #undef NAME
 
 #define REAL double
+#define SINGLE 0
 #define NAME(x) x##_float64
 static REAL *NAME(workspace)(long count) { return workspace((count + 64) * sizeof(REAL)); }
 #include "gemm.h"
+#include "nonlinear.h"
 #include "simple.h"
 #include "lstm.h"
 #include "gru.h"

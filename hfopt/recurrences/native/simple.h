@@ -1,5 +1,5 @@
 /* The simple recurrence h_t = f(a_t), a_t = p_t + [h_{t-1}, x_t] K, with a linear readout o_t = [h_t, 1] K_o if there is one:
-   tangent and adjoint of some of the sequences. A tile of sequences goes through all time steps before the next one starts, so
+   forward, tangent and adjoint of some of the sequences. A tile of sequences goes through all time steps before the next one starts, so
    that its state never leaves the cache; with the readout inside, neither R_h nor the cotangents of H ever go through memory.
    Formulas: hfopt/recurrences/loops.py. A ? marks pointers that may be NULL, which means zero, or not wanted. */
 
@@ -48,6 +48,33 @@ static void NAME(few_outputs)(REAL *o, const REAL *r, const REAL *h, const REAL 
 static void NAME(transpose)(REAL *to, const REAL *from, long rows, long columns) {
   for (long i = 0; i < rows; i++)
     for (long j = 0; j < columns; j++) to[j * rows + i] = from[i * columns + j];
+}
+
+/* n: T, B, h, V, first and last + 1 sequence, f, rows of a tile.
+   p: P (T, B, h)?, X (T, B, V), h0 (B, h), K (h + V, h), H (T, B, h). */
+EXPORT long NAME(simple_forward)(const long *n, void *const *p) {
+  const long T = n[0], B = n[1], h = n[2], V = n[3], first = n[4], last = n[5], f = n[6], tile = n[7];
+  const REAL *P = p[0], *X = p[1], *h0 = p[2], *K = p[3];
+  REAL *H = p[4];
+  const long square = NAME(packed_size)(h, h);
+  REAL *W = NAME(workspace)(square + NAME(packed_size)(V, h));
+  if (!W) return 1;
+  REAL *Wx = W + square;
+  NAME(pack)(W, K, h, 1, h, h);
+  NAME(pack)(Wx, K + h * h, h, 1, V, h);
+  for (long row = first; row < last; row += tile) {
+    const long m = last - row < tile ? last - row : tile;
+    const REAL *before = h0 + row * h;
+    for (long t = 0; t < T; t++) {
+      const long now = (t * B + row) * h;
+      const NAME(term) terms[2] = {NAME(packed_term)(before, h, h, W), NAME(packed_term)(X + (t * B + row) * V, V, V, Wx)};
+      if (P) NAME(copy)(H + now, P + now, m * h);
+      NAME(multiply)(H + now, h, P != NULL, m, h, terms, V ? 2 : 1, P && t + 1 < T ? SPAN(P + now + B * h, m * h) : NOTHING);
+      NAME(apply)(H + now, m * h, f);
+      before = H + now;
+    }
+  }
+  return 0;
 }
 
 /* n: T, B, h, V, N (vectors), O, first and last + 1 sequence, f, rows of a tile.

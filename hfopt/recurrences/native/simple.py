@@ -1,4 +1,4 @@
-"""The compiled tangent and adjoint of the simple recurrence with or without a readout, on plain tensors.
+"""The compiled passes of the simple recurrence, tangent and adjoint with or without a readout, on plain tensors.
 
 h_t = f(a_t), a_t = p_t + [h_{t-1}, x_t] K, o_t = [h_t, 1] K_o. Shapes: X (T, B, V), H (T, B, h), h0 (B, h),
 K (h + V, h), K_o (h + 1, O); tangents and cotangents may carry N vectors, N before their last two dimensions.
@@ -28,6 +28,17 @@ class Point(NamedTuple):
     @property
     def outputs(self) -> int:
         return 0 if self.K_o is None else self.K_o.shape[1]
+
+
+def forward(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:
+    """H (T, B, h): see `loops.forward`; its tanh and logistic function are not torch's, but as exact."""
+    steps, batch, V = X.shape
+    h = K.shape[1]
+    H = K.new_empty(steps, batch, h)
+    ranges = parts(batch, 2.0 * steps * batch * h * h)
+    sizes, settings = (steps, batch, h, V), (_F[nonlinearity], tile(h * H.itemsize, ranges))
+    call("simple_forward", H, sizes, settings, [*contiguous((P, X, h0, K)), H], ranges)
+    return H
 
 
 class Moved(NamedTuple):
