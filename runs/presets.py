@@ -64,8 +64,8 @@ class CommandLine(Action, Training, Settings):
 
     cg_iterations: int = 30
     """Iterations of conjugate gradients at most."""
-    # What the nets have to find at first lowers the loss by less than 2e-5, the published value, would give for shrinking
-    # the recurrent weights, without which nothing is remembered: with it steps are four times as many at T = 100.
+    # What the nets have to find at first lowers the loss by less than shrinking the recurrent weights does at 2e-5, the
+    # published value, and without those nothing is remembered: multiplication at T = 100 takes four times the steps.
     weight_decay: float = 1e-6
     """Coefficient c of the penalty c/2 |theta|^2, for hf."""
     # A second thread gains a third on products of these sizes, and costs many times that beside another busy process.
