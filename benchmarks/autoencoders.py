@@ -160,8 +160,14 @@ def measure(options: Options, runs: list[Run], keep: Callable[[], None]) -> None
 
 
 def best_rate(runs: list[Run], name: str, budget: float) -> float | None:
-    """The learning rate that was best of those of the first seed."""
+    """The learning rate that was best of those of the first seed.
+
+    Raises:
+        ValueError: a run was too short to tell.
+    """
     own = [r for r in runs if r.optimizer == name and r.budget == budget]
+    if any(len(r.errors) < 2 for r in own):
+        raise ValueError(f"in {budget:g} s {name} made no test but that of the start; give the trials more time")
     return min((r for r in own if r.seed == own[0].seed), key=lambda r: r.error).rate
 
 

@@ -41,6 +41,8 @@ def test_the_rate_is_that_of_the_first_seed() -> None:
     other = replace(RUN, seed=1, errors=(9.0, 9.0, 8.0))
     runs = [worse, RUN, other, replace(worse, seed=1, errors=(1.0, 1.0, 1.0))]
     assert a.best(runs, "adam", 2.0) == [RUN, other]
+    with pytest.raises(ValueError, match="in 2 s adam made no test"):
+        a.best([replace(RUN, seconds=(0.0,), errors=(9.0,))], "adam", 2.0)
 
 
 def test_rates_are_tried_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
