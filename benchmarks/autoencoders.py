@@ -68,6 +68,11 @@ class Options:
     page: Path = ROOT.parent / "docs" / "autoencoders.md"
     """the page; its picture goes to the folder images beside it"""
 
+    @property
+    def budget(self) -> float:
+        """Seconds of every run that is compared."""
+        return self.seconds or SECONDS[self.data]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -137,8 +142,7 @@ def _spent(run: Path) -> float:
 
 def measure(options: Options, runs: list[Run], keep: Callable[[], None]) -> None:
     """Append all runs to those that are there already, and ``keep()`` after each."""
-    seconds = options.seconds or SECONDS[options.data]
-    trial = options.trial or seconds
+    trial = options.trial or options.budget
 
     def run(name: str, rate: float | None, seed: int, budget: float) -> None:
         if any((r.optimizer, r.rate, r.seed, r.budget) == (name, rate, seed, budget) for r in runs):
@@ -151,12 +155,12 @@ def measure(options: Options, runs: list[Run], keep: Callable[[], None]) -> None
     for seed in options.seeds:
         for name in NAMES:
             if name == OURS:
-                run(name, None, seed, seconds)
+                run(name, None, seed, options.budget)
                 continue
             if seed == options.seeds[0]:
                 for rate in options.rates or RATES[name]:
                     run(name, rate, seed, trial)
-            run(name, best_rate(runs, name, trial), seed, seconds)
+            run(name, best_rate(runs, name, trial), seed, options.budget)
 
 
 def best_rate(runs: list[Run], name: str, budget: float) -> float | None:
@@ -260,13 +264,16 @@ def main(args: list[str] | None = None) -> int:
     if not options.page_only:
         torch.set_num_threads(options.threads)
         path = options.results / f"{options.data}.json"
-        runs = results(path)[1] if options.resume and path.exists() else []
-        about = machine.describe(torch.device("cpu"))
+        about, runs = machine.describe(torch.device("cpu")), list[Run]()
+        if options.resume and path.exists():
+            found, runs = results(path)
+            if found["about"]["threads"] != about["threads"]:
+                sys.exit(f"{path} has runs of {found['about']['threads']} threads: --threads as many, or no --resume")
 
         def keep() -> None:
             options.results.mkdir(parents=True, exist_ok=True)
-            found = {"seconds": options.seconds or SECONDS[options.data], "about": about}
-            path.write_text(json.dumps({**found, "runs": [asdict(r) for r in runs]}) + "\n", "utf-8")
+            found = {"seconds": options.budget, "about": about, "runs": [asdict(r) for r in runs]}
+            path.write_text(json.dumps(found) + "\n", "utf-8")
 
         measure(options, runs, keep)
     write(options)

@@ -152,7 +152,8 @@ if not stochastic:
     counts = {"gradient": gradient, "curvature": settings.curvature_batches, "evaluation": settings.evaluation_batches}
     roles = {f"{role}_batches": range(gradient if count is None else count) for role, count in counts.items()}
 # A test costs about a third of a pass where it looks at the training images.
-often = max(driven["test_freq"], 5 * len(problem.train_batches)) if stochastic else settings.test_every
+often = 5 * len(problem.train_batches)
+driven["test_freq"] = max(driven["test_freq"], often) if stochastic else settings.test_every
 hf = HF(
     Path(__file__).parent / "logs" / name,
     model,
@@ -169,7 +170,7 @@ hf = HF(
     settings=settings,
     overwrite=settings.overwrite,
     hints=hints("runs.autoencoder", typed, "images"),
-    **driven | {"test_freq": often},
+    **driven,
 )
 
 

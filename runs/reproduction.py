@@ -95,7 +95,7 @@ def show(cell: Cell, folder: Path, images: Path, title: str) -> str:
             f"### A solved run from inside: {title}",
             "",
             f"`{cell.command}`: losses, errors, damping and CG iterations; below, its hidden units on a test sequence.",
-            "Seconds are those of the clock, in which the machine also did other work.",
+            "Seconds are those of the clock, whatever else the machine did meanwhile.",
             "",
             f"![Losses, share of wrong sequences, lambda, rho and CG iterations](images/{curves.name})",
             "",

@@ -72,6 +72,13 @@ def test_rates_are_tried_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Rates tried with Adam, for 2 s each: 0.1, 0.2. Rates tried with Nesterov's momentum, for 2 s" in text
 
 
+def test_runs_of_other_threads_are_not_gone_on_with(tmp_path: Path) -> None:
+    found = {"seconds": 2.0, "about": {"threads": "64"}, "runs": [asdict(RUN)]}
+    (tmp_path / "digits.json").write_text(json.dumps(found), "utf-8")
+    with pytest.raises(SystemExit, match=r"digits.json has runs of 64 threads: --threads as many, or no --resume"):
+        a.main(["digits", "--resume", "--threads", "1", "--results", str(tmp_path)])
+
+
 def test_the_page(tmp_path: Path) -> None:
     options = a.Options(results=tmp_path, page=tmp_path / "docs" / "page.md", page_only=True)
     runs = [replace(RUN, optimizer=n, rate=None if n == a.OURS else 0.01, seed=s) for n in a.NAMES for s in (0, 1)]

@@ -75,26 +75,19 @@ static inline __attribute__((always_inline)) VEC NAME(logistic)(VEC x) {
   return NAME(choose)(x < 0, e, zero + 1) / (1 + e);
 }
 
+static inline __attribute__((always_inline)) VEC NAME(value)(VEC x, long f) {
+  return f == 0 ? NAME(tanh)(x) : f == 1 ? NAME(logistic)(x) : NAME(choose)(x < 0, (VEC){0}, x);
+}
+
 /* x <- f(x). */
 static void NAME(apply)(REAL *x, long count, long f) {
   if (f == 3) return;
-  for (long i = 0; i < count; i += LANES) {
-    const long width = count - i < LANES ? count - i : LANES;
-    REAL part[VECTOR_BYTES / sizeof(REAL)] = {0};
-    VEC v;
-    if (width == LANES)
-      v = NAME(load)(x + i);
-    else {
-      for (long j = 0; j < width; j++) part[j] = x[i + j];
-      v = NAME(load)(part);
-    }
-    v = f == 0 ? NAME(tanh)(v) : f == 1 ? NAME(logistic)(v) : NAME(choose)(v < 0, (VEC){0}, v);
-    if (width == LANES)
-      NAME(store)(x + i, v);
-    else {
-      NAME(store)(part, v);
-      for (long j = 0; j < width; j++) x[i + j] = part[j];
-    }
-  }
+  long i = 0;
+  for (; i + LANES <= count; i += LANES) NAME(store)(x + i, NAME(value)(NAME(load)(x + i), f));
+  if (i == count) return;
+  REAL rest[VECTOR_BYTES / sizeof(REAL)] = {0};
+  __builtin_memcpy(rest, x + i, (count - i) * sizeof(REAL));
+  NAME(store)(rest, NAME(value)(NAME(load)(rest), f));
+  __builtin_memcpy(x + i, rest, (count - i) * sizeof(REAL));
 }
 #undef INTEGER

@@ -1,6 +1,7 @@
 /* The simple recurrence h_t = f(a_t), a_t = p_t + [h_{t-1}, x_t] K, with a linear readout o_t = [h_t, 1] K_o if there is one:
-   forward, tangent and adjoint of some of the sequences. A tile of sequences goes through all time steps before the next one starts, so
-   that its state never leaves the cache; with the readout inside, neither R_h nor the cotangents of H ever go through memory.
+   forward, tangent and adjoint of some of the sequences. A tile of sequences goes through all time steps before the next one
+   starts, so that its state never leaves the cache; with the readout inside, neither R_h nor the cotangents of H ever go
+   through memory.
    Formulas: hfopt/recurrences/loops.py. A ? marks pointers that may be NULL, which means zero, or not wanted. */
 
 /* out <- f'(a) out, f' as a function of h = f(a). */
