@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,47 @@ def chosen_batches(name: str, given: Sequence[int] | None, there: Sequence[int],
     if foreign or not chosen:
         raise ValueError(f"{name}={chosen}: choose at least one of the problem's train_batches, {list(there)}")
     return chosen
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How many batches a step takes where they are to grow: ``n_k = first (last / first)^(k / steps)``, then ``last``.
+
+    The first steps need few cases to go the right way; the last ones need many to stand out from their noise (Byrd,
+    Chin, Nocedal & Wu, Math. Program. 2012; with this schedule Martens & Grosse, ICML 2015, section 13).
+
+    Args:
+        first: of step 0.
+        last: of step ``steps`` and of all after it.
+        steps: that it takes to get there.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    first: int
+    last: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        if min(self.first, self.last, self.steps) < 1:
+            raise ValueError(f"Growth needs numbers of at least 1, but has {self.first}, {self.last}, {self.steps}")
+
+    def at(self, step: int) -> int:
+        """The number of batches of a step."""
+        return round(self.first * math.pow(self.last / self.first, min(step / self.steps, 1.0)))
+
+    def before(self, step: int) -> int:
+        """The number of batches of all earlier steps together."""
+        growing = min(step, self.steps)
+        return sum(map(self.at, range(growing))) + self.last * (step - growing)
+
+
+def batches_of_step(batches: list[int], per_step: int | Growth, step: int) -> list[int]:
+    """Those of the batches that a step takes: all, or so many of them in turn."""
+    pace = per_step if isinstance(per_step, Growth) else Growth(per_step, per_step, 1)
+    count, first = pace.at(step), pace.before(step)
+    return batches if count == len(batches) else [batches[(first + i) % len(batches)] for i in range(count)]
 
 
 def on_inputs(model: nn.Module, batch: Batch) -> Tensor:

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from hfopt import report, resume, runfile
-from hfopt.experiment import Forward, Problem, chosen_batches, closure, evaluate, norm, on_inputs
+from hfopt.experiment import (
+    Forward,
+    Growth,
+    Problem,
+    batches_of_step,
+    chosen_batches,
+    closure,
+    evaluate,
+    norm,
+    on_inputs,
+)
 from hfopt.interrupt import Interrupt
 from hfopt.measure import Measure
 from hfopt.runfile import Row, RunError
@@ -41,14 +51,14 @@ class HF:
         optimizer: over the model's parameters, or a function that makes one of them (`torch.optim.Adam`,
             say); default `hfopt.HessianFree`.
         gradient_batches: training batches of the gradient; default all.
-        curvature_batches: those of the curvature products; default the first of the gradient's.
+        curvature_batches: those of the curvature products; default the first of the gradient's at the step.
         evaluation_batches: those that judge the step (backtracking, line search, rho); default the
-            gradient's, or those of `debias_batches`. These two concern optimizers whose `step` takes `curvature=`
-            and `evaluation=`.
+            gradient's at the step, or those of `debias_batches`. These two concern optimizers whose `step` takes
+            `curvature=` and `evaluation=`.
         debias_batches: those that step lengths along CG's directions are taken from, for optimizers whose `step` takes
             `debias=`; default none.
-        batches_per_step: take only so many of the gradient batches at a step, in turn (stochastic
-            optimizers).
+        batches_per_step: take only so many of the gradient batches at a step, in turn (stochastic optimizers); a
+            `Growth` takes more and more of them.
         threshold: success is an error rate below it, 0 for none; or a function of (test loss, error rate) that says.
         max_steps: updates in all, those before `load()` included.
         test_freq: evaluate the test batches before every so many updates. The terminal and the text logs
@@ -79,7 +89,7 @@ class HF:
         curvature_batches: Sequence[int] | None = None,
         evaluation_batches: Sequence[int] | None = None,
         debias_batches: Sequence[int] | None = None,
-        batches_per_step: int | None = None,
+        batches_per_step: int | Growth | None = None,
         threshold: float | Callable[[float, float], bool] = 0.01,
         max_steps: int = 500,
         test_freq: int = 1,
@@ -111,9 +121,13 @@ class HF:
         self.debias_batches = chosen_batches("debias_batches", debias_batches, train, self.gradient_batches)
         judges = self.gradient_batches if debias_batches is None else self.debias_batches
         self.evaluation_batches = chosen_batches("evaluation_batches", evaluation_batches, train, judges)
-        self.batches_per_step = len(self.gradient_batches) if batches_per_step is None else batches_per_step
-        if not 1 <= self.batches_per_step <= len(self.gradient_batches):
-            raise ValueError(f"batches_per_step={batches_per_step}: choose from 1 to {len(self.gradient_batches)}")
+        roles = {"curvature": curvature_batches, "evaluation": evaluation_batches}
+        self._given = {role for role, batches in roles.items() if batches is not None}
+        most = len(self.gradient_batches)
+        self.batches_per_step: int | Growth = most if batches_per_step is None else batches_per_step
+        n = self.batches_per_step
+        if not all(1 <= count <= most for count in ((n.first, n.last) if isinstance(n, Growth) else (n,))):
+            raise ValueError(f"batches_per_step={n}: choose from 1 to {most}")
         for name, value in (
             ("test_freq", test_freq),
             ("save_freq", save_freq),
@@ -147,7 +161,7 @@ class HF:
                 "curvature": self.curvature_batches,
                 "evaluation": self.evaluation_batches,
                 **({"debias": self.debias_batches} if "debias" in self._roles else {}),
-                "per_step": self.batches_per_step,
+                "per_step": resume.describe(self.batches_per_step),
                 "roles": ["gradient", *sorted(self._roles)],
             },
         }
@@ -270,14 +284,12 @@ class HF:
     def _update(self) -> tuple[Row, list[Row]]:
         """One step of the optimizer on new training draws: its row and the rows of its CG checks."""
         self.problem.forget()
-        chosen = self.gradient_batches
-        if self.batches_per_step < len(chosen):
-            first = self.step * self.batches_per_step
-            chosen = [chosen[(first + i) % len(chosen)] for i in range(self.batches_per_step)]
+        chosen = batches_of_step(self.gradient_batches, self.batches_per_step, self.step)
         gradient = closure(self.model, self.problem, chosen, self.forward, self.optimizer)
+        judges = self.debias_batches if "debias" in self._roles else chosen
         others = {
-            "curvature": (self.curvature_batches, chosen),
-            "evaluation": (self.evaluation_batches, self.debias_batches if "debias" in self._roles else chosen),
+            "curvature": (self.curvature_batches if "curvature" in self._given else chosen[:1], chosen),
+            "evaluation": (self.evaluation_batches if "evaluation" in self._given else judges, judges),
             "debias": (self.debias_batches, None),
         }
         roles = {
@@ -314,7 +326,8 @@ class HF:
         """The training loss on the draws that the next step would see; the generators stay as they were."""
         problem, generators = self.problem.state_dict(), resume.generators()
         self.problem.forget()
-        loss, _ = evaluate(self.model, self.problem, self.gradient_batches[: self.batches_per_step], self.forward)
+        chosen = batches_of_step(self.gradient_batches, self.batches_per_step, self.step)
+        loss, _ = evaluate(self.model, self.problem, chosen, self.forward)
         self.problem.load_state_dict(problem)
         resume.set_generators(generators)
         return loss

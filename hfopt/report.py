@@ -64,9 +64,13 @@ def introduction(
     what = getattr(problem, "name", type(problem).__name__)
     length = f" T={problem.T}" if hasattr(problem, "T") else ""
     batches, threshold = configuration["batches"], configuration["driver"]["threshold"]
-    roles = f"{batches['per_step']} gradient"
+    taken = batches["per_step"]
+    if isinstance(taken, Mapping):
+        taken = f"{taken['first']} to {taken['last']}"
+    roles = f"{taken} gradient"
     if len(batches["roles"]) > 1:
-        roles += f", {len(batches['curvature'])} curvature, {len(batches['evaluation'])} evaluation"
+        judges = taken if batches["evaluation"] == batches["gradient"] else len(batches["evaluation"])
+        roles += f", {len(batches['curvature'])} curvature, {judges} evaluation"
     if "debias" in batches["roles"]:
         roles += f", {len(batches['debias'])} for step lengths"
     if threshold == 0:  # which no error is below

@@ -50,19 +50,27 @@ class KFAC(Preconditioner):
 
     Args:
         samples: draws of targets.
+        average: share of the factors so far in a running average, which batches of few cases need: refresh k has
+            ``e old + (1 - e) new`` with ``e = min(1 - 1/k, average)``. 0: those of this step alone.
         probes: adjoint passes for the diagonal of the other parameters, if there are any.
         every: steps between refreshes; in between, the last factors stand.
         batch_dim: the outputs' dimension along which cases stand.
 
-    Sources: Martens and Grosse, ICML 2015, sections 3, 5 and 6.3; Grosse and Martens, ICML 2016, section 3
-    (convolutions).
+    Sources: Martens and Grosse, ICML 2015, sections 3, 5 (also for the average) and 6.3; Grosse and Martens, ICML 2016,
+    section 3 (convolutions).
     """
 
-    def __init__(self, samples: int = 1, probes: int = 8, every: int = 1, batch_dim: int = 0) -> None:
+    def __init__(
+        self, samples: int = 1, probes: int = 8, every: int = 1, batch_dim: int = 0, average: float = 0.0
+    ) -> None:
         if min(samples, probes, every) < 1:
             raise ValueError(f"samples, probes and every must be at least 1, but are {samples}, {probes} and {every}")
+        if not 0 <= average < 1:
+            raise ValueError(f"average is {average}, but must be at least 0 and below 1")
         self.samples, self.probes, self.every, self.batch_dim = samples, probes, every, batch_dim
+        self.average = average
         self.factors: list[Factors] = []
+        self._refreshes = 0
         self._diagonal: Tensor | None = None
         self._sizes: list[int] = []
         self._shapes: list[torch.Size] = []
@@ -79,13 +87,16 @@ class KFAC(Preconditioner):
         """
         op = with_outputs(op, "K-FAC", self.batch_dim)
         self._sizes, self._shapes = op.vector.sizes, [p.shape for p in op.params]
-        old = self._diagonal
-        if old is not None and len(old) == op.vector.size and step % self.every:
-            self._diagonal = old.to(device=op.device, dtype=op.dtype)
-            for f in self.factors:
+        before, earlier = self._diagonal, self.factors
+        if before is not None and len(before) == op.vector.size:
+            before = before.to(device=op.device, dtype=op.dtype)
+            for f in earlier:
                 f.a, f.g = f.a.to(device=op.device, dtype=op.dtype), f.g.to(device=op.device, dtype=op.dtype)
-            self.runs = 0
-            return
+            if step % self.every:
+                self._diagonal, self.runs = before, 0
+                return
+        else:
+            before = None
         self.runs = 1
         draws = generator(op, step)
         # Processes that have as many cases each draw together what one process with all cases would.
@@ -101,6 +112,20 @@ class KFAC(Preconditioner):
         if op.processes is not None:
             for t in (self._diagonal, *(t for f in self.factors for t in (f.a, f.g))):
                 op.processes.mean_(t)
+        if self.average:
+            self._mix(before, earlier)
+
+    def _mix(self, diagonal: Tensor | None, factors: list[Factors]) -> None:
+        """Take earlier ones into the running average, unless they belong to another network."""
+        if diagonal is None or [(f.weight, f.bias) for f in factors] != [(f.weight, f.bias) for f in self.factors]:
+            self._refreshes = 1
+            return
+        self._refreshes += 1
+        share = min(1 - 1 / self._refreshes, self.average)
+        ready(self._diagonal, "refresh()", "averaging").lerp_(diagonal, share)
+        for new, old in zip(self.factors, factors, strict=True):
+            new.a.lerp_(old.a, share)
+            new.g.lerp_(old.g, share)
 
     def _find(self, op: GaussNewton, draws: torch.Generator) -> list[Factors]:
         samples = [drawn(op, draws, self.batch_dim) for _ in range(self.samples)]
@@ -168,14 +193,15 @@ class KFAC(Preconditioner):
 
     def state_dict(self) -> dict[str, Any]:
         """The factors, where the next steps go on with them."""
-        if self.every == 1 or self._diagonal is None:
+        if (self.every == 1 and not self.average) or self._diagonal is None:
             return {}
         factors = [{"weight": f.weight, "bias": f.bias, "a": f.a.clone(), "g": f.g.clone()} for f in self.factors]
-        return {"diagonal": self._diagonal.clone(), "factors": factors}
+        return {"diagonal": self._diagonal.clone(), "factors": factors, "refreshes": self._refreshes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         self._diagonal = state["diagonal"].clone() if "diagonal" in state else None
+        self._refreshes = int(state.get("refreshes", 1 if "diagonal" in state else 0))
         self.factors = [
             Factors(int(f["weight"]), int(f["bias"]), f["a"].clone(), f["g"].clone()) for f in state.get("factors", [])
         ]

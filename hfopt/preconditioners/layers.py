@@ -60,15 +60,20 @@ class Layer:
         size = self.y[..., 0] if self.patches is None else self.y[:, 0]
         return size.numel() // self.cases
 
+    def sizes(self) -> tuple[int, int]:
+        """How many numbers are in a row of the inputs, and how many in one of the outputs."""
+        if self.patches is None:
+            return self.x.shape[-1], self.y.shape[-1]
+        return self.patches(self.x[:1].detach()).shape[1], self.y.shape[1]
+
     def numbers(self) -> int:
         """How many numbers a case takes: rows, and the gradient of the weight."""
-        k = self.x.shape[-1] if self.patches is None else self.patches(self.x[:1].detach()).shape[1]
-        o = self.y.shape[-1] if self.patches is None else self.y.shape[1]
+        k, o = self.sizes()
         return max(1, self.positions * (k + o) + k * o)
 
     def block(self) -> int:
-        """How many cases are taken at a time."""
-        return max(1, BLOCK // self.numbers())
+        """How many cases' rows are taken at a time."""
+        return max(1, BLOCK // max(1, self.positions * sum(self.sizes())))
 
     def rows(self, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Blocks of ``size`` cases with ``x (n, T, k)`` and ``g (n, T, o)``."""

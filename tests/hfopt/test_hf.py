@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hfopt.experiment import Growth
 from hfopt.hf import HF
 from hfopt.runfile import RunError
 from hfopt.runreader import read_run
@@ -136,6 +137,43 @@ def test_stochastic_steps_take_the_batches_in_turn(tmp_path: Path) -> None:
     tested = read_run(tmp_path / "run").steps
     assert np.isfinite(tested["test_loss"]).tolist() == [True, False, True, True]
     assert (tmp_path / "run" / "results").read_text().count("step ") == 3
+
+
+def test_growing_steps_take_more_and_more_batches_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One batch, two, three, three: the products use the first of them, and all of them judge."""
+    problem, model = Sums(), nn.Sequential(nn.Linear(2, 2))
+    taken: list[list[int]] = []
+    curved: list[list[int]] = []
+
+    class Watching(Recorder):
+        def step(self, closure: Any = None, *, curvature: Any = None, evaluation: Any = None) -> Any:  # type: ignore[override]
+            for f, seen in ((closure, taken), (curvature or closure, curved)):
+                problem.train_mem.clear()
+                f()
+                seen.append(list(problem.train_mem))
+            assert evaluation is None  # the gradient's own
+            return super().step(closure)
+
+    options: dict[str, Any] = {"batches_per_step": Growth(1, 3, 2), "max_steps": 4, "threshold": 0.0}
+    hf = HF(tmp_path / "run", model, problem, optimizer=Watching, **options)
+    hf.optimize()
+    assert taken == [[0], [1, 2], [0, 1, 2], [0, 1, 2]]
+    assert curved == [[0], [1], [0], [0]]
+    assert "batches: 1 to 3 gradient, 1 curvature, 1 to 3 evaluation, 2 test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("growth", [Growth(1, 40, 100), Growth(5, 5, 1), Growth(7, 2, 3)], ids=str)
+def test_growth_is_geometric_and_counts_what_it_took(growth: Growth) -> None:
+    counts = [growth.at(k) for k in range(growth.steps + 5)]
+    assert counts[0] == growth.first
+    assert set(counts[growth.steps :]) == {growth.last}
+    assert counts == sorted(counts, reverse=growth.last < growth.first)
+    assert [growth.before(k) for k in range(len(counts) + 1)] == [sum(counts[:k]) for k in range(len(counts) + 1)]
+    half = growth.steps // 2
+    ideal = growth.first * (growth.last / growth.first) ** (half / growth.steps)
+    assert abs(growth.at(half) - ideal) <= 0.5
+    with pytest.raises(ValueError, match="at least 1"):
+        Growth(growth.first, 0, growth.steps)
 
 
 def test_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,6 +350,7 @@ def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         {"evaluation_batches": []},
         {"batches_per_step": 4},
         {"batches_per_step": 0},
+        {"batches_per_step": Growth(1, 4, 5)},
         {"save_freq": 0},
         {"test_freq": 0},
         {"keep_checkpoints": 0},

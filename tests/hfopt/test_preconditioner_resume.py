@@ -19,6 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "hutchinson": {"preconditioner": "hutchinson"},
     "nystrom": {"preconditioner": Nystrom(rank=5, every=4)},
     "kfac": {"preconditioner": KFAC(every=4), "weight_decay": 0.01},
+    "averaged kfac": {"preconditioner": KFAC(average=0.95), "weight_decay": 0.01},
     "lbfgs": {"preconditioner": LBFGS(pairs=5)},
 }
 

@@ -125,6 +125,36 @@ def test_kfac_is_the_kronecker_product_of_factors_by_loops() -> None:
     assert float(inverse.abs().max()) == 0.0
 
 
+def test_averaged_factors_are_the_running_average_of_the_single_ones() -> None:
+    """Refresh k has e old + (1 - e) new with e = min(1 - 1/k, 0.6): 0, 1/2, 0.6, ...; another network begins anew."""
+    averaged, single = KFAC(average=0.6), KFAC()
+    expected: list[Tensor] = []
+    for k, share in enumerate((0.0, 0.5, 0.6, 0.6)):
+        op = problem(seed=k)
+        for m in (averaged, single):
+            m.refresh(op, k)
+        new = [t for f in single.factors for t in (f.a, f.g)]
+        expected = [share * e + (1 - share) * t for e, t in zip(expected or new, new, strict=True)]
+        for t, e in zip((t for f in averaged.factors for t in (f.a, f.g)), expected, strict=True):
+            assert relative(t, e) < 1e-12
+    model = mlp(3, 2, seed=1)
+    op = gauss_newton(model, lambda net: F.mse_loss(net(X), Y))
+    for m in (averaged, single):
+        m.refresh(op, 9)
+    assert torch.equal(averaged.factors[0].a, single.factors[0].a)
+
+
+def test_factors_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = KFAC(), KFAC()
+    op = problem()
+    whole.refresh(op, 1)
+    monkeypatch.setattr("hfopt.preconditioners.layers.BLOCK", 2 * (3 + 4))  # two cases of the first layer
+    parts.refresh(op, 1)
+    for one, other in zip(whole.factors, parts.factors, strict=True):
+        assert relative(other.a, one.a) < 1e-14
+        assert relative(other.g, one.g) < 1e-14
+
+
 def test_kfac_of_convolutions() -> None:
     model, x = convolutional(), randn(N, 2, 7, 6, seed=1)
     op = gauss_newton(model, lambda net: F.mse_loss(net(x), Y))
@@ -321,6 +351,7 @@ def test_names_and_bad_arguments() -> None:
     for build, word in (
         (lambda: Nystrom(rank=0), "rank"),
         (lambda: KFAC(every=0), "every"),
+        (lambda: KFAC(average=1.0), "average"),
         (lambda: LBFGS(pairs=1), "pairs"),
         (lambda: HutchinsonDiagonal(probes=0), "probes"),
     ):

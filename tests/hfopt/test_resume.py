@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hfopt.experiment import Growth
 from hfopt.hf import HF
 from hfopt.runfile import RunError
 from hfopt.runreader import read_run
@@ -23,7 +24,11 @@ def rows(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("options", [{}, {"batches_per_step": 1, "test_freq": 3}], ids=["all", "stochastic"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batches_per_step": 1, "test_freq": 3}, {"batches_per_step": Growth(1, 3, 8)}],
+    ids=["all", "stochastic", "growing"],
+)
 def test_resuming_gives_the_same_bits(tmp_path: Path, optimizer: str, options: dict[str, Any]) -> None:
     whole = experiment(tmp_path / "whole", optimizer=optimizer, save_freq=3, **options)
     assert whole.optimize() == "max_steps"
