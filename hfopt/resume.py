@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import platform
 import re
 import sys
@@ -39,8 +40,10 @@ def describe(value: Any) -> Any:
         # A field that is not compared changes no result.
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
         return {"class": class_name(value), **fields}
-    if isinstance(value, type) or callable(value):
-        return getattr(value, "__qualname__", class_name(value))
+    if isinstance(value, type) or hasattr(value, "__qualname__"):
+        return value.__qualname__
+    if callable(value):
+        return _arguments(value) or class_name(value)
     return {"class": class_name(value), **_scalars(value)}
 
 
@@ -118,6 +121,16 @@ def _scalars(value: Any) -> dict[str, Any]:
         for name, item in fields.items()
         if not name.startswith("_") and (item is None or isinstance(item, plain))
     }
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    """Class of an object that can be called, and what it keeps of its constructor's arguments under their names."""
+    names: list[str] = []
+    with suppress(ValueError):  # classes written in C may tell nothing
+        names = list(inspect.signature(type(value)).parameters)
+    kept = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    plain = {name: item for name, item in kept.items() if item is None or isinstance(item, _SCALARS)}
+    return {"class": class_name(value), **plain} if plain else {}
 
 
 def generators() -> dict[str, Any]:

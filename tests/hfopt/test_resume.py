@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 from hfopt.experiment import Growth
 from hfopt.hf import HF
+from hfopt.preconditioners import KFAC
+from hfopt.resume import describe, differences
 from hfopt.runfile import RunError
 from hfopt.runreader import read_run
 from tests.hfopt.tiny import OPTIMIZERS, Running, Sums, bits, experiment
@@ -144,3 +147,12 @@ def test_a_run_that_went_on_elsewhere(tmp_path: Path) -> None:
         one.optimize()
     one.load()
     assert one.step == 6
+
+
+def test_arguments_of_a_preconditioner_are_compared() -> None:
+    """Objects that can be called are no functions: they have settings, and state that is none."""
+    found = [describe(KFAC(average=share)) for share in (0.5, 0.9)]
+    assert differences(*found) == ["average was 0.5 and is 0.9"]
+    assert found[0]["class"] == "KFAC"
+    assert "runs" not in found[0]
+    assert [describe(f) for f in (len, KFAC, functools.partial(len))] == ["len", "KFAC", "partial"]

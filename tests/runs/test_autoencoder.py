@@ -99,6 +99,19 @@ def test_roles_of_batches(tmp_path: Path, typed: Any) -> None:
         assert tested.tolist() == ([True, False, True] if words == three else [True] * 3)
 
 
+def test_growing_gradients_and_averaged_factors(tmp_path: Path, typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    words = ("--gradient-batches", "3", "--growth", "2", "--preconditioner", "kfac", "--factor-average", "0.9")
+    assert (
+        typed("--name", str(folder), "--sizes", "64", "10", "4", "--batch-size", "300", "--max-steps", "3", *words) == 0
+    )
+    assert "batches: 1 to 3 gradient, 1 curvature, 1 to 3 evaluation" in capsys.readouterr().out
+    found = read_run(folder).configuration
+    taken = found["batches"]["per_step"]
+    assert (taken["first"], taken["last"], taken["steps"]) == (1, 3, 2)
+    assert found["optimizer"]["preconditioner"]["average"] == 0.9
+
+
 def test_preset_by_word(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert typed("curves", "--help") == 0
     shown = capsys.readouterr().out
