@@ -4,6 +4,7 @@ from hfopt.cg import CG
 from hfopt.curvature import GaussNewton, Hessian
 from hfopt.damping import FixedDamping, KrylovDamping, LevenbergMarquardt
 from hfopt.errors import CheckFailed, ClosureError, HfoptError, NotDifferentiable
+from hfopt.experiment import Growth
 from hfopt.fisher import Fisher
 from hfopt.hf import HF
 from hfopt.linesearch import LineSearch
@@ -27,6 +28,7 @@ __all__ = [
     "FixedDamping",
     "FullStep",
     "GaussNewton",
+    "Growth",
     "Hessian",
     "HessianFree",
     "HfoptError",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class Batch(Protocol):
@@ -97,11 +98,18 @@ class Growth:
         return sum(map(self.at, range(growing))) + self.last * (step - growing)
 
 
-def batches_of_step(batches: list[int], per_step: int | Growth, step: int) -> list[int]:
+def in_turn(batches: list[int], per_step: int | Growth, step: int) -> list[int]:
     """Those of the batches that a step takes: all, or so many of them in turn."""
     pace = per_step if isinstance(per_step, Growth) else Growth(per_step, per_step, 1)
     count, first = pace.at(step), pace.before(step)
     return batches if count == len(batches) else [batches[(first + i) % len(batches)] for i in range(count)]
+
+
+def averaged(model: nn.Module, share: float) -> AveragedModel:
+    """A copy of the model whose parameters are a running average, ``share`` of what was before at every update."""
+    if not 0 < share < 1:
+        raise ValueError(f"average={share}: must be above 0 and below 1")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(share))  # type: ignore[no-untyped-call]
 
 
 def on_inputs(model: nn.Module, batch: Batch) -> Tensor:

@@ -20,10 +20,11 @@ from hfopt.experiment import (
     Forward,
     Growth,
     Problem,
-    batches_of_step,
+    averaged,
     chosen_batches,
     closure,
     evaluate,
+    in_turn,
     norm,
     on_inputs,
 )
@@ -59,6 +60,9 @@ class HF:
             `debias=`; default none.
         batches_per_step: take only so many of the gradient batches at a step, in turn (stochastic optimizers); a
             `Growth` takes more and more of them.
+        average: test the running average of the parameters over updates, ``a <- average a + (1 - average) theta``, in
+            place of the parameters, whose last noise it lacks (Polyak & Juditsky, SIAM J. Control Optim. 1992; Martens
+            & Grosse, ICML 2015, section 13): `tested` is the model that has it. Default none.
         threshold: success is an error rate below it, 0 for none; or a function of (test loss, error rate) that says.
         max_steps: updates in all, those before `load()` included.
         test_freq: evaluate the test batches before every so many updates. The terminal and the text logs
@@ -90,6 +94,7 @@ class HF:
         evaluation_batches: Sequence[int] | None = None,
         debias_batches: Sequence[int] | None = None,
         batches_per_step: int | Growth | None = None,
+        average: float | None = None,
         threshold: float | Callable[[float, float], bool] = 0.01,
         max_steps: int = 500,
         test_freq: int = 1,
@@ -128,21 +133,13 @@ class HF:
         n = self.batches_per_step
         if not all(1 <= count <= most for count in ((n.first, n.last) if isinstance(n, Growth) else (n,))):
             raise ValueError(f"batches_per_step={n}: choose from 1 to {most}")
-        for name, value in (
-            ("test_freq", test_freq),
-            ("save_freq", save_freq),
-            ("keep_checkpoints", keep_checkpoints),
-        ):
+        self._averaged = None if average is None else averaged(model, average)
+        for name, value in (("test_freq", test_freq), ("save_freq", save_freq), ("keep_checkpoints", keep_checkpoints)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.threshold: float | Callable[[float, float], bool] = threshold
         self.max_steps, self.test_freq, self.save_freq = max_steps, test_freq, save_freq
-        self.keep_checkpoints, self.seed, self.overwrite, self.quiet = (
-            keep_checkpoints,
-            seed,
-            overwrite,
-            quiet,
-        )
+        self.keep_checkpoints, self.seed, self.overwrite, self.quiet = keep_checkpoints, seed, overwrite, quiet
         self.hints = hints or {}
         self.step = 0
         self.totals: dict[str, float] = {"seconds": 0.0, "cg_iterations": 0, "products": 0, "evaluations": 0}
@@ -164,6 +161,7 @@ class HF:
                 "per_step": resume.describe(self.batches_per_step),
                 "roles": ["gradient", *sorted(self._roles)],
             },
+            "average": average,
         }
         self._measure = Measure.of(self._compared)
         self._configuration = {
@@ -178,6 +176,11 @@ class HF:
             ),
             "settings": resume.describe(settings),
         }
+
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested: that with the averaged parameters, or the model itself."""
+        return self.model if self._averaged is None else self._averaged.module
 
     def optimize(self, max_steps: int | None = None) -> str:
         """Go on until success or until `max_steps` updates have been made in all, and say which it was.
@@ -231,7 +234,7 @@ class HF:
             KeyError: there is no such checkpoint.
         """
         run = read_run(self.path)
-        saved = {**{key: run.configuration[key] for key in self._compared}, "seed": run.seed}
+        saved = {**{key: run.configuration.get(key) for key in self._compared}, "seed": run.seed}
         differing = resume.differences(saved, {**self._compared, "seed": self.seed})
         if differing:
             raise RunError(
@@ -244,6 +247,8 @@ class HF:
         self.problem.load_state_dict(state["problem"])
         self.model.load_state_dict(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self._averaged is not None:
+            self._averaged.load_state_dict(state["average"])
         resume.set_generators(state["generators"])
         self.step, self.totals = state["step"], dict(state["totals"])
         self._serial, self._newest, self._saved_step = found.serial, run.checkpoints[-1].serial, self.step
@@ -258,7 +263,7 @@ class HF:
             last = self.step >= limit
             tested = last or self.step % self.test_freq == 0
             test_loss, error_rate = (
-                evaluate(self.model, self.problem, self.problem.test_batches, self.forward)
+                evaluate(self.tested, self.problem, self.problem.test_batches, self.forward)
                 if tested
                 else (math.nan, math.nan)
             )
@@ -284,7 +289,7 @@ class HF:
     def _update(self) -> tuple[Row, list[Row]]:
         """One step of the optimizer on new training draws: its row and the rows of its CG checks."""
         self.problem.forget()
-        chosen = batches_of_step(self.gradient_batches, self.batches_per_step, self.step)
+        chosen = in_turn(self.gradient_batches, self.batches_per_step, self.step)
         gradient = closure(self.model, self.problem, chosen, self.forward, self.optimizer)
         judges = self.debias_batches if "debias" in self._roles else chosen
         others = {
@@ -312,6 +317,8 @@ class HF:
         loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
         row: Row = {"train_loss": loss, "updated": True, "accepted": True}
         row["optimizer_seconds"] = time.perf_counter() - started
+        if self._averaged is not None:
+            self._averaged.update_parameters(self.model)
         row["parameter_norm"] = norm(self.model.parameters())
         checks: list[Row] = []
         if norms:
@@ -326,7 +333,7 @@ class HF:
         """The training loss on the draws that the next step would see; the generators stay as they were."""
         problem, generators = self.problem.state_dict(), resume.generators()
         self.problem.forget()
-        chosen = batches_of_step(self.gradient_batches, self.batches_per_step, self.step)
+        chosen = in_turn(self.gradient_batches, self.batches_per_step, self.step)
         loss, _ = evaluate(self.model, self.problem, chosen, self.forward)
         self.problem.load_state_dict(problem)
         resume.set_generators(generators)
@@ -375,6 +382,7 @@ class HF:
             "optimizer": self.optimizer.state_dict(),
             "problem": self.problem.state_dict(),
             "generators": resume.generators(),
+            **({} if self._averaged is None else {"average": self._averaged.state_dict()}),
         }
 
     def _begin(self) -> None:

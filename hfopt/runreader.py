@@ -78,10 +78,25 @@ class Run:
         state: dict[str, Any] = self._read(which, "")
         return state
 
-    def parameters(self, which: int | str = "last") -> dict[str, Tensor]:
-        """The model's state at a checkpoint, by name: what `model.load_state_dict` takes."""
-        state: dict[str, Tensor] = self._read(which, "/parameters")
-        return state
+    def parameters(self, which: int | str = "last", *, averaged: bool = False) -> dict[str, Tensor]:
+        """The model's state at a checkpoint, by name: what `model.load_state_dict` takes.
+
+        Args:
+            which: of the checkpoints.
+            averaged: the running average of the parameters, which tests were of, in a run that has one.
+
+        Raises:
+            KeyError: there is no such checkpoint.
+            RunError: averaged parameters of a run without an average.
+        """
+        if not averaged:
+            state: dict[str, Tensor] = self._read(which, "/parameters")
+            return state
+        if self.configuration.get("average") is None:
+            raise RunError(f"{self.path} was run without `average`: it has no averaged parameters")
+        found: dict[str, Tensor] = self._read(which, "/average")
+        start = "module."
+        return {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
 
     def _read(self, which: int | str, part: str) -> Any:
         key = self.find(which).key

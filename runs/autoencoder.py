@@ -61,13 +61,21 @@ class Settings:
     gradient_batches: int | None = None
     """How many batches the gradient of hf and lbfgs is of, with other images at every step; None: all."""
     growth: int | None = None
-    """Steps over which the gradient of hf grows from one batch to as many; None: as many at every step."""
+    """Steps over which the gradient of hf grows from first_batches to as many; None: as many at every step."""
+    first_batches: int = 1
+    """Batches of the first step's gradient, where it grows."""
+    average: float | None = None
+    """Share of what was before in the running average of the parameters that hf and lbfgs are tested with."""
     minibatch: int = 100
     """Images in a step of the stochastic optimizers."""
+    minibatch_average: float | None = None
+    """The same share for the stochastic optimizers, whose steps are smaller."""
     curvature_batches: int | None = 1
     """How many of the gradient's batches the curvature products use; None: all of them."""
     evaluation_batches: int | None = None
     """How many of the gradient's batches judge the step: backtracking, line search and rho; None: all of them."""
+    held_out: bool = False
+    """Whether as many other batches judge the step, in place of the gradient's."""
     test_every: int = 1
     """Steps of hf and lbfgs from one test to the next; those of stochastic optimizers are five passes apart or more."""
 
@@ -82,6 +90,8 @@ class Settings:
 
     lambda_by: Literal["rho", "average", "loss"] = "rho"
     """What lambda follows: the reduction ratio, its average over steps, or the loss, then best that of all images."""
+    rising_decay: int | None = None
+    """Steps over which the factor of the last solution rises, from 0.3 to cg_decay; None: it is the same throughout."""
     full_steps: bool = False
     """Whether steps of hf are taken as a whole or not at all: a few images cannot judge their length."""
     preconditioner: Literal["none", "auto", "empirical-fisher", "hutchinson", "nystrom", "kfac", "lbfgs"] = "none"
@@ -99,8 +109,29 @@ class CommandLine(Action, Training, Settings):
 
 # Gradient and losses are of so many images that lambda may follow the loss, as it does by default.
 BASE = CommandLine(weight_decay=2e-5, lambda_by="loss", preconditioner="kfac", cg_tolerance=None, cg_decay=None)
-# Thousands of new images at a step, as K-FAC leaves so little for CG to do that steps, not solves, are what counts.
-LARGE = replace(BASE, minibatch=200, batch_size=1500, gradient_batches=4, cg_iterations=6, test_every=5)
+# K-FAC leaves so little for CG to do that steps, not solves, are what counts: short solves on ever more new images,
+# with momentum, and tests of averaged parameters, as the last step's noise is no part of what was learned.
+LARGE = replace(
+    BASE,
+    batch_size=500,
+    gradient_batches=60,
+    growth=160,
+    first_batches=5,
+    curvature_batches=2,
+    evaluation_batches=3,
+    held_out=True,
+    cg_iterations=3,
+    cg_tolerance=0.0,
+    cg_decay=0.95,
+    rising_decay=60,
+    damping=0.02,
+    lambda_by="average",
+    full_steps=True,
+    factor_average=0.9,
+    average=0.9,
+    minibatch=200,
+    test_every=5,
+)
 # Martens (ICML 2010): gradients of all images, long solves on a part of them, lambda by rho.
 YEAR_2010 = CommandLine(weight_decay=2e-5, minibatch=200, preconditioner="empirical-fisher")
 MNIST: dict[str, Any] = {"data": "mnist", "sizes": (784, 1000, 500, 250, 30)}
@@ -159,14 +190,18 @@ if not stochastic:
     gradient = len(problem.train_batches) if settings.gradient_batches is None else settings.gradient_batches
     curvature = gradient if settings.curvature_batches is None else settings.curvature_batches
     roles = {"gradient_batches": range(gradient), "curvature_batches": range(curvature)}
-    if settings.evaluation_batches is not None:
-        roles["evaluation_batches"] = range(settings.evaluation_batches)
+    if settings.evaluation_batches is not None or settings.held_out:
+        count = gradient if settings.evaluation_batches is None else settings.evaluation_batches
+        roles["evaluation_batches"] = range(gradient, gradient + count) if settings.held_out else range(count)
     if settings.growth is not None:
-        roles["batches_per_step"] = Growth(1, gradient, settings.growth)
+        roles["batches_per_step"] = Growth(settings.first_batches, gradient, settings.growth)
 # A test costs about a third of a pass where it looks at the training images.
 often = 5 * len(problem.train_batches)
 driven["test_freq"] = max(driven["test_freq"], often) if stochastic else settings.test_every
 by_layers = settings.preconditioner == "kfac"
+schedule = None
+if settings.cg_decay is not None and settings.rising_decay is not None:
+    schedule = hfopt.RisingDecay(0.3, settings.cg_decay, settings.rising_decay)
 hf = HF(
     Path(__file__).parent / "logs" / name,
     model,
@@ -176,9 +211,11 @@ hf = HF(
         RATES,
         preconditioner=KFAC(average=settings.factor_average) if by_layers else settings.preconditioner,
         rule=RULES[settings.lambda_by],
+        decay=schedule,
         **({"line_search": hfopt.FullStep(), "backtracking": "none"} if settings.full_steps else {}),
     ),
     **roles,
+    average=settings.minibatch_average if stochastic else settings.average,
     threshold=settings.threshold,
     seed=settings.seed,
     settings=settings,
@@ -192,7 +229,7 @@ def visualize_batch(batch: Any = None, count: int = 12) -> Figure:
     """Images above their reconstructions, the first `count` of a batch, by default of the first test batch."""
     batch = problem(problem.test_batches[0]) if batch is None else batch
     with torch.no_grad():
-        outputs = model(batch.inputs)
+        outputs = hf.tested(batch.inputs)
     error = float(problem.errors(outputs, batch).mean())
     rows = {"input": batch.inputs[:count], "reconstruction": problem.predictions(outputs)[:count]}
     title = f"{problem.name}, code of {settings.sizes[-1]}, after {hf.step} steps: squared error {error:.4g}"
@@ -202,7 +239,7 @@ def visualize_batch(batch: Any = None, count: int = 12) -> Figure:
 def errors() -> dict[str, float]:
     """The squared errors now, summed over pixels, averaged over all training and all test images."""
     both = {role: problem.evaluated_on(role) for role in ("train", "test")}
-    return {role: evaluate(model, images, images.test_batches)[1] for role, images in both.items()}
+    return {role: evaluate(hf.tested, images, images.test_batches)[1] for role, images in both.items()}
 
 
 if __name__ == "__main__":

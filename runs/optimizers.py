@@ -24,6 +24,7 @@ def optimizer(
     settings: Training,
     rates: dict[str, float] | None = None,
     rule: Callable[..., Damping] = LevenbergMarquardt,
+    decay: Callable[[int], float] | None = None,
     **hessian_free: Any,
 ) -> Factory:
     """What makes the optimizer that the settings ask for.
@@ -33,13 +34,18 @@ def optimizer(
         rates: learning rates, by optimizer, that suit the run better than those here.
         rule: what lambda follows, made from ``initial=``. Chosen by the loss of a few batches, lambda would follow
             their noise: by default it follows rho.
+        decay: a schedule in place of the settings' factor of the last solution.
         hessian_free: further arguments of `hfopt.HessianFree`.
     """
     name, lr = settings.optimizer, settings.lr
     if lr is None:
         lr = (LEARNING_RATES | (rates or {})).get(name)
     if name == "hf":
-        cg = hfopt.CG(max_iterations=settings.cg_iterations, tolerance=settings.cg_tolerance, decay=settings.cg_decay)
+        cg = hfopt.CG(
+            max_iterations=settings.cg_iterations,
+            tolerance=settings.cg_tolerance,
+            decay=settings.cg_decay if decay is None else decay,
+        )
         return lambda parameters: hfopt.HessianFree(
             parameters,
             lr=1.0 if lr is None else lr,

@@ -176,6 +176,35 @@ def test_growth_is_geometric_and_counts_what_it_took(growth: Growth) -> None:
         Growth(growth.first, 0, growth.steps)
 
 
+def test_running_average_is_what_is_tested(tmp_path: Path) -> None:
+    """The first update begins the average; buffers are the model's own."""
+    hf = experiment(tmp_path / "run", average=0.7, save_freq=1, keep_checkpoints=None, max_steps=4)
+    hf.optimize()
+    plain = experiment(tmp_path / "plain", max_steps=4)
+    plain.optimize()
+    assert bits(hf) == bits(plain)  # training does not see the average
+    assert plain.tested is plain.model
+    run = read_run(tmp_path / "run")
+    thetas = [run.parameters(step) for step in range(1, 5)]
+    expected = dict(thetas[0])
+    for theta in thetas[1:]:
+        expected = {k: 0.7 * v + 0.3 * theta[k] if v.is_floating_point() else v for k, v in expected.items()}
+    found, names = run.parameters(averaged=True), dict(hf.model.named_parameters())
+    assert found.keys() == thetas[0].keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name] if name in names else thetas[-1][name])
+        assert torch.equal(value, hf.tested.state_dict()[name])
+    model = Running()
+    model.load_state_dict(found)
+    with torch.no_grad():
+        losses = [hf.problem.loss(model.eval()(hf.problem(i).inputs), hf.problem(i)) for i in hf.problem.test_batches]
+    assert run.steps["test_loss"][-1] == pytest.approx(float(sum(losses)) / len(losses))
+    with pytest.raises(RunError, match="average"):
+        read_run(tmp_path / "plain").parameters(averaged=True)
+    with pytest.raises(RunError, match=r"average was 0\.7"):
+        experiment(tmp_path / "run", max_steps=4).load()
+
+
 def test_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = experiment(tmp_path / "run", optimizer="sgd", threshold=0.45, max_steps=100, quiet=False, save_freq=1000)
     before = {name: value.clone() for name, value in hf.model.state_dict().items()}
@@ -351,6 +380,7 @@ def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         {"batches_per_step": 4},
         {"batches_per_step": 0},
         {"batches_per_step": Growth(1, 4, 5)},
+        {"average": 1.0},
         {"save_freq": 0},
         {"test_freq": 0},
         {"keep_checkpoints": 0},

@@ -29,8 +29,8 @@ def rows(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize(
     "options",
-    [{}, {"batches_per_step": 1, "test_freq": 3}, {"batches_per_step": Growth(1, 3, 8)}],
-    ids=["all", "stochastic", "growing"],
+    [{}, {"batches_per_step": 1, "test_freq": 3}, {"batches_per_step": Growth(1, 3, 8)}, {"average": 0.8}],
+    ids=["all", "stochastic", "growing", "averaging"],
 )
 def test_resuming_gives_the_same_bits(tmp_path: Path, optimizer: str, options: dict[str, Any]) -> None:
     whole = experiment(tmp_path / "whole", optimizer=optimizer, save_freq=3, **options)
@@ -48,6 +48,8 @@ def test_resuming_gives_the_same_bits(tmp_path: Path, optimizer: str, options: d
     parts.load(7)
     parts.optimize()
     assert bits(parts) == bits(whole)
+    for one, other in zip(parts.tested.parameters(), whole.tested.parameters(), strict=True):
+        assert torch.equal(one, other)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert [c.step for c in read_run(tmp_path / "parts").checkpoints][-2:] == [9, 12]
 

@@ -88,15 +88,17 @@ def test_roles_of_batches(tmp_path: Path, typed: Any) -> None:
         ((), 5, 1, 5),
         (("--curvature-batches", "None"), 5, 5, 5),
         (three, 3, 1, 2),
+        ((*three, "--held-out"), 3, 1, 2),
     ):
         folder = tmp_path / f"run{len(words)}"
         assert typed("--name", str(folder), *small, *words) == 0
         run = read_run(folder)
         chosen = run.configuration["batches"]
         found = [chosen["gradient"], chosen["curvature"], chosen["evaluation"]]
-        assert found == [list(range(n)) for n in (gradient, curvature, evaluation)]
+        first = 3 if "--held-out" in words else 0
+        assert found == [list(range(gradient)), list(range(curvature)), list(range(first, first + evaluation))]
         tested = np.isfinite(run.steps["error_rate"][:3])
-        assert tested.tolist() == ([True, False, True] if words == three else [True] * 3)
+        assert tested.tolist() == ([True, False, True] if "--test-every" in words else [True] * 3)
 
 
 def test_growing_gradients_and_averaged_factors(tmp_path: Path, typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +112,21 @@ def test_growing_gradients_and_averaged_factors(tmp_path: Path, typed: Any, caps
     taken = found["batches"]["per_step"]
     assert (taken["first"], taken["last"], taken["steps"]) == (1, 3, 2)
     assert found["optimizer"]["preconditioner"]["average"] == 0.9
+
+
+def test_settings_for_minibatches(tmp_path: Path, typed: Any) -> None:
+    """Full steps, lambda by the average of rho from where it is said to start, and momentum that rises."""
+    folder = tmp_path / "run"
+    words = ("--lambda-by", "average", "--damping", "0.02", "--full-steps")
+    decay = ("--cg-decay", "0.95", "--rising-decay", "60", "--cg-iterations", "3")
+    small = ("--sizes", "64", "10", "4", "--batch-size", "300", "--max-steps", "4")
+    assert typed("--name", str(folder), *small, *words, *decay) == 0
+    run = read_run(folder)
+    found = run.configuration["optimizer"]
+    assert (found["damping"]["class"], found["damping"]["initial"]) == ("AverageRatio", 0.02)
+    assert (found["line_search"]["class"], found["backtracking"]) == ("FullStep", "none")
+    assert [found["cg"]["decay"][name] for name in ("first", "last", "steps")] == [0.3, 0.95, 60]
+    assert set(run.steps["step_length"][:4]) <= {0.0, 1.0}
 
 
 def test_preset_by_word(typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
