@@ -69,7 +69,7 @@ class Growth:
     """How many batches a step takes where they are to grow: ``n_k = first (last / first)^(k / steps)``, then ``last``.
 
     The first steps need few cases to go the right way; the last ones need many to stand out from their noise (Byrd,
-    Chin, Nocedal & Wu, Math. Program. 2012; with this schedule Martens & Grosse, ICML 2015, section 13).
+    Chin, Nocedal & Wu, Math. Program. 2012; with this schedule Martens & Grosse, arXiv:1503.05671, section 13).
 
     Args:
         first: of step 0.

@@ -116,7 +116,7 @@ LARGE = replace(
     batch_size=500,
     gradient_batches=60,
     growth=160,
-    first_batches=5,
+    first_batches=10,
     curvature_batches=2,
     evaluation_batches=3,
     held_out=True,
@@ -139,7 +139,7 @@ CURVES: dict[str, Any] = {"data": "curves", "sizes": (784, 400, 200, 100, 50, 25
 PRESETS: dict[str, CommandLine] = {
     "digits": BASE,
     "mnist": replace(LARGE, **MNIST),
-    "curves": replace(LARGE, **CURVES),
+    "curves": replace(LARGE, gradient_batches=36, **CURVES),
     "mnist-2010": replace(YEAR_2010, batch_size=7500, **MNIST),
     "curves-2010": replace(YEAR_2010, batch_size=5000, **CURVES),
 }

@@ -67,6 +67,12 @@ def test_presets_are_the_published_nets() -> None:
     assert a.PRESETS["mnist"].sizes == (784, 1000, 500, 250, 30)
     assert a.PRESETS["curves"].sizes == (784, 400, 200, 100, 50, 25, 6)
     assert [a.PRESETS[name].data for name in a.PRESETS] == ["digits", "mnist", "curves", "mnist", "curves"]
+    for name, images in (("mnist", 60_000), ("curves", 20_000)):
+        ours = a.PRESETS[name]
+        assert ours.gradient_batches is not None
+        assert ours.evaluation_batches is not None
+        assert ours.held_out  # by batches that there are
+        assert (ours.gradient_batches + ours.evaluation_batches) * ours.batch_size <= images
     for name, batch_size in (("mnist-2010", 7500), ("curves-2010", 5000)):
         published = a.PRESETS[name]
         assert published.sizes == a.PRESETS[name.removesuffix("-2010")].sizes
