@@ -229,8 +229,8 @@ HEAD = """# Deep autoencoders in the same time
 Written by `python -m benchmarks.autoencoders` (for MNIST `python -m benchmarks.autoencoders mnist`), which runs the
 commands below and ends each when its optimizer has had the seconds. HF has the settings of its preset, which for MNIST
 tests averaged parameters; the others get several learning rates each for the first seed, the best one for all seeds,
-and are tested as they are. The error is the squared one on the training
-images, summed over pixels and averaged over images; seconds are those inside of the optimizers' steps.
+and are tested as they are. The error is the squared one on the training images, summed over pixels and averaged over
+images; seconds are those inside of the optimizers' steps.
 
 """
 
