@@ -227,10 +227,10 @@ def plot(runs: list[Run], seconds: float, path: Path, title: str) -> None:
 HEAD = """# Deep autoencoders in the same time
 
 Written by `python -m benchmarks.autoencoders` (for MNIST `python -m benchmarks.autoencoders mnist`), which runs the
-commands below and ends each when its optimizer has had the seconds. HF has the settings of its preset, which for MNIST
-tests averaged parameters; the others get several learning rates each for the first seed, the best one for all seeds,
-and are tested as they are. The error is the squared one on the training images, summed over pixels and averaged over
-images; seconds are those inside of the optimizers' steps.
+commands below and ends each when its optimizer has had the seconds. HF has the settings of its preset; the others get
+several learning rates each for the first seed, the best one for all seeds. On MNIST, all of them are tested with
+running averages of the parameters. The error is the squared one on the training images, summed over pixels and averaged
+over images; seconds are those inside of the optimizers' steps.
 
 """
 

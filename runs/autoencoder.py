@@ -130,6 +130,7 @@ LARGE = replace(
     factor_average=0.9,
     average=0.9,
     minibatch=200,
+    minibatch_average=0.995,
     test_every=5,
 )
 # Martens (ICML 2010): gradients of all images, long solves on a part of them, lambda by rho.
