@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +91,8 @@ class Settings:
 
     lambda_by: Literal["rho", "average", "loss"] = "rho"
     """What lambda follows: the reduction ratio, its average over steps, or the loss, then best that of all images."""
+    least_damping: float | None = None
+    """Lambda falls no lower; by default to 1e-10 times that at the start."""
     rising_decay: int | None = None
     """Steps over which the factor of the last solution rises, from 0.3 to cg_decay; None: it is the same throughout."""
     full_steps: bool = False
@@ -119,12 +122,12 @@ LARGE = replace(
     first_batches=10,
     curvature_batches=2,
     evaluation_batches=3,
-    held_out=True,
     cg_iterations=3,
     cg_tolerance=0.0,
     cg_decay=0.95,
     rising_decay=60,
     damping=0.02,
+    least_damping=0.0018,
     lambda_by="average",
     full_steps=True,
     factor_average=0.9,
@@ -211,7 +214,7 @@ hf = HF(
         settings,
         RATES,
         preconditioner=KFAC(average=settings.factor_average) if by_layers else settings.preconditioner,
-        rule=RULES[settings.lambda_by],
+        rule=partial(RULES[settings.lambda_by], minimum=settings.least_damping),
         decay=schedule,
         **({"line_search": hfopt.FullStep(), "backtracking": "none"} if settings.full_steps else {}),
     ),
