@@ -70,9 +70,9 @@ def test_presets_are_the_published_nets() -> None:
     for name, images in (("mnist", 60_000), ("curves", 20_000)):
         ours = a.PRESETS[name]
         assert ours.gradient_batches is not None
-        assert ours.evaluation_batches is not None
         assert ours.gradient_batches * ours.batch_size <= images
-        assert ours.evaluation_batches <= ours.first_batches < ours.gradient_batches
+        assert (ours.evaluation_batches or 0) <= ours.first_batches < ours.gradient_batches
+        assert ours.minibatch == 200
     for name, batch_size in (("mnist-2010", 7500), ("curves-2010", 5000)):
         published = a.PRESETS[name]
         assert published.sizes == a.PRESETS[name.removesuffix("-2010")].sizes
