@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 class Batch(Protocol):
@@ -106,10 +106,19 @@ def in_turn(batches: list[int], per_step: int | Growth, step: int) -> list[int]:
 
 
 def averaged(model: nn.Module, share: float) -> AveragedModel:
-    """A copy of the model whose parameters are a running average, ``share`` of what was before at every update."""
+    """A copy of the model with a running average of its parameters: ``min(1 - 1/n, share)`` of it stays at update n.
+
+    So the first updates are averaged evenly, where a fixed share would keep the very first for many steps.
+    """
     if not 0 < share < 1:
         raise ValueError(f"average={share}: must be above 0 and below 1")
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(share))  # type: ignore[no-untyped-call]
+
+    def mix(averages: Sequence[Tensor], now: Sequence[Tensor], before: Tensor | int) -> None:
+        weight = max(1 / (int(before) + 1), 1 - share)
+        for average, parameter in zip(averages, now, strict=True):
+            average.lerp_(parameter, weight)
+
+    return AveragedModel(model, multi_avg_fn=mix)
 
 
 def on_inputs(model: nn.Module, batch: Batch) -> Tensor:

@@ -60,9 +60,10 @@ class HF:
             `debias=`; default none.
         batches_per_step: take only so many of the gradient batches at a step, in turn (stochastic optimizers); a
             `Growth` takes more and more of them.
-        average: test the running average of the parameters over updates, ``a <- average a + (1 - average) theta``, in
-            place of the parameters, whose last noise it lacks (Polyak & Juditsky, SIAM J. Control Optim. 1992; Martens
-            & Grosse, arXiv:1503.05671, section 13): `tested` is the model that has it. Default none.
+        average: test the running average of the parameters over updates, ``a <- s a + (1 - s) theta`` with
+            ``s = min(1 - 1/n, average)`` at the nth, in place of the parameters, whose last noise it lacks (Polyak &
+            Juditsky, SIAM J. Control Optim. 1992; Martens & Grosse, arXiv:1503.05671, section 13): `tested` is the
+            model that has it. Default none.
         threshold: success is an error rate below it, 0 for none; or a function of (test loss, error rate) that says.
         max_steps: updates in all, those before `load()` included.
         test_freq: evaluate the test batches before every so many updates. The terminal and the text logs

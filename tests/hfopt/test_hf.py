@@ -177,7 +177,7 @@ def test_growth_is_geometric_and_counts_what_it_took(growth: Growth) -> None:
 
 
 def test_running_average_is_what_is_tested(tmp_path: Path) -> None:
-    """The first update begins the average; buffers are the model's own."""
+    """Shares of what was before are 0, 1/2, 2/3 and 0.7; buffers are the model's own."""
     hf = experiment(tmp_path / "run", average=0.7, save_freq=1, keep_checkpoints=None, max_steps=4)
     hf.optimize()
     plain = experiment(tmp_path / "plain", max_steps=4)
@@ -187,8 +187,8 @@ def test_running_average_is_what_is_tested(tmp_path: Path) -> None:
     run = read_run(tmp_path / "run")
     thetas = [run.parameters(step) for step in range(1, 5)]
     expected = dict(thetas[0])
-    for theta in thetas[1:]:
-        expected = {k: 0.7 * v + 0.3 * theta[k] if v.is_floating_point() else v for k, v in expected.items()}
+    for share, theta in zip((1 / 2, 2 / 3, 0.7), thetas[1:], strict=True):
+        expected = {k: share * v + (1 - share) * theta[k] if v.is_floating_point() else v for k, v in expected.items()}
     found, names = run.parameters(averaged=True), dict(hf.model.named_parameters())
     assert found.keys() == thetas[0].keys()
     for name, value in found.items():
