@@ -180,7 +180,7 @@ class HF:
 
     @property
     def tested(self) -> nn.Module:
-        """The model that is tested: that with the averaged parameters, or the model itself."""
+        """The model whose errors are tested, with the averaged parameters where an average is kept."""
         return self.model if self._averaged is None else self._averaged.module
 
     def optimize(self, max_steps: int | None = None) -> str:
