@@ -196,11 +196,11 @@ def section(data: str, seconds: float, about: dict[str, str], runs: list[Run], p
     shares = (0.1, 0.25, 0.5, 1.0)
     heads = " | ".join(f"{share * seconds:g} s" for share in shares)
     lines = [f"## {data}", "", f"| optimizer | rate | {heads} | steps |", "|---|--:|" + "--:|" * (len(shares) + 1)]
-    for name, title in NAMES.items():
-        chosen = best(runs, name, seconds)
-        cells = [f"{statistics.median(r.until(share * seconds) for r in chosen):.3g}" for share in shares]
-        rate = "-" if chosen[0].rate is None else f"{chosen[0].rate:g}"
-        lines.append(f"| {title} | {rate} | {' | '.join(cells)} | {statistics.median(r.steps for r in chosen):g} |")
+    chosen = {name: best(runs, name, seconds) for name in NAMES}
+    for name, own in chosen.items():
+        cells = [f"{statistics.median(r.until(share * seconds) for r in own):.3g}" for share in shares]
+        rate = "-" if own[0].rate is None else f"{own[0].rate:g}"
+        lines.append(f"| {NAMES[name]} | {rate} | {' | '.join(cells)} | {statistics.median(r.steps for r in own):g} |")
     count, first = len({r.seed for r in runs}), runs[0].seed
     lines += ["", f"Least training errors up to a time, medians over {count} seed{'s' * (count > 1)}."]
     for name, title in NAMES.items():
@@ -210,11 +210,11 @@ def section(data: str, seconds: float, about: dict[str, str], runs: list[Run], p
         lines[-1] += f" Rates tried with {title}, for {budget:g} s each: {rates}." if tried else ""
     if data in PUBLISHED:
         published, source = PUBLISHED[data]
-        times = {n: statistics.median(r.reached(published) for r in best(runs, n, seconds)) for n in NAMES}
-        words = [f"{NAMES[n]} " + (f"{t:.0f} s" if t < math.inf else "not in this time") for n, t in times.items()]
+        times = {NAMES[n]: statistics.median(r.reached(published) for r in own) for n, own in chosen.items()}
+        words = [f"{title} " + (f"{t:.0f} s" if t < math.inf else "not in this time") for title, t in times.items()]
         lines += ["", f"{source}. First tested at {published:.2f} or less: {', '.join(words)}."]
     lines += ["", f"![Training error over seconds](images/{picture})", ""]
-    lines += [f"- `{best(runs, name, seconds)[0].command}`" for name in NAMES]
+    lines += [f"- `{own[0].command}`" for own in chosen.values()]
     keys = ("date", "processor", "threads", "torch", "hfopt")
     return "\n".join([*lines, "", "; ".join(f"{k}: {about[k]}" for k in keys) + "."])
 

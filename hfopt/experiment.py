@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class Batch(Protocol):
@@ -114,9 +114,7 @@ def averaged(model: nn.Module, share: float) -> AveragedModel:
         raise ValueError(f"average={share}: must be above 0 and below 1")
 
     def mix(averages: Sequence[Tensor], now: Sequence[Tensor], before: Tensor | int) -> None:
-        weight = max(1 / (int(before) + 1), 1 - share)
-        for average, parameter in zip(averages, now, strict=True):
-            average.lerp_(parameter, weight)
+        get_ema_multi_avg_fn(min(1 - 1 / (int(before) + 1), share))(averages, now, before)  # type: ignore[no-untyped-call]
 
     return AveragedModel(model, multi_avg_fn=mix)
 

@@ -115,34 +115,36 @@ BASE = CommandLine(weight_decay=2e-5, lambda_by="loss", preconditioner="kfac", c
 MNIST: dict[str, Any] = {"data": "mnist", "sizes": (784, 1000, 500, 250, 30), "minibatch": 200}
 CURVES: dict[str, Any] = {"data": "curves", "sizes": (784, 400, 200, 100, 50, 25, 6), "minibatch": 200}
 # K-FAC leaves so little for CG to do that steps, not solves, are what counts: short solves on many new images.
-LARGE = replace(BASE, cg_iterations=6, test_every=5)
+SHORT = replace(BASE, batch_size=1500, gradient_batches=4, cg_iterations=6, test_every=5)
 # What is left to learn late wants momentum, ever more images, and tests without the last step's noise. From the start
 # of the deeper net of the curves, such steps lead to where all images look alike.
-GROWING: dict[str, Any] = {
-    "batch_size": 500,
-    "gradient_batches": 60,
-    "growth": 160,
-    "first_batches": 10,
-    "curvature_batches": 2,
-    "evaluation_batches": 3,
-    "cg_iterations": 3,
-    "cg_tolerance": 0.0,
-    "cg_decay": 0.95,
-    "rising_decay": 60,
-    "damping": 0.02,
-    "least_damping": 0.0018,
-    "lambda_by": "average",
-    "full_steps": True,
-    "factor_average": 0.9,
-    "average": 0.9,
-    "minibatch_average": 0.995,
-}
+GROWING = replace(
+    BASE,
+    batch_size=500,
+    gradient_batches=60,
+    growth=160,
+    first_batches=10,
+    curvature_batches=2,
+    evaluation_batches=3,
+    cg_iterations=3,
+    cg_tolerance=0.0,
+    cg_decay=0.95,
+    rising_decay=60,
+    damping=0.02,
+    least_damping=0.0018,
+    lambda_by="average",
+    full_steps=True,
+    factor_average=0.9,
+    average=0.9,
+    minibatch_average=0.995,
+    test_every=5,
+)
 # Martens (ICML 2010): gradients of all images, long solves on a part of them, lambda by rho.
 YEAR_2010 = CommandLine(weight_decay=2e-5, preconditioner="empirical-fisher")
 PRESETS: dict[str, CommandLine] = {
     "digits": BASE,
-    "mnist": replace(LARGE, **GROWING, **MNIST),
-    "curves": replace(LARGE, batch_size=1500, gradient_batches=4, **CURVES),
+    "mnist": replace(GROWING, **MNIST),
+    "curves": replace(SHORT, **CURVES),
     "mnist-2010": replace(YEAR_2010, batch_size=7500, **MNIST),
     "curves-2010": replace(YEAR_2010, batch_size=5000, **CURVES),
 }
