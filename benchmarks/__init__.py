@@ -35,9 +35,9 @@ bytes a product needs at most, and bytes that stay allocated between products, p
 Stated count: a matrix product of the forward pass is passed through twice by the tangent and twice by the adjoint, or
 once and once where one operand is data: 4 F + 2 F_data. Of the tanh RNN only F = 2 T B h^2 counts (8 T B h^2 in all).
 
-The process keeps freed memory instead of returning it to the kernel (:mod:`hfopt.memory`, as the runs do), for all
-competitors alike: on large activations all of them would spend a good part of their time on page faults. On a CUDA
-device TF32 is off for all of them.
+The process keeps freed memory instead of returning it to the kernel (:mod:`hfopt.experiment.memory`, as the runs do),
+for all competitors alike: on large activations all of them would spend a good part of their time on page faults. On a
+CUDA device TF32 is off for all of them.
 
 Two threads on two cores show nothing when a third process runs; the load average is written into the results.
 """

@@ -18,7 +18,7 @@ import tyro
 
 import benchmarks
 from benchmarks import cases, claims, gpu, machine, products, report, scaling, steps
-from hfopt.memory import keep_freed_memory
+from hfopt.experiment.memory import keep_freed_memory
 
 Benchmark = Literal["products", "steps", "scaling", "gpu"]
 STEP_CASES = ("autoencoder", "rnn-*")

@@ -31,7 +31,7 @@ import torch
 import tyro
 
 from benchmarks import machine
-from hfopt.runreader import read_run
+from hfopt.experiment.store.reader import read_run
 
 ROOT = Path(__file__).parent
 OURS = "hf"

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfopt.cg import CG, Solution
-from hfopt.debiased import Quadratic, solve_debiased
+from hfopt.linalg.cg import CG, Solution
+from hfopt.linalg.cg_debiased import Quadratic, solve_debiased
 
 ITERATIONS = (1, 2, 5, 10, 20, 30)
 DRAWS = 20

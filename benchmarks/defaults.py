@@ -29,7 +29,7 @@ import hfopt
 from benchmarks import defaults_report, machine
 from benchmarks.defaults_problems import PROBLEMS, Problem
 from benchmarks.defaults_report import OURS, Result, Run
-from hfopt.memory import keep_freed_memory
+from hfopt.experiment.memory import keep_freed_memory
 
 ROOT = Path(__file__).parent
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hfopt import CG, HessianFree, KrylovDamping, LevenbergMarquardt
-from hfopt.cg import LinearMap, Run, Solution
-from hfopt.krylov import Path
-from hfopt.operators import Operator
+from hfopt.linalg.cg import LinearMap, Run, Solution
+from hfopt.linalg.krylov import Path
+from hfopt.linalg.operators import Operator
+from hfopt.linalg.vector import dot, norm
 from hfopt.preconditioners import Preconditioner
 from hfopt.preconditioners.base import System
-from hfopt.vector import dot, norm
 
 
 class ScaledStart(CG):

@@ -18,7 +18,7 @@ from benchmarks.methods import Vector, closure, general, ours
 from benchmarks.products import in_float64, largest_difference
 from benchmarks.recurrent import LOOP, rnn_case
 from hfopt import CG, GaussNewton
-from hfopt.cudagraphs import side_stream
+from hfopt.linalg.cuda_graphs import side_stream
 
 SIZES = (200, 1000, 100)  # T, B, h
 TOY = (12, 4, 5)

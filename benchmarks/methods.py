@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.case import Case, Form, Tensors
 from hfopt import GaussNewton
-from hfopt.differentiable import differentiable_attention
-from hfopt.linearisation import POLICIES
-from hfopt.replaced import replacing
+from hfopt.closure.differentiable import differentiable_attention
+from hfopt.closure.recurrent_layers import replacing
+from hfopt.curvature.linearisation import POLICIES
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ import hfopt
 from benchmarks import machine
 from benchmarks.clock import Quartiles, interleaved
 from hfopt import CG
+from hfopt.linalg.vector import norm
 from hfopt.preconditioners import KFAC, LBFGS, EmpiricalFisherDiagonal, HutchinsonDiagonal, Nystrom, Preconditioner
-from hfopt.vector import norm
 from models import RNN
 
 NONE = "none"
@@ -183,7 +183,7 @@ def _at(
             m.damp(damping, 0.0)
         return m
 
-    def solve(name: str) -> hfopt.cg.Solution:
+    def solve(name: str) -> hfopt.linalg.cg.Solution:
         m = build(name)
         return cg.solve(system if m is None else m.watch(system), -op.gradient, None, m)
 

@@ -1,20 +1,38 @@
-"""Hessian-free optimization for PyTorch: Gauss-Newton products, conjugate gradients, damping."""
+"""Hessian-free optimization for PyTorch: Gauss-Newton products, conjugate gradients, damping.
 
-from hfopt.cg import CG
-from hfopt.curvature import GaussNewton, Hessian
-from hfopt.damping import FixedDamping, KrylovDamping, LevenbergMarquardt
+The optimizer's names are imported at once. Those of the experiment layer (:class:`HF`, :func:`read_run`, ...) are
+imported when they are first used, so that an optimizer's user needs neither HDF5 nor rich.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hfopt.curvature.fisher import Fisher
+from hfopt.curvature.gauss_newton import GaussNewton, Hessian
+from hfopt.damping import AverageRatio, FixedDamping, KrylovDamping, LevenbergMarquardt
 from hfopt.errors import CheckFailed, ClosureError, HfoptError, NotDifferentiable
-from hfopt.experiment import Growth
-from hfopt.fisher import Fisher
-from hfopt.hf import HF
-from hfopt.linesearch import LineSearch
-from hfopt.minibatches import AverageRatio, FullStep, RisingDecay, for_minibatches
-from hfopt.operators import Damped
-from hfopt.optimizer import HessianFree
+from hfopt.linalg.cg import CG, RisingDecay
+from hfopt.linalg.operators import Damped
+from hfopt.line_search import FullStep, LineSearch
+from hfopt.optimizer import HessianFree, for_minibatches
 from hfopt.preconditioners import EmpiricalFisherDiagonal
-from hfopt.runfile import RunError
-from hfopt.runreader import Run, read_run
-from hfopt.stats import StepStats
+from hfopt.step.stats import StepStats
+
+if TYPE_CHECKING:
+    from hfopt.experiment.data import Growth
+    from hfopt.experiment.driver import HF
+    from hfopt.experiment.store.format import RunError
+    from hfopt.experiment.store.reader import Run, read_run
+
+_LAZY = {
+    "HF": "hfopt.experiment.driver",
+    "Growth": "hfopt.experiment.data",
+    "Run": "hfopt.experiment.store.reader",
+    "RunError": "hfopt.experiment.store.format",
+    "read_run": "hfopt.experiment.store.reader",
+}
 
 __all__ = [
     "CG",
@@ -43,3 +61,16 @@ __all__ = [
     "for_minibatches",
     "read_run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the experiment layer when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

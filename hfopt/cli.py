@@ -12,10 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hfopt import report
-from hfopt.measure import Measure
-from hfopt.runfile import RunError
-from hfopt.runreader import Run, read_run
+from hfopt.experiment import report
+from hfopt.experiment.metrics import Measure
+from hfopt.experiment.store.format import RunError
+from hfopt.experiment.store.reader import Run, read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plot(runs: Sequence[Run], output: Path | None) -> None:
-    from hfopt.pictures import plot_runs
+    from hfopt.experiment.visualize import plot_runs
 
     output = runs[0].path / "curves.png" if output is None else output
     plot_runs(runs).savefig(output, dpi=130)

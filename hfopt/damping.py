@@ -134,7 +134,7 @@ class LevenbergMarquardt(Damping):
 
 @dataclass
 class KrylovDamping(LevenbergMarquardt):
-    """lambda chosen by the loss at every step, all candidates from one solve (:class:`hfopt.krylov.Path`).
+    """lambda chosen by the loss at every step, all candidates from one solve (:class:`hfopt.linalg.krylov.Path`).
 
     The loss is evaluated at ``p(lambda)`` for the lambda of the step before, then for ``ratio^k`` times it: first
     downwards if rho was more than 1/2 and upwards otherwise, on as long as the loss falls, and if it did not, to the
@@ -199,3 +199,53 @@ def as_damping(damping: float | Damping | None) -> Damping:
     if damping == 0:
         return FixedDamping(0.0)
     return KrylovDamping() if damping is None else LevenbergMarquardt(damping)
+
+
+@dataclass
+class AverageRatio(LevenbergMarquardt):
+    """Levenberg-Marquardt on the average of rho over steps: ``m <- s m + (1 - s) rho``, rho being cut to [-1, 2].
+
+    lambda is multiplied by ``increase`` if ``m < low`` and by ``decrease`` if ``m > high``. A step that was not taken,
+    or whose rho is not a number, counts as rho = -1: one bad batch moves lambda by no more than a few small factors.
+    Several in a row are no matter of batches: from the second one on, each multiplies lambda by ``rejected``.
+    The thresholds are lower than those for a rho of the batch that the step was made for, as they are meant for one of
+    another batch: where the gradient's noise is as large as the gradient, half of a step is lost on other data.
+
+    Args:
+        smoothing: s, the weight of what was before: ``1 / (1 - s)`` steps decide.
+
+    The other arguments are those of :class:`hfopt.LevenbergMarquardt`.
+
+    Raises:
+        ValueError: a ``smoothing`` outside [0, 1).
+    """
+
+    increase: float = 1.1
+    decrease: float = 1 / 1.1
+    low: float = 0.0
+    high: float = 0.3
+    smoothing: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing is {self.smoothing}, but must be at least 0 and below 1")
+        self._average, self._refused = 0.5 * (self.low + self.high), 0.0
+
+    def update(self, rho: float, accepted: bool) -> None:
+        """See the class."""
+        self._refused = 0.0 if accepted else self._refused + 1.0
+        seen = min(max(rho, -1.0), 2.0) if accepted and math.isfinite(rho) else -1.0
+        self._average = self.smoothing * self._average + (1 - self.smoothing) * seen
+        super().update(self._average, self._refused < 2.0)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """lambda, the reference of its bounds, the average, and how many steps in a row were not taken."""
+        return {**super().state_dict(), "average": self._average, "refused": self._refused}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`; that of a rule without an average begins it anew."""
+        super().load_state_dict(state)
+        average, refused = state.get("average"), state.get("refused")
+        self._average = 0.5 * (self.low + self.high) if average is None else average
+        self._refused = refused or 0.0

@@ -10,20 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hfopt.cg import CG
-from hfopt.checks import check_option
-from hfopt.closure import Closure
-from hfopt.cudagraphs import side_stream
-from hfopt.damping import Damping, KrylovDamping, as_damping
-from hfopt.debiased import SLOPES
-from hfopt.distributed import without_reductions
-from hfopt.linearisation import POLICIES
-from hfopt.linesearch import LineSearch
+from hfopt.closure.ddp import without_reductions
+from hfopt.closure.recurrent_layers import replacing
+from hfopt.closure.trace import Closure
+from hfopt.curvature.linearisation import POLICIES
+from hfopt.damping import AverageRatio, Damping, KrylovDamping, as_damping
+from hfopt.linalg.cg import CG
+from hfopt.linalg.cg_debiased import SLOPES
+from hfopt.linalg.cuda_graphs import side_stream
+from hfopt.linalg.vector import ParameterVector
+from hfopt.line_search import FullStep, LineSearch
 from hfopt.preconditioners import Preconditioner, as_preconditioner
-from hfopt.replaced import replacing
-from hfopt.stats import StepStats
-from hfopt.step import Step
-from hfopt.vector import ParameterVector
+from hfopt.step.checks import check_option
+from hfopt.step.stats import StepStats
+from hfopt.step.step import Step
 
 CURVATURES = ("gauss-newton", "hessian", "fisher", "empirical-fisher")
 BACKTRACKING = ("walk", "smallest", "none")
@@ -57,22 +57,22 @@ class HessianFree(Optimizer):
         backtracking: over CG's stored iterates, by the evaluation loss: ``"walk"`` from the last one back while the
             loss falls, ``"smallest"`` of all, ``"none"``. With :class:`hfopt.KrylovDamping`, over lambdas likewise.
         structural: mu of structural damping (Martens & Sutskever 2011); needs models that mark their hidden states.
-        linearisation: see :mod:`hfopt.linearisation`.
+        linearisation: see :mod:`hfopt.curvature.linearisation`.
         memory_budget: bytes for the kept graph; default: 80% of what is free.
         replace_recurrences: compute ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU`` inside a step by hfopt's recurrences where
-            that is exact and faster (see :mod:`hfopt.replaced`).
+            that is exact and faster (see :mod:`hfopt.closure.recurrent_layers`).
         debias_slopes: with a second batch for step lengths (``debias`` of :meth:`step`), where its slope along a
             direction is taken: ``"iterate"``, where the directions before have led, or ``"start"`` (see
-            :mod:`hfopt.debiased`).
+            :mod:`hfopt.linalg.cg_debiased`).
         batch_dim: the outputs' dimension along which cases stand, for the Fisher matrices and a preconditioner
             given by name.
         loss: a function of what the closure returns, if the loss is not a criterion of torch.nn.functional.
         outputs: the module whose result is the network's output, everything after it being the loss.
         process_group: ``"auto"``: all processes of ``torch.distributed``, if it was initialised, train one model, the
-            loss being the mean of what their closures compute (see :mod:`hfopt.distributed`); a group: those of it;
-            None: this process trains by itself.
+            loss being the mean of what their closures compute (see :mod:`hfopt.linalg.processes`); a group: those of
+            it; None: this process trains by itself.
         check: True: before the first step of this object, and whenever the closure gives other kinds of criteria or
-            outputs, check the closure and its derivatives (see :mod:`hfopt.checks`); k: before every k-th step,
+            outputs, check the closure and its derivatives (see :mod:`hfopt.step.checks`); k: before every k-th step,
             the first one included. It costs some 40 evaluations and 20 products and leaves no trace.
         history: how many entries ``stats`` has at most; None: no limit.
 
@@ -175,8 +175,8 @@ class HessianFree(Optimizer):
                 ``closure``.
             debias: a closure on a second batch, of which slope and curvature along CG's directions are taken, and with
                 them how far the step goes along each; directions come from ``closure`` and ``curvature`` as ever. It
-                costs one more gradient, and one more product per iteration of CG (see :mod:`hfopt.debiased`; Tatzel et
-                al., arXiv:2410.14325). Default: one batch for both.
+                costs one more gradient, and one more product per iteration of CG (see :mod:`hfopt.linalg.cg_debiased`;
+                Tatzel et al., arXiv:2410.14325). Default: one batch for both.
 
         Returns:
             The loss that ``closure`` returned, before the step.
@@ -293,3 +293,43 @@ class HessianFree(Optimizer):
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
+
+
+def for_minibatches(
+    params: Iterable[Any],
+    lr: float = 1.0,
+    *,
+    iterations: int = 10,
+    decay: float | Callable[[int], float] = 0.5,
+    **options: Any,
+) -> HessianFree:
+    """Make a :class:`hfopt.HessianFree` for minibatches: short solves with momentum, full steps, and a slow lambda.
+
+    On small batches the minimum of a batch's own quadratic is not what is wanted. A few iterations of conjugate
+    gradients that start at the decayed solution of the last step move towards that minimum and no further. The start
+    keeps what earlier batches agreed on, as the velocity does in Nesterov's method, and each batch adds a correction,
+    along its steepest and most curved directions first. The gradient of the quadratic at the start is Nesterov's
+    look-ahead gradient to first order (Sutskever, Martens, Dahl & Hinton, "On the importance of initialization and
+    momentum in deep learning", ICML 2013, section 5). Since the loss of a single batch says little, a step is taken as
+    a whole unless it did great harm, and lambda follows the average of the reduction ratio over many steps.
+
+    A second batch may judge its steps, ``step(closure, evaluation=closure_of_another_batch)``: it guards against bad
+    batches and against fitting one batch too well, and costs progress where neither is a danger. docs/minibatches.md
+    has sizes and measurements.
+
+    Args:
+        params, lr: as for :class:`hfopt.HessianFree`.
+        iterations: of conjugate gradients in every step.
+        decay: of the last solution, where a solve begins: what momentum is to other optimizers. A number, or a schedule
+            such as :class:`hfopt.RisingDecay`.
+        options: any other argument of :class:`hfopt.HessianFree`, in place of what is chosen here: ``cg``,
+            ``damping`` (:class:`hfopt.AverageRatio`), ``line_search`` (:class:`hfopt.FullStep`),
+            ``backtracking`` (``"none"``).
+    """
+    chosen: dict[str, Any] = {
+        "cg": CG(max_iterations=iterations, decay=decay, tolerance=0.0),
+        "damping": AverageRatio(),
+        "line_search": FullStep(),
+        "backtracking": "none",
+    }
+    return HessianFree(params, lr, **(chosen | options))

@@ -34,8 +34,8 @@ import torch
 import corpora
 import hfopt
 from corpora.picture import draw_images
-from hfopt.experiment import Growth, evaluate
-from hfopt.hf import HF
+from hfopt.experiment.data import Growth, evaluate
+from hfopt.experiment.driver import HF
 from hfopt.preconditioners import KFAC
 from models import FNN
 from runs.optimizers import STOCHASTIC, optimizer, pace

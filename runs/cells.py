@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hfopt.runreader import Run, read_run
+from hfopt.experiment.store.reader import Run, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 """Where `python -m runs...` is typed."""

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from hfopt.hf import HF
-from hfopt.pictures import draw_sequence
+from hfopt.experiment.driver import HF
+from hfopt.experiment.visualize import draw_sequence
 from models import RNN
 from pathological import PROBLEMS
 from runs.optimizers import optimizer, pace

@@ -26,7 +26,7 @@ from typing import Annotated
 
 import tyro
 
-from hfopt.report import duration
+from hfopt.experiment.report import duration
 from runs.cells import ROOT, Cell, Result, environment, result
 from runs.reproduction import write_document
 from runs.tables import TABLES, Table

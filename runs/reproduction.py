@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hfopt.pictures import plot_runs
-from hfopt.runreader import read_run
+from hfopt.experiment.store.reader import read_run
+from hfopt.experiment.visualize import plot_runs
 from runs.cells import ROOT, Cell, Result, environment, result
 from runs.tables import Row, Table
 

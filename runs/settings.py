@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import tyro
 
 import hfopt
-from hfopt import report
-from hfopt.hf import HF
+from hfopt.experiment import report
+from hfopt.experiment.driver import HF
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

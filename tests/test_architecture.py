@@ -17,7 +17,7 @@ from importlinter import cli as importlinter_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hfopt", "models", "pathological", "corpora", "runs")
-LONGEST_FILE = 450
+LONGEST_FILE = 500
 
 
 def source_files() -> list[Path]:

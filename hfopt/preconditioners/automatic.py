@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hfopt.curvature import GaussNewton
-from hfopt.fisher import check_cases
-from hfopt.notice import logger
-from hfopt.operators import Operator
+from hfopt.curvature.fisher import check_cases
+from hfopt.curvature.gauss_newton import GaussNewton
+from hfopt.errors import logger
+from hfopt.linalg.operators import Operator
 from hfopt.preconditioners.base import Preconditioner
 from hfopt.preconditioners.kfac import KFAC, distributions
 from hfopt.preconditioners.layers import Layer, visit

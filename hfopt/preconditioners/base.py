@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hfopt.curvature import GaussNewton
-from hfopt.fisher import check_cases
-from hfopt.operators import Operator
+from hfopt.curvature.fisher import check_cases
+from hfopt.curvature.gauss_newton import GaussNewton
+from hfopt.linalg.operators import Operator
 
 
 class System(Protocol):

@@ -7,9 +7,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from hfopt.curvature import GaussNewton
-from hfopt.notice import logger
-from hfopt.operators import Operator
+from hfopt.curvature.gauss_newton import GaussNewton
+from hfopt.errors import logger
+from hfopt.linalg.operators import Operator
 from hfopt.preconditioners.base import Preconditioner, generator, ready, with_outputs
 from hfopt.preconditioners.squares import along, by_cases, by_layers, cases, random_signs
 

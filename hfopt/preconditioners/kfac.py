@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfopt.curvature import GaussNewton
+from hfopt.curvature.gauss_newton import GaussNewton
+from hfopt.curvature.output_space import Joint, Matching
+from hfopt.errors import logger
+from hfopt.linalg.operators import Operator
 from hfopt.losses import Diagonal, OutputCurvature
-from hfopt.notice import logger
-from hfopt.operators import Operator
-from hfopt.output_space import Joint, Matching
 from hfopt.preconditioners.base import Preconditioner, generator, ready, with_outputs
 from hfopt.preconditioners.layers import Layer, Watched, visit
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hfopt.curvature import GaussNewton
+from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.preconditioners.sequences import Sequences, known
 from hfopt.recurrences.noted import noting
 

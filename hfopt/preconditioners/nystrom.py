@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfopt.operators import Operator
+from hfopt.linalg.operators import Operator
 from hfopt.preconditioners.base import Preconditioner, generator, ready
 
 

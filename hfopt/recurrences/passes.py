@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfopt import graph, structural
+from hfopt import structural
+from hfopt.linalg import graph
 
 Maybe = Tensor | None
 Tensors = tuple[Tensor, ...]

@@ -13,8 +13,8 @@ from benchmarks import fewer
 from benchmarks.fewer import Curve
 from benchmarks.fewer_tried import METHODS, NEW, OLD, Continuous, Ritz, ScaledStart, Thin, window
 from hfopt import CG
-from hfopt.krylov import Path as Solutions
-from tests.hfopt.test_cg import Matrix, phi
+from hfopt.linalg.krylov import Path as Solutions
+from tests.hfopt.linalg.test_cg import Matrix, phi
 from tests.hfopt.tools import randn, relative, spd
 
 A = spd(torch.logspace(0, -3, 40, dtype=torch.float64), seed=1)

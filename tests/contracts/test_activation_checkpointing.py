@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import hfopt
-from hfopt import graph
+from hfopt.linalg import graph
 from tests.contracts.against_plain import check
 from tests.hfopt.tools import mlp, randn, theta
 

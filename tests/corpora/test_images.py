@@ -13,8 +13,8 @@ from torch import Tensor
 
 from corpora import Images
 from hfopt.cli import main
-from hfopt.hf import HF
-from hfopt.runreader import read_run
+from hfopt.experiment.driver import HF
+from hfopt.experiment.store.reader import read_run
 from models import FNN
 
 
@@ -196,7 +196,7 @@ def test_pictures_and_tables_of_a_measured_error(tmp_path: Path, capsys: pytest.
     import matplotlib as mpl
     from matplotlib import pyplot as plt
 
-    from hfopt.pictures import plot_runs
+    from hfopt.experiment.visualize import plot_runs
 
     mpl.use("agg")
     HF(tmp_path / "run", Brightness(), images(dtype=torch.float64), max_steps=3, threshold=0.0, quiet=True).optimize()

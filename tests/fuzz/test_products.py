@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hfopt
-from hfopt.differentiable import differentiable_attention
-from hfopt.linearisation import POLICIES
+from hfopt.closure.differentiable import differentiable_attention
+from hfopt.curvature.linearisation import POLICIES
 from tests.fuzz.criteria import CLOSED
 from tests.fuzz.drawn import Drawn, Problem, drawn, examples
 from tests.hfopt.tools import flat, hessian, randn

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import hfopt
-from hfopt.linearisation import POLICIES
+from hfopt.curvature.linearisation import POLICIES
 from hfopt.optimizer import CURVATURES
 from tests.fuzz.drawn import DTYPES, Drawn, drawn, examples
 from tests.hfopt.tools import flat

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from hfopt.device_cg import DeviceRun
+from hfopt.linalg.cg_device import DeviceRun
 
 # What would make the host wait for a device.
 READS = re.compile(r"_local_scalar_dense|aten\.(item|is_nonzero|equal|nonzero|masked_select|unique|allclose)\b")

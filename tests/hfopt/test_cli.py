@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from hfopt.cg import CG
 from hfopt.cli import main
 from hfopt.damping import LevenbergMarquardt
+from hfopt.experiment.store.reader import read_run
+from hfopt.experiment.visualize import draw_sequence, plot_runs
+from hfopt.linalg.cg import CG
 from hfopt.optimizer import HessianFree
-from hfopt.pictures import draw_sequence, plot_runs
-from hfopt.runreader import read_run
 from tests.hfopt.tiny import OPTIMIZERS, experiment
 
 

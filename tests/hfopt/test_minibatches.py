@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt import AverageRatio, FullStep, RisingDecay, for_minibatches
-from hfopt.step import Step
+from hfopt.step.step import Step
 from tests.hfopt.tools import flat, generator, mlp, theta
 
 Batch = tuple[Tensor, Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hfopt.hf import HF
+from hfopt.experiment.driver import HF
 
 
 @dataclass(frozen=True)

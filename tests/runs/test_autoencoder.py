@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import runs.autoencoder as a
-from hfopt.runreader import read_run
+from hfopt.experiment.store.reader import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "autoencoder"

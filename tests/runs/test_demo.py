@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import runs.demo as d
-from hfopt.runreader import read_run
+from hfopt.experiment.store.reader import read_run
 from pathological import PROBLEMS
 
 ROOT = Path(__file__).resolve().parents[2]

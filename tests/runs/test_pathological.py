@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import runs.pathological as p
-from hfopt.runreader import read_run
+from hfopt.experiment.store.reader import read_run
 from pathological import PROBLEMS
 from runs.presets import PATHOLOGICAL
 

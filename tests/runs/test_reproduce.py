@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import runs.reproduce as r
-from hfopt.runreader import read_run
+from hfopt.experiment.store.reader import read_run
 from pathological import PROBLEMS
 from runs.cells import Cell, result, summary
 from runs.presets import PATHOLOGICAL
@@ -163,7 +163,7 @@ class TestSummary:
     def run(device: str = "cpu", **columns: Any) -> Any:
         from types import SimpleNamespace
 
-        from hfopt.runfile import STEP_TYPE, table
+        from hfopt.experiment.store.format import STEP_TYPE, table
 
         rows = [
             {"step": 0, "updated": True, "error_rate": 0.9, "seconds": 4.0, "cpu_seconds": 2.0, "train_loss": 1.0},

@@ -1,0 +1,34 @@
+"""``DistributedDataParallel`` inside a step: its own reductions, which know only one ``backward()``, are off."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hfopt.closure.patch import Method, Patch
+
+
+def _share_alone(plain: Method) -> Method:
+    """A ``forward`` that prepares no reduction: that would wait for hooks that ``autograd.grad`` never calls."""
+
+    def forward(module: Any, *inputs: Any, **kwargs: Any) -> Any:
+        asked = module.find_unused_parameters, module.static_graph
+        module.find_unused_parameters = module.static_graph = False
+        try:
+            with module.no_sync():
+                return plain(module, *inputs, **kwargs)
+        finally:
+            module.find_unused_parameters, module.static_graph = asked
+
+    return forward
+
+
+_patch = Patch(torch.nn.parallel.DistributedDataParallel, "forward", _share_alone)
+
+
+def without_reductions() -> AbstractContextManager[None]:
+    """The block in which modules wrapped in ``DistributedDataParallel`` compute their own share alone."""
+    return _patch.block() if dist.is_available() and dist.is_initialized() else nullcontext()

@@ -1,0 +1,449 @@
+"""Curvature matrices as operators: ``op @ v`` about a fixed point, built once and multiplied many times.
+
+    Gauss-Newton   G = J' H_L J + d2R/dtheta2        (Schraudolph, Neural Computation 2002)
+    Hessian        H = d2L/dtheta2                   (Pearlmutter, Neural Computation 1994)
+    Fisher         F = E[J' g g' J]                  with g = dL/dz for targets drawn from the model, or the data's own
+
+All are symmetric (P, P); G and F are positive semi-definite for convex losses and regularisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hfopt.closure import loss_scaling
+from hfopt.closure.differentiable import differentiable
+from hfopt.closure.frozen import Frozen
+from hfopt.closure.trace import Closure, trace
+from hfopt.curvature.linearisation import (
+    POLICIES,
+    Cost,
+    DoubleBackward,
+    Linearisation,
+    available_bytes,
+    explained,
+    not_differentiable,
+)
+from hfopt.curvature.output_space import Joint, Matching
+from hfopt.curvature.parts import Maybe, Part, again
+from hfopt.curvature.policy import Known, Model, build
+from hfopt.errors import ClosureError, logger
+from hfopt.linalg import graph
+from hfopt.linalg.operators import Local
+from hfopt.linalg.processes import Processes
+from hfopt.linalg.vector import ParameterVector, dot
+
+# Vectors in one batched pass at most.
+MANY = 64
+
+
+class GaussNewton(Local):
+    """``G = J' H_L J + d2R/dtheta2`` of the loss that a closure computes, about the parameters' present values.
+
+    The point is fixed: changing a parameter in place afterwards makes a product raise, since the graph is kept.
+
+    Args:
+        closure: computes the loss, as in :meth:`hfopt.HessianFree.step`; it is run once here.
+        params: the parameters theta; those that do not require a gradient are left out.
+        structural: collect hidden states, so that ``op.damped(lambda, mu)`` can damp them.
+        linearisation: ``"auto"``, ``"double-backward"``, ``"linearize"``, ``"checkpoint"`` or ``"recompute"``
+            (see :mod:`hfopt.curvature.linearisation`).
+        memory_budget: bytes that the kept graphs may take under ``"auto"``, and the vectors of a batched product at
+            once; default: 80% of what is free.
+        loss: a function of what the closure returns, in place of a criterion of torch.nn.functional.
+        outputs: the module whose results are the network's outputs.
+        known: the policy that ``"auto"`` took for an operator before, and for how many outputs: taken again without
+            another look at memory while the number of outputs gives no reason to (see
+            :func:`hfopt.curvature.policy.trusted`) and the model allows it.
+        processes: others that build the same operator on data of their own; gradient, loss and products are the means.
+
+    Attributes:
+        gradient: of the loss, flat (P,).
+        loss: its value.
+        linearisation: the policy that was taken (``.linearisation.name``), and what it costs
+            (``.linearisation.cost``; None where it was asked for or known before).
+
+    Raises:
+        ClosureError: the loss could not be taken apart into outputs and criteria.
+        NotDifferentiable: no policy works for the model.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        *,
+        structural: bool = False,
+        linearisation: str = "auto",
+        memory_budget: int | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        outputs: nn.Module | None = None,
+        known: Known | None = None,
+        frozen: Frozen | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        super().__init__(params, processes)
+        if linearisation not in POLICIES:
+            raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
+        self._frozen = Frozen(self.device) if frozen is None else frozen
+        self._closure, self.memory_budget = closure, memory_budget
+        model = Model(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
+        with loss_scaling.watching() as scaling:
+            built = build(model, linearisation, known)
+        self.scaler, self.unit = scaling.scaler, scaling.unit
+        seen, self.parts, self.linearisation = built.seen, built.parts, built.linearisation
+        self.loss = self._loss_of_all(seen.total)
+        self.result, self.differentiates = seen.result, seen.differentiates
+        self.has_structural = any(part.hidden for part in self.parts)
+        if structural and not self.has_structural:
+            raise ClosureError(
+                "structural damping is asked for, but no hidden state was marked in the closure: use hfopt's "
+                "recurrences or call hfopt.structural.mark in the model, or set structural to 0"
+            )
+        self._versions = [p._version for p in self.params]
+        self._one_by_one = False
+        whole = len(self.parts) == 1 and bool(seen.calls or seen.outputs)
+        self._again = model.again(self.parts[0], seen) if whole else None
+        shares = [*built.gradients, *(part.space.direct for part in self.parts)]
+        _refuse_independence(self.params, [g for share in shares for g in share])
+        self.gradient = self._of_all(self._flat(shares))
+
+    def __repr__(self) -> str:
+        lin = self.linearisation
+        cost = "" if lin.cost is None else f", {lin.cost}"
+        return f"{type(self).__name__}(P={self.vector.size}, linearisation={lin.name!r}{cost})"
+
+    @property
+    def space(self) -> Matching | Joint:
+        """Outputs and loss, of a closure with one part."""
+        return self.parts[0].space
+
+    @property
+    def cotangents(self) -> list[Tensor]:
+        """``dL/dz`` for every output."""
+        found = [t for part in self.parts for t in part.space.cotangents]
+        return found if self.unit == 1.0 else [t * self.unit for t in found]
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the outputs are."""
+        return sum(z.numel() for part in self.parts for z in part.space.outputs)
+
+    def _check_point(self) -> None:
+        if [p._version for p in self.params] != self._versions:
+            raise RuntimeError("a parameter has changed since the operator was built; build another at the new point")
+
+    def _flat(self, shares: Iterable[Maybe], out: Tensor | None = None) -> Tensor:
+        """The sum of what the parts contribute, flat (P,)."""
+        out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
+        first = True
+        for share in shares:
+            if first:
+                self.vector.flatten_into(out, share)
+            else:
+                self._add_into(out, share)
+            first = False
+        return out.zero_() if first else out
+
+    def _add_into(self, flat: Tensor, parts: Maybe) -> None:
+        for piece, part in zip(torch.split(flat, self.vector.sizes), parts, strict=True):
+            if part is not None:
+                dense = part.detach() if part.layout == torch.strided else part.detach().to_dense()
+                piece.add_(dense.reshape(-1))
+
+    # -- products --------------------------------------------------------------------------------------------------
+
+    @explained
+    def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
+        """``G v + structural * S v`` in one tangent and one adjoint pass."""
+        self._check_point()
+        self.products += 1
+        vs = self.vector.cast_views(v)
+        mu = structural / self.unit  # S belongs to no loss
+        return self._of_all(self._flat(self._shares(lambda i, lin: self._product(i, lin, vs, mu)), out))
+
+    @explained
+    def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
+        """``G V`` for ``V (P, k)`` in batched tangent and adjoint passes, of as many columns as fit into memory.
+
+        Where an operation of the model has no batching rule, the columns are multiplied one by one, and the log says
+        so.
+        """
+        self._check_point()
+        if self._one_by_one:
+            return super().multiply_many(v, structural=structural)
+        width = columns_at_once(self.linearisation.column_bytes(), self.vector.size, self.memory_budget, self.device)
+        try:
+            done = [self._multiply_batch(part, structural) for part in torch.split(v, width, 1)]
+        except RuntimeError as error:
+            if not cannot_batch(error):
+                raise
+            self._one_by_one = True
+            logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
+            return super().multiply_many(v, structural=structural)
+        return done[0] if len(done) == 1 else torch.cat(done, 1)
+
+    def _multiply_batch(self, v: Tensor, structural: float) -> Tensor:
+        vs = rows(self.vector, v)
+        total = torch.zeros(v.shape[1], v.shape[0], dtype=self.dtype, device=self.device)
+        mu = structural / self.unit
+        for share in self._shares(lambda i, lin: self._product(i, lin, vs, mu, batched=True)):
+            for piece, part in zip(torch.split(total, self.vector.sizes, 1), share, strict=True):
+                if part is not None:
+                    piece.add_(part.detach().reshape(len(piece), -1))
+        self.products += v.shape[1]
+        return self._of_all(total).t()
+
+    def _shares(self, product: Callable[[int, Linearisation], list[Maybe]]) -> Iterable[Maybe]:
+        """What every part contributes: those that are kept, then the others from another run of the closure."""
+        missing = False
+        for i, part in enumerate(self.parts):
+            missing |= part.linearisation is None and bool(part.space.outputs)
+            if part.linearisation is not None:
+                yield from product(i, part.linearisation)
+            elif not part.space.outputs:
+                yield from product(i, Nothing(len(self.params)))
+        if not missing:
+            return
+        sums: Maybe = [None] * len(self.params)
+
+        def use(part: Part, heads: list[Tensor]) -> None:
+            fresh = DoubleBackward(heads, self.params, [torch.zeros_like(z) for z in heads])
+            for share in product(self.parts.index(part), fresh):
+                for j, g in enumerate(share):
+                    if g is not None:
+                        old = sums[j]
+                        sums[j] = g if old is None else old + g
+
+        with self._frozen.again(), torch.enable_grad(), differentiable():
+            again(self._closure, self.parts, use)
+        yield sums
+
+    def _product(
+        self, i: int, lin: Linearisation, v: Sequence[Tensor], structural: float, batched: bool = False
+    ) -> list[Maybe]:
+        """What part i contributes to ``(G + structural S) v``."""
+        u = lin.jvp(v, batched)
+        count = self.parts[i].count
+        w, direct = self._output_product(i, u[:count], v, batched)
+        hidden = self._hidden_part(i, u[count:], structural)
+        return [lin.vjp([*w, *hidden], batched, structural), direct]
+
+    def _output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
+        """``H_L u`` of a part's outputs, and what is added in parameter space."""
+        return self.parts[number].space.product(u, v, batched)
+
+    def _hidden_part(self, i: int, u: Maybe, structural: float) -> Maybe:
+        """``structural D'' J_a v`` for every marked hidden state of part i."""
+        if not structural:
+            return [None] * len(u)
+        return [None if t is None else t * w * structural for t, w in zip(u, self.parts[i].hidden, strict=True)]
+
+    def structural_product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """``S v = J_a' D'' J_a v``, hidden states' part alone."""
+        self.products += 1
+        vs = self.vector.cast_views(v)
+
+        def product(i: int, lin: Linearisation) -> list[Maybe]:
+            count = self.parts[i].count
+            hidden = self._hidden_part(i, lin.jvp(vs)[count:], 1.0)
+            return [lin.vjp([*([None] * count), *hidden], structural=1.0)]
+
+        out = self._flat(self._shares(product), out)
+        return out if self.processes is None else self.processes.mean_(out)
+
+    def structural_quadratic(self, v: Tensor) -> float:
+        """``v' S v = sum D'' (J_a v)^2``."""
+        if any(part.linearisation is None or part.linearisation.name == "checkpoint" for part in self.parts):
+            return dot(v, self.structural_product(v))
+        vs, total = self.vector.cast_views(v), 0.0
+        for part in self.parts:
+            if part.linearisation is not None:
+                tangents = part.linearisation.jvp(vs)[part.count :]
+                pairs = zip(tangents, part.hidden, strict=True)
+                total += sum(float((w * t * t).sum(dtype=torch.float64)) for t, w in pairs if t is not None)
+        return total if self.processes is None else self.processes.mean(total)
+
+    def pull(self, cotangents: Sequence[Tensor]) -> Tensor:
+        """``J' w`` for one tensor per output of this process, flat (P,)."""
+        left = list(cotangents)
+        given = [[left.pop(0) for _ in range(part.count)] for part in self.parts]
+
+        def product(i: int, lin: Linearisation) -> list[Maybe]:
+            return [lin.vjp([*given[i], *([None] * len(self.parts[i].hidden))])]
+
+        return self._flat(self._shares(product))
+
+    def pull_many(self, cotangents: Sequence[Tensor | None]) -> Tensor:
+        """``J' W`` for k cotangents along a new first dimension of one tensor per output (None: zero), (P, k)."""
+        left = list(cotangents)
+        given = [[left.pop(0) for _ in range(part.count)] for part in self.parts]
+        k = next(len(t) for t in cotangents if t is not None)
+        total = torch.zeros(k, self.vector.size, dtype=self.dtype, device=self.device)
+
+        def product(i: int, lin: Linearisation) -> list[Maybe]:
+            w: Maybe = [*given[i], *([None] * len(self.parts[i].hidden))]
+            return [lin.vjp(w, True) if any(t is not None for t in w) else [None] * len(self.params)]
+
+        for share in self._shares(product):
+            for piece, part in zip(torch.split(total, self.vector.sizes, 1), share, strict=True):
+                if part is not None:
+                    piece.add_(part.detach().reshape(k, -1))
+        return total.t()
+
+    def outputs_by_part(self, use: Callable[[int, list[Tensor]], None]) -> None:
+        """Run the closure again; ``use(i, heads)`` for every part, with its outputs in the graph of this run."""
+        if self._again is not None:
+            use(0, self._again()[: self.parts[0].count])
+            return
+        with self._frozen.again(), torch.enable_grad(), differentiable():
+            each = lambda part, heads: use(self.parts.index(part), heads[: part.count])  # noqa: E731
+            again(self._closure, self.parts, each, everything=True)
+
+    def outputs_again(self) -> list[Tensor] | None:
+        """The outputs from another run of the closure, in a graph of their own; None where a sum is taken in parts."""
+        return None if self._again is None else self._again()[: self.parts[0].count]
+
+
+def rows(vector: ParameterVector, v: Tensor) -> list[Tensor]:
+    """The columns of ``v (P, k)`` in the shapes and dtypes of the parameters, along a new first dimension."""
+    pieces = torch.split(v.t(), vector.sizes, dim=1)
+    return [x.reshape(len(x), *p.shape).to(p.dtype) for x, p in zip(pieces, vector.params, strict=True)]
+
+
+def columns(vector: ParameterVector, like: Sequence[Tensor], parts: Maybe) -> Tensor:
+    """The other way round, (P, k); None is zero."""
+    full = [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(like, parts, strict=True)]
+    return torch.cat([g.reshape(len(g), -1).to(vector.dtype) for g in full], 1).t()
+
+
+class Nothing:
+    """The linearisation of a part without outputs: a regulariser that has a ``backward()`` of its own."""
+
+    name = "nothing"
+    cost: Cost | None = None
+
+    def __init__(self, params: int) -> None:
+        self._params = params
+
+    def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
+        """No outputs."""
+        return []
+
+    def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
+        """Zero."""
+        return [None] * self._params
+
+    def column_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+    def kept_bytes(self) -> int:
+        """Nothing."""
+        return 0
+
+
+def columns_at_once(column: int, size: int, budget: int | None, device: torch.device) -> int:
+    """How many vectors (P,) a batched pass takes at a time, at ``column`` bytes each beside the vectors themselves."""
+    given = int(0.8 * available_bytes(device)) if budget is None else budget
+    return max(1, min(MANY, given // (column + 4 * 8 * size)))
+
+
+def cannot_batch(error: Exception) -> bool:
+    """Whether torch says that it has no way to do an operation for many vectors at once."""
+    # A traced graph has the views of single vectors in it.
+    return any(word in str(error) for word in ("vmap", "atching rule", "functorch", "view size is not compatible"))
+
+
+def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """A gradient that is nowhere defined means another model's parameters, most often a copy's."""
+    if params and all(g is None for g in grads):
+        raise ClosureError(
+            "the closure's loss does not depend on any of the parameters given: check that they are those of the model "
+            "that the closure calls (not of a copy, and not replaced since)"
+        )
+
+
+class Hessian(Local):
+    """``H = d2L/dtheta2`` by a cached double backward pass; symmetric, and indefinite away from minima.
+
+    Args:
+        closure: computes the loss by any differentiable operations.
+        params: the parameters theta.
+        loss: a function of what the closure returns, if that is not the loss.
+        processes: as for :class:`GaussNewton`.
+    """
+
+    def __init__(
+        self,
+        closure: Closure,
+        params: Iterable[Tensor],
+        *,
+        loss: Callable[..., Tensor] | None = None,
+        frozen: Frozen | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        super().__init__(params, processes)
+        with (frozen or Frozen(self.device)).run(), differentiable(), loss_scaling.watching() as scaling:
+            seen = trace(closure, loss=loss, cut=False)
+        self.scaler, self.unit = scaling.scaler, scaling.unit
+        self.loss = self._loss_of_all(seen.total)
+        self.result, self.differentiates = seen.result, seen.differentiates
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            seen.total, self.params, create_graph=True, allow_unused=True
+        )
+        _refuse_independence(self.params, grads)
+        try:
+            graph.refuse_once_differentiable(g for g in grads if g is not None)
+        except RuntimeError as error:
+            raise not_differentiable({"double-backward": error}) from error
+        self._one_by_one = False
+        self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        self.gradient = self._of_all(self.vector.flatten(grads))
+
+    @explained
+    def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
+        """``H v = d<grad L, v>/dtheta``.
+
+        Raises:
+            ValueError: for ``structural``, which a Hessian does not have.
+        """
+        if structural:
+            raise ValueError("structural is given, but the Hessian of a loss has no hidden states to damp")
+        self.products += 1
+        vs = self.vector.cast_views(v)
+        parts: Sequence[Tensor | None] = [None] * len(self.params)
+        if self._live:
+            heads, tangents = [g for _, g in self._live], [vs[i] for i, _ in self._live]
+            parts = torch.autograd.grad(heads, self.params, tangents, retain_graph=True, allow_unused=True)
+        out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
+        return self._of_all(self.vector.flatten_into(out, parts))
+
+    @explained
+    def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
+        """``H V`` for ``V (P, k)`` in batched passes, of as many columns as fit into memory.
+
+        Raises:
+            ValueError: for ``structural``, which a Hessian does not have.
+        """
+        if structural or self._one_by_one or not self._live:
+            return super().multiply_many(v, structural=structural)
+        heads = [g for _, g in self._live]
+        width = columns_at_once(2 * graph.saved_bytes(heads, self.params), self.vector.size, None, self.device)
+        done = []
+        try:
+            for part in torch.split(v, width, 1):
+                vs = rows(self.vector, part)
+                found = graph.gradients(heads, self.params, [vs[i] for i, _ in self._live], batched=True)
+                done.append(columns(self.vector, vs, found))
+        except RuntimeError as error:
+            if not cannot_batch(error):
+                raise
+            self._one_by_one = True
+            logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
+            return super().multiply_many(v)
+        self.products += v.shape[1]
+        return self._of_all(torch.cat(done, 1).contiguous())

@@ -1,0 +1,328 @@
+"""Which linearisation a model gets: the first that it allows and that fits into memory, in the order of their costs.
+
+The forward graph is measured: F bytes, counted over the distinct tensors that it saves. Cached double backward is tried
+where 2.9 F fit into the budget, and measured again; then a checkpointed graph is made and measured, if the model has
+recurrences that can be; then nothing is kept. ``torch.func.linearize`` takes more memory than double backward and comes
+in only where the model cannot be differentiated twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from hfopt.closure.differentiable import differentiable
+from hfopt.closure.frozen import Frozen
+from hfopt.closure.trace import Closure, Site, Trace, outputs_again, trace
+from hfopt.curvature.linearisation import (
+    Checkpoint,
+    Cost,
+    DoubleBackward,
+    Linearisation,
+    Linearize,
+    Recompute,
+    available_bytes,
+    not_differentiable,
+)
+from hfopt.curvature.output_space import Matching
+from hfopt.curvature.parts import DOUBLE_BACKWARD_MEMORY, Batches, Maybe, Part, Summed
+from hfopt.errors import ClosureError, logger, size, warn
+from hfopt.linalg import graph
+from hfopt.recurrences.segments import Run, checkpointing
+
+# A choice that lack of memory forced is made anew for batches smaller than this share of those it was made for.
+SMALLER = 0.8
+
+FORCED = ("checkpoint", "partial", "recompute")
+T = TypeVar("T")
+Known = tuple[str, int]
+
+
+@dataclass
+class Model:
+    """A closure, and all that belongs to running it.
+
+    ``budget``: bytes for what is kept; None: 80% of what is free when the closure is run.
+    """
+
+    closure: Closure
+    params: list[Tensor]
+    frozen: Frozen
+    loss: Callable[..., Tensor] | None = None
+    outputs: nn.Module | None = None
+    structural: bool = False
+    budget: int | None = None
+
+    def run(self, *, checkpoint: bool = False, watch: Any = None) -> tuple[Trace, Run]:
+        """Run the closure for what it shows, checkpointing its recurrences if asked."""
+        with self.frozen.run(), differentiable(), checkpointing(checkpoint) as run:
+            seen = trace(self.closure, loss=self.loss, outputs=self.outputs, hidden=self.structural, watch=watch)
+        return seen, run
+
+    def again(self, part: Part, seen: Trace) -> Callable[[], list[Tensor]]:
+        """A function that computes the heads of ``part`` again."""
+        kind = "module" if self.outputs else "loss" if self.loss else "criteria" if seen.calls else "result"
+        # No method of an object that has the graph: a cycle would keep it alive until the next garbage collection.
+        return partial(_heads_again, self.closure, self.frozen, kind, part.sites, self.outputs, part.marked)
+
+
+def _heads_again(
+    closure: Closure, frozen: Frozen, kind: str, sites: list[Site], module: nn.Module | None, marked: list[int]
+) -> list[Tensor]:
+    """The outputs at ``sites`` and the ``marked`` ones of the hidden states, from another run of the closure."""
+    with frozen.again(), torch.enable_grad(), differentiable(), checkpointing(False):
+        heads = outputs_again(closure, kind, sites, module=module, hidden=bool(marked))
+    return [*heads[: len(sites)], *(heads[len(sites) + i] for i in marked)]
+
+
+@dataclass
+class Built:
+    """A linearised loss: its parts, each with its share of the gradient ``J' dL/dz``."""
+
+    seen: Trace
+    parts: list[Part]
+    gradients: list[Maybe]
+    linearisation: Linearisation | Summed
+
+
+def trusted(known: Known | None, outputs: int) -> bool:
+    """Whether a choice that was made for so many outputs holds for these: memory allows it, or still forces it."""
+    if known is None:
+        return False
+    name, before = known
+    return outputs >= SMALLER * before if name in FORCED else outputs <= before
+
+
+def build(model: Model, policy: str, known: Known | None = None) -> Built:
+    """Run the closure and linearise it by ``policy``, or under ``"auto"`` by what :class:`_Choice` finds.
+
+    Raises:
+        ClosureError: the loss could not be taken apart.
+        NotDifferentiable: no policy works for the model.
+    """
+    return _Build(model, policy, known).build()
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; torch has an exception of its own for that on devices alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@dataclass
+class _Build:
+    model: Model
+    policy: str
+    known: Known | None
+    seen: Trace = field(init=False)
+    part: Part = field(init=False)
+    run: Run = field(init=False)
+    budget: int = 0
+    seconds: float = 0.0
+    attempts: dict[str, Exception] = field(default_factory=dict)
+    ran_out: bool = False  # of memory, with cached products
+
+    def build(self) -> Built:
+        auto, watch = self.policy == "auto", None
+        checkpoint = self.policy == "checkpoint" or (auto and self.known is not None and self.known[0] == "checkpoint")
+        if auto:
+            given = self.model.budget
+            self.budget = int(0.8 * available_bytes(self.model.params[0].device)) if given is None else given
+        if self.policy in ("auto", "recompute") and not checkpoint:
+            fits = self.known[1] if auto and self.known is not None and self.known[0] not in FORCED else 0
+            watch = Batches(self.model.params, self.budget, fits)
+        self._look(checkpoint, watch)
+        if watch is not None and watch.parts:
+            return self._summed(watch)
+        if not auto:
+            return self._explicit()
+        outputs = sum(z.numel() for z in self.part.space.outputs)
+        if self.known is not None and trusted(self.known, outputs):
+            name = "recompute" if self.known[0] == "partial" else self.known[0]
+            found = self._attempt(name) if name in FORCED else self._if_memory_lasts(lambda: self._attempt(name))
+            if found:
+                return self._built(*found)
+        if checkpoint:
+            self._look(False)
+        return self._choose()
+
+    def _look(self, checkpoint: bool, watch: Batches | None = None) -> None:
+        """Run the closure; a graph that is there already is let go before."""
+        self.seen = self.part = self.run = None  # type: ignore[assignment]
+        start = self._now()
+        self.seen, self.run = self.model.run(checkpoint=checkpoint, watch=watch)
+        self.seconds = self._now() - start
+        if watch is None or not watch.parts:
+            self.part = Part.of(self.seen, self.model.params)
+
+    def _now(self) -> float:
+        """Seconds, when all work that was given to a device is done."""
+        if self.model.params[0].device.type == "cuda":
+            torch.cuda.synchronize(self.model.params[0].device)
+        return time.perf_counter()
+
+    # -- one policy ------------------------------------------------------------------------------------------------
+
+    def _linearise(self, policy: str) -> tuple[Linearisation, Maybe]:
+        """The linearisation of the present graph, and the gradient ``J' dL/dz``."""
+        part, params, heads = self.part, self.model.params, self.part.heads
+        if policy == "double-backward":
+            double = DoubleBackward(heads, params, part.at)
+            return double, double.gradient
+        if policy == "checkpoint":
+            around = partial(self.model.frozen.again, watch=False)
+            kept = Checkpoint(heads, params, part.at, self.run.checkpointed, around)
+            return kept, kept.gradient
+        again = self.model.again(part, self.seen)
+        if policy == "linearize":
+            frozen = self.model.frozen
+            lin = Linearize(heads, params, again, partial(frozen.again, watch=False), frozen.drew)
+            return lin, lin.vjp(part.at)
+        keep = not isinstance(part.space, Matching)
+        gradient = torch.autograd.grad(heads, params, part.at, allow_unused=True, retain_graph=keep)
+        return Recompute(params, again), list(gradient)
+
+    def _attempt(self, policy: str) -> tuple[Linearisation, Maybe] | None:
+        """The linearisation by ``policy``, or None with the reason in ``attempts`` if the model does not allow it.
+
+        torch has no exception of its own for an operation without a second derivative or a forward mode. Whatever the
+        reason, the next policy is tried, the warning or error quotes it, and lack of memory is passed on as it is.
+        """
+        try:
+            return self._linearise(policy)
+        except ClosureError:
+            raise
+        except RuntimeError as error:
+            if lacks_memory(error):
+                raise
+            self.attempts[policy] = error
+            return None
+
+    def _if_memory_lasts(self, make: Callable[[], T | None]) -> T | None:
+        """What ``make`` makes of the present graph; None if memory ran out over it, with the plain graph anew."""
+        try:
+            return make()
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            logger.info("memory ran out over cached products: %s", error)
+        # The exception, whose frames hold what filled the memory, is gone here.
+        self.ran_out = True
+        self._look(False)
+        return None
+
+    def _built(self, lin: Linearisation, gradient: Maybe) -> Built:
+        self.part.linearisation = lin
+        self.part.heads = []
+        if lin.name == "recompute":
+            self.part.let_go()
+        return Built(self.seen, [self.part], [gradient], lin)
+
+    def _explicit(self) -> Built:
+        if self.policy == "checkpoint" and not self.run.checkpointed:
+            warn(
+                "linearisation='checkpoint' needs a recurrence of hfopt (hfopt.recurrences), but none was found in the "
+                "closure: every product runs the model again, as under 'recompute'"
+            )
+            return self._built(*self._linearise("recompute"))
+        if found := self._attempt(self.policy):
+            return self._built(*found)
+        raise not_differentiable(self.attempts) from self.attempts[self.policy]
+
+    # -- the choice ------------------------------------------------------------------------------------------------
+
+    def _choose(self) -> Built:
+        """The first policy that works and fits."""
+        need = int(DOUBLE_BACKWARD_MEMORY * graph.saved_bytes(self.part.heads, self.model.params))
+        fits = need <= self.budget and not self.ran_out
+        if fits and (found := self._if_memory_lasts(lambda: self._measured("double-backward"))):
+            assert found.linearisation.cost is not None
+            need = found.linearisation.cost.kept
+            if need <= self.budget:
+                return found
+            del found
+            self._look(False)
+        if "double-backward" in self.attempts and (found := self._measured("linearize")):
+            warn(f"products use 'linearize', since double backward failed: {self.attempts}")
+            return found
+        if self.run.recurrences and (found := self._checkpointed(need)):
+            return found
+        if "double-backward" not in self.attempts and (found := self._measured("recompute")):
+            self._tell("recompute", need, "every product runs the model again (about twice as slow)")
+            return found
+        if "linearize" not in self.attempts:
+            self._look(False)
+            found = self._measured("linearize")
+        if found is not None:
+            warn(f"products use 'linearize', whatever memory it takes, since all else failed: {self.attempts}")
+            return found
+        raise not_differentiable(self.attempts)
+
+    def _checkpointed(self, need: int) -> Built | None:
+        """By checkpointing, if that fits; otherwise the plain graph is there again."""
+        self._look(True)
+        if self.run.checkpointed and (found := self._if_memory_lasts(lambda: self._measured("checkpoint"))):
+            assert found.linearisation.cost is not None
+            if found.linearisation.cost.kept <= self.budget:
+                self._tell("checkpoint", need, "sequences are computed again in pieces (about 1.5 times as slow)")
+                return found
+            del found
+        self._look(False)
+        return None
+
+    def _measured(self, policy: str) -> Built | None:
+        """The linearisation by ``policy``, with what it costs from a first product; None if the model forbids it."""
+        start = self._now()
+        attempt = self._attempt(policy)
+        if attempt is None:
+            return None
+        lin, gradient = attempt
+        made = self._now()
+        try:
+            # An operation without a second derivative shows only when the graph is used.
+            lin.jvp([torch.zeros_like(p) for p in self.model.params])
+            pushed = self._now()
+            lin.vjp(self.part.at)
+        except RuntimeError as error:
+            if lacks_memory(error):
+                raise
+            self.attempts[policy] = error
+            return None
+        end = self._now()
+        # The first run in a process does much for the first time; warm, a forward pass is no more than an adjoint one.
+        gradient_seconds = min(self.seconds, end - pushed) + end - pushed
+        lin.cost = Cost(lin.kept_bytes(), self.budget, gradient_seconds, made - start, end - made)
+        logger.info("linearisation %r %s", lin.name, lin.cost)
+        return self._built(lin, gradient)
+
+    def _tell(self, name: str, need: int, consequence: str) -> None:
+        """Warn of a slower way, unless it is the one that was taken before."""
+        if self.known is not None and self.known[0] == name:
+            return
+        if self.ran_out:
+            warn(
+                f"products use {name!r}, since memory ran out over the graph for cached products: {consequence}. Use a "
+                f"smaller curvature batch, or a memory_budget below the present {size(self.budget)}"
+            )
+        else:
+            warn(
+                f"products use {name!r}, since the graph for cached products would take {size(need)}, over the budget "
+                f"of {size(self.budget)}: {consequence}. Use a smaller curvature batch, or raise memory_budget"
+            )
+
+    def _summed(self, batches: Batches) -> Built:
+        """The sum of parts that the closure's batches were taken apart into."""
+        summed = Summed(batches.parts, batches.largest)
+        if self.policy == "auto" and (self.known is None or self.known[0] != summed.name):
+            many = f"{summed.kept} of {len(summed.parts)} batches are kept, the others computed again in every product"
+            logger.info("linearisation %r: %s; keeps %s", summed.name, many, size(summed.kept_bytes()))
+            warn(
+                f"the linearisations of all batches do not fit into the budget of {size(self.budget)}: {many}. Use "
+                "fewer or smaller curvature batches, or raise memory_budget"
+            )
+        return Built(self.seen, batches.parts, batches.gradients, summed)

@@ -1,0 +1,1 @@
+"""Runs on disk: the format of a run folder, its writer and its reader."""

@@ -1,0 +1,146 @@
+"""Conjugate gradients with directions from one batch and step lengths from another.
+
+A batch's quadratic is biased along the directions that conjugate gradients find in it: they are those in which this
+batch, of all batches, is steep and curved, so that slope and curvature along them are other than on new data. A second
+batch did not choose the directions and is free of that. Let ``d_0, d_1, ...`` be the directions for ``A x = b``, of the
+first batch and damped as usual, and ``B``, ``c`` the same of the second one. The step along each direction is to the
+minimum that the second quadratic has there,
+
+    x_{i+1} = x_i + a_i d_i,     a_i = (c - B x_i)'d_i / d_i'B d_i      slopes at the iterate
+                                 a_i = (c - B x_0)'d_i / d_i'B d_i      slopes at the start
+
+Where both batches are the same, the directions are conjugate in B, and both forms are CG's iterates. Otherwise the
+directions are not conjugate in B, and the steps of the second form, each taken as if it were the only one, add up to
+ever more the more of them there are; those of the first form cannot raise the second quadratic.
+
+Source: Tatzel, Mucsanyi, Hackel & Hennig, "Debiasing mini-batch quadratics for applications in deep learning",
+arXiv:2410.14325, 2024, for directions of one batch and slopes and curvatures of another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hfopt.linalg.cg import CG, CGCheck, LinearMap, Run, Solution
+from hfopt.linalg.vector import dot, norm
+
+SLOPES = ("iterate", "start")
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """``phi(x) = x'Bx/2 - c'x`` of the second batch: ``op`` is B (P, P), ``b`` is c (P,); ``slopes`` names the form."""
+
+    op: LinearMap
+    b: Tensor
+    slopes: str = "iterate"
+
+
+def solve_debiased(
+    options: CG,
+    op: LinearMap,
+    b: Tensor,
+    second: Quadratic,
+    x0: Tensor | None = None,
+    preconditioner: Callable[[Tensor], Tensor] | None = None,
+) -> Solution:
+    """Directions by conjugate gradients for ``op x = b``, step lengths by ``second``; at two products an iteration.
+
+    Iterates have the phi and residual of the second quadratic, and the progress that ends a solve is that of the second
+    batch; it also ends where that quadratic is above its values at zero and at the start. On a CUDA device the host
+    follows every iteration, and none is recorded.
+
+    Args:
+        options: settings of the solver.
+        op: A (P, P), symmetric.
+        b: right-hand side (P,).
+        second: the quadratic that step lengths are taken from.
+        x0: start (P,); None: zero.
+        preconditioner: of A, as for :meth:`hfopt.CG.solve`.
+
+    Raises:
+        ValueError: an unknown form of slopes, vectors of other shapes, a right-hand side that is not finite, or
+            recording is required.
+    """
+    if second.slopes not in SLOPES:
+        raise ValueError(f"slopes is {second.slopes!r}, but must be one of {', '.join(map(repr, SLOPES))}")
+    shapes = {tuple(v.shape) for v in (b, second.b, b if x0 is None else x0)}
+    if b.dim() != 1 or len(shapes) != 1:
+        raise ValueError(f"b, the second b and x0 must be flat and of one shape, but they have shapes {sorted(shapes)}")
+    size_b = norm(b)
+    if not (math.isfinite(size_b) and math.isfinite(norm(second.b))):
+        raise ValueError("a right-hand side is not finite")
+    if options.cuda_graphs is True:
+        raise ValueError("cuda_graphs is True, but a solve with two batches cannot be recorded; leave it at 'auto'")
+    return DebiasedRun(options, op, b, second, x0, preconditioner).iterate(size_b, None)
+
+
+class DebiasedRun(Run):
+    """One solve: ``r`` belongs to the first quadratic, ``x``, phi and everything that is kept to the second."""
+
+    def __init__(
+        self,
+        options: CG,
+        op: LinearMap,
+        b: Tensor,
+        second: Quadratic,
+        x0: Tensor | None,
+        preconditioner: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.second, self.moved = second, False
+        self.product = torch.empty_like(b)
+        self.first_x = torch.zeros_like(b) if x0 is None else x0.clone()
+        self.rest = second.b.clone()  # c - B x
+        multiplied = x0 is not None and bool(x0.any())
+        if multiplied:
+            self.rest -= second.op.multiply(self.first_x, self.product)
+        self.at = self.rest.clone() if second.slopes == "start" else None
+        self.turned = False
+        super().__init__(options, op, b, x0, preconditioner)
+        self.products += multiplied
+
+    def along(self, d: Tensor, ad: Tensor, alpha: float) -> str | None:
+        """Move by ``alpha d`` in the first quadratic, and as far as the second says in that one."""
+        if self.turned:
+            return "negative curvature"
+        if self.history[-1] > max(0.0, self.history[0]):
+            return "progress"
+        self.products += 1
+        bd = self.second.op.multiply(d, self.product)
+        curvature, slope = dot(d, bd), dot(self.rest if self.at is None else self.at, d)
+        if not (math.isfinite(curvature) and math.isfinite(slope)):
+            return "not finite"
+        if curvature == 0 or (curvature < 0 and self.moved):
+            return "negative curvature"
+        self.turned = curvature < 0  # as in the first quadratic, one such direction is taken where nothing else is
+        length = slope / abs(curvature)
+        self.moved = True
+        self.x.add_(d, alpha=length)
+        self.rest.add_(bd, alpha=-length)
+        self.first_x.add_(d, alpha=alpha)
+        self.r.add_(ad, alpha=-alpha)
+        return None
+
+    def residual_from_scratch(self) -> None:
+        """``r = b - A x`` in both quadratics."""
+        torch.sub(self.b, self.multiply(self.first_x), out=self.r)
+        if self.moved:
+            self.products += 1
+            torch.sub(self.second.b, self.second.op.multiply(self.x, self.product), out=self.rest)
+
+    def phi(self) -> float:
+        """The second model's value."""
+        return -0.5 * (dot(self.second.b, self.x) + dot(self.rest, self.x))
+
+    def check(self, i: int) -> None:
+        """Add a row to the table of checks."""
+        self.checks.append(CGCheck(i, self.history[-1], norm(self.rest), norm(self.x)))
+
+    def carries(self, i: int) -> bool:
+        """Phi is not carried along by what is known of the first quadratic."""
+        return False

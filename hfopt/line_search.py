@@ -1,0 +1,113 @@
+"""Line search: the last net under a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LineSearchResult:
+    """``length`` 0 means that no step was found; ``value`` is f there; ``tries`` counts evaluations of f."""
+
+    length: float
+    value: float
+    tries: int
+
+
+@dataclass
+class LineSearch:
+    """Backtracking with Armijo's condition ``f(theta + s p) <= f(theta) + c s g'p`` (Martens & Sutskever 2012, section
+    8.8).
+
+    Args:
+        c: share of the predicted decrease that is asked for; 0: any decrease.
+        shrink: s is multiplied by this until the condition holds.
+        max_tries: give up after so many evaluations; 1: the full step or none.
+    """
+
+    c: float = 1e-2
+    shrink: float = 0.8
+    max_tries: int = 60
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.c < 1 and 0 < self.shrink < 1 and self.max_tries >= 1):
+            raise ValueError(
+                f"need 0 <= c < 1, 0 < shrink < 1 and max_tries >= 1, but they are {self.c}, {self.shrink}, "
+                f"{self.max_tries}"
+            )
+
+    def search(self, f: Callable[[float], float], f0: float, slope: float, full: float) -> LineSearchResult:
+        """The first s of 1, shrink, shrink^2, ... that meets the condition, else 0.
+
+        Args:
+            f: the loss at ``theta + s p`` (may be NaN or infinite).
+            f0: the loss at theta.
+            slope: ``g'p``; a positive one (p not a descent direction of this data) asks for any decrease.
+            full: ``f(1)``, already known.
+        """
+        slope = min(slope, 0.0) if math.isfinite(slope) else 0.0
+        s, value = 1.0, full
+        for tries in range(1, self.max_tries + 1):
+            if math.isfinite(value) and value < f0 and value <= f0 + self.c * s * slope:
+                return LineSearchResult(s, value, tries)
+            if tries < self.max_tries:
+                s *= self.shrink
+                value = f(s)
+        return LineSearchResult(0.0, f0, self.max_tries)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """All that the next search depends on: nothing here, as other rules may have."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`."""
+
+
+@dataclass
+class FullStep(LineSearch):
+    """The full step or none: none if the loss rises by much, or if this batch asks for a step out of all proportion.
+
+    With ``s = |g'p|``, twice the decrease that the model promises or so, and its average m over the steps before::
+
+        taken:   f(theta + p) <= f(theta) + rise |f(theta)|   and   s <= outlier m
+        m <- 0.9 m + 0.1 min(s, outlier m)
+
+    so that one batch with broken targets or inputs moves nothing, and a real change of scale is followed in some steps.
+
+    Args:
+        rise: how much the loss may rise, as a share of itself; as batches differ, some rise is no sign of a bad step.
+        outlier: how many times the usual ``|g'p|`` is still believed.
+
+    Raises:
+        ValueError: a negative ``rise``, or an ``outlier`` that is not above 1.
+    """
+
+    rise: float = 0.2
+    outlier: float = 30.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.rise >= 0 and self.outlier > 1):
+            raise ValueError(
+                f"rise must not be negative and outlier must be above 1, but they are {self.rise}, {self.outlier}"
+            )
+        self._usual: float | None = None
+
+    def search(self, f: Callable[[float], float], f0: float, slope: float, full: float) -> LineSearchResult:
+        """1 or 0, without another evaluation; ``slope`` is ``g'p``."""
+        size, usual = abs(slope), self._usual
+        bound = math.inf if usual is None else self.outlier * usual
+        taken = size <= bound and full <= f0 + self.rise * abs(f0) and math.isfinite(full)
+        if math.isfinite(size) and (usual is not None or taken):
+            self._usual = size if usual is None else 0.9 * usual + 0.1 * min(size, bound)
+        return LineSearchResult(1.0, full, 1) if taken else LineSearchResult(0.0, f0, 1)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """The usual ``|g'p|``."""
+        return {"usual": self._usual}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`; that of another line search begins anew."""
+        self._usual = state.get("usual")

@@ -1,0 +1,219 @@
+"""Self-checks of a step: is the closure what the optimizer takes it for, and are its derivatives right?
+
+In this order, before the parameters move: the closure is the same function at every call; its loss is weighed as the
+optimizer takes it to be; its gradient agrees with differences of the loss; products are symmetric and, where that is
+promised, not negative; products agree with differences of the outputs (of the gradient, for a Hessian). They cost some
+40 evaluations of the loss and 10 products, less than a step of many CG iterations, and leave no trace.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfopt import structural
+from hfopt.closure.trace import Closure
+from hfopt.curvature.gauss_newton import GaussNewton
+from hfopt.curvature.output_space import Matching
+from hfopt.step.checks_derivatives import Derivatives
+from hfopt.step.checks_reductions import Look, unequal_batches
+
+if TYPE_CHECKING:
+    from hfopt.step.objective import Objective
+
+
+def check(step: Objective, gradient: Tensor, result: Any) -> None:
+    """Check a step that is about to be taken, if its optimizer asks for it now.
+
+    Args:
+        step: the objective at theta.
+        gradient: of the loss alone (P,).
+        result: what the closure returned.
+
+    Raises:
+        CheckFailed: what was found, and what to do.
+    """
+    o = step.o
+    if o.check is False:
+        return
+    kind = _kind(step)
+    if o.checked and (kind in o.checked if o.check is True else o.steps % o.check):
+        return
+    with _untouched(step):
+        _Checks(step, gradient, result).run()
+    o.checked.add(kind)
+
+
+def _kind(step: Objective) -> str:
+    """What ``check=True`` tells one kind of closure by."""
+    if not isinstance(step.op, GaussNewton):
+        return f"{type(step.op).__name__} {step.curvature is None}"
+    spaces = {
+        str([type(part.space).__name__, *((z.dim(), str(z.dtype)) for z in part.space.outputs), *_closed(part.space)])
+        for part in step.op.parts
+    }
+    return f"{type(step.op).__name__} {step.curvature is None} {step.own_evaluation} {sorted(spaces)}"
+
+
+def _closed(space: Any) -> list[str]:
+    return [type(b.closed).__name__ for b in space.blocks] if isinstance(space, Matching) else []
+
+
+@contextmanager
+def _untouched(step: Objective) -> Iterator[None]:
+    """Puts back all that runs of the closures may change beside what :class:`hfopt.closure.frozen.Frozen` does."""
+    params = [p for group in step.o.param_groups for p in group["params"]]
+    grads = [p.grad for p in params]
+    names = ("gradients", "evaluations", "products", "farthest")
+    counts, values, products = {n: getattr(step, n) for n in names}, set(step.values), step.op.products
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own draws
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        step.values, step.op.products = values, products
+        for name, count in counts.items():
+            setattr(step, name, count)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+
+
+class _Checks(Derivatives):
+    """All checks of one step."""
+
+    def __init__(self, step: Objective, gradient: Tensor, result: Any) -> None:
+        super().__init__(step, gradient)
+        self.result = result
+        roles = {"closure": step.closure, "curvature": step.curvature, "debias": step.debias}
+        roles["evaluation"] = step.evaluation
+        self.closures: dict[str, Closure] = {}
+        for name, closure in roles.items():
+            if closure is not None and not any(closure is other for other in self.closures.values()):
+                self.closures[name] = closure
+
+    def run(self) -> None:
+        looks = {name: self._look(closure) for name, closure in self.closures.items()}
+        self.eps = max(torch.finfo(self.step.vector.dtype).eps, *(look.eps for look in looks.values()))
+        self.base = self._determinism()
+        self._reductions(looks)
+        self.check()
+
+    def _look(self, closure: Closure) -> Look:
+        look = Look()
+        with self.step._running() as scaling, structural.collecting(False):
+            look.run(closure)
+        for criterion in look.criteria:
+            criterion.factor *= scaling.unit
+        return look
+
+    def _determinism(self) -> float:
+        """Every closure twice at the same point; returns the loss of the first one."""
+        step, found = self.step, []
+        for name, closure in self.closures.items():
+            first, second = step.loss_of(closure), step.loss_of(closure)
+            found.append(first)
+            size = abs(first) + self.reach
+            bound = max(64 * torch.finfo(step.vector.dtype).eps, 4 * self.eps) * size
+            if not abs(first - second) <= bound:
+                self.fail(
+                    f"two calls of the {self._name(name)} at the same parameters gave the losses {first!r} and "
+                    f"{second!r}: it must be one function of the parameters within a step. Draw batches and numbers of "
+                    "numpy and random before step(), and keep no state from call to call; torch's own draws (dropout) "
+                    "are repeated by the optimizer"
+                )
+            if name == "closure" and not abs(first - step.loss) <= 4 * self.eps**0.5 * size:
+                self.fail(
+                    f"the closure's loss is {step.loss!r} where its gradient is computed, but {first!r} where it is "
+                    "only evaluated, at the same parameters: it must not depend on whether gradients are enabled, nor "
+                    "on how often it was called"
+                )
+        return found[0]
+
+    def _name(self, role: str) -> str:
+        return "closure" if role == "closure" else f"{role}= closure"
+
+    def _reductions(self, looks: dict[str, Look]) -> None:
+        self.fail(self._returned())
+        own = looks["closure"].criteria
+        o = self.step.o
+        if not isinstance(self.op, GaussNewton) or not isinstance(self.op.space, Matching):
+            return
+        self.fail(unequal_batches(own, o.batch_dim))
+        for name, look in looks.items():
+            self.fail(self._weights(name, looks["closure"], look))
+        self.fail(self._cases(looks["curvature" if "curvature" in looks else "closure"]))
+
+    def _returned(self) -> str | None:
+        """The loss that the closure returned against what it called ``backward()`` on."""
+        result = self.result
+        if isinstance(result, Tensor) and result.numel() == 1:
+            result = float(result.detach())
+        given = isinstance(result, float)
+        processes = self.step.processes
+        value = float(result) if given else 0.0
+        if processes is not None:
+            value, given = processes.mean(value), processes.mean(float(given)) == 1.0
+        if not given:
+            return None
+        minimised = self.step.loss
+        scales = {1.0, 1.0 if self.step.scaler is None else 1.0 / self.step.scaler.get_scale()}
+        size = abs(value) + abs(minimised)
+        if any(abs(value * s - minimised) <= 1e-3 * size + 64 * self.eps * size for s in scales):
+            return None
+        return (
+            f"the closure returned the loss {value!r}, but called backward() on losses that sum to {minimised!r}, "
+            "which is what is minimised: return the same loss, the sum of all that backward() is called on (or None)"
+        )
+
+    def _weights(self, name: str, own: Look, other: Look) -> str | None:
+        """Whether the losses of two closures are in one unit."""
+        names = [sorted({c.name for c in look.criteria}) for look in (own, other)]
+        a, b = (sum(c.weight for c in look.criteria) for look in (own, other))
+        if names[0] != names[1] or not (a > 0 and b > 0) or 2 / 3 <= a / b <= 1.5:
+            return None
+        return (
+            f"the criteria of the {self._name(name)} have the weight {b:.6g} in all (1 for a mean over cases, their "
+            f"number for a sum), but {a:.6g} in the closure of the gradient, so that the two losses are in different "
+            "units: use means over cases (reduction='mean') in all closures of a step"
+        )
+
+    def _cases(self, look: Look) -> str | None:
+        """What the Fisher matrices and a preconditioner take for cases."""
+        o = self.step.o
+        dim = (
+            o.batch_dim
+            if o.curvature in ("fisher", "empirical-fisher")
+            else getattr(o.preconditioner, "batch_dim", None)
+        )
+        if dim is None:
+            return None
+        for c in look.criteria:
+            if c.by_class and len(c.shape) > 1 and dim % len(c.shape) == 1:
+                return (
+                    f"batch_dim is {dim}, but that is the dimension of the classes of {c.name}, whose input has shape "
+                    f"{c.shape}: give the dimension along which cases stand (0 for inputs (N, C))"
+                )
+            if o.curvature == "empirical-fisher" and c.summed:
+                return (
+                    f"the empirical Fisher matrix takes the loss for a mean over cases, but {c.name} is summed over "
+                    f"{c.terms} terms with the factor 1: use reduction='mean', or divide by the number of cases"
+                )
+        return None
+
+
+def check_option(check: Any) -> bool | int:
+    """The argument ``check``, if it is one.
+
+    Raises:
+        ValueError: neither a truth value nor a positive number of steps.
+    """
+    if isinstance(check, bool) or (isinstance(check, int) and check > 0):
+        return check
+    raise ValueError(f"check is {check!r}, but must be True, False, or after how many steps to check again (1, 2, ...)")
