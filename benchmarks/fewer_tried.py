@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hfopt import CG, HessianFree, KrylovDamping, LevenbergMarquardt
-from hfopt.linalg.cg import LinearMap, Run, Solution
+from hfopt.linalg.cg import HostCG, LinearMap, Solution
 from hfopt.linalg.krylov import Path
 from hfopt.linalg.operators import Operator
 from hfopt.linalg.vector import dot, norm
@@ -33,7 +33,7 @@ class ScaledStart(CG):
         augment: Tensor | None = None,
     ) -> Solution:
         """See :meth:`hfopt.CG.solve`."""
-        run = Run(self, op, b, x0, preconditioner, directions)
+        run = HostCG(self, op, b, x0, preconditioner, directions)
         if x0 is not None:
             product = b - run.r
             curvature = dot(x0, product)

@@ -107,14 +107,14 @@ def curvlinops(form: Form, case: Case) -> Product:
     )
 
     def multiply(v: Vector) -> Tensors:
-        with differentiable(form.model):
+        with twice_differentiable(form.model):
             return list(op @ v.tensors)
 
     return multiply
 
 
 @contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Kernels that can be differentiated twice: the plain attention, and recurrent layers without cuDNN."""
     cuda = any(p.is_cuda for p in model.parameters())
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
@@ -135,7 +135,7 @@ def double_backward(form: Form, case: Case) -> Product:
     params = list(form.model.parameters())
 
     def multiply(v: Vector) -> Tensors:
-        with differentiable(form.model):
+        with twice_differentiable(form.model):
             z = form.model(case.inputs)
             w = torch.zeros_like(z, requires_grad=True)
             pulled = torch.autograd.grad(z, params, w, create_graph=True, materialize_grads=True)
@@ -156,7 +156,7 @@ def jvp_and_vjp(form: Form, case: Case) -> Product:
         return z
 
     def multiply(v: Vector) -> Tensors:
-        with differentiable(form.model):
+        with twice_differentiable(form.model):
             pushed: Any = torch.func.jvp(outputs, (named,), (dict(zip(named, v.tensors, strict=True)),))
             u = pushed[1]
             found: Any = torch.func.vjp(outputs, named)

@@ -41,7 +41,7 @@ _checkpoints = Patch(torch.utils.checkpoint, "CheckpointFunction", _not_reentran
 
 
 @contextmanager
-def differentiable() -> Iterator[None]:
+def twice_differentiable() -> Iterator[None]:
     """See the module's docstring."""
     # Who has compiled something has imported the compiler, which takes seconds.
     compiler = "torch._dynamo" in sys.modules

@@ -74,7 +74,7 @@ def _cut(t: Tensor) -> Tensor:
     return t.detach().requires_grad_()
 
 
-class Mode(TorchFunctionMode):
+class TraceMode(TorchFunctionMode):
     """Sees every torch function of the closure; ``backward`` is noted instead of run."""
 
     def __init__(self, *, cut_criteria: bool, run_backward: bool = False, purpose: Purpose = "value") -> None:
@@ -88,8 +88,8 @@ class Mode(TorchFunctionMode):
         self.criteria_seen = 0
         self.differentiates = False
         self.hidden: list[structural.HiddenState] = []
-        self.watch: Callable[[Mode], None] | None = None
-        self.taken_apart = False  # by `watch`, which took over what was found
+        self.watch: Callable[[TraceMode], None] | None = None
+        self.split = False  # by `watch`, which took over what was found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -209,7 +209,7 @@ def _called_loss(loss: Callable[..., Any], arguments: Any) -> Tensor:
     return value
 
 
-def _called(closure: Closure, mode: Mode) -> Any:
+def _called(closure: Closure, mode: TraceMode) -> Any:
     """The closure's result; what fails because ``backward()`` is put off is explained."""
     try:
         return closure()
@@ -236,7 +236,7 @@ def trace(
     outputs: nn.Module | None = None,
     hidden: bool = False,
     cut: bool = True,
-    watch: Callable[[Mode], None] | None = None,
+    watch: Callable[[TraceMode], None] | None = None,
 ) -> Trace:
     """Run the closure once, with gradients enabled, and note outputs, criteria, weights and the loss.
 
@@ -252,7 +252,7 @@ def trace(
         ClosureError: what was found and which keyword solves it.
     """
     declared = loss is not None or outputs is not None
-    mode = Mode(cut_criteria=cut and not declared, purpose="products" if cut else "hessian")
+    mode = TraceMode(cut_criteria=cut and not declared, purpose="products" if cut else "hessian")
     mode.watch = watch
     cuts = _Cuts(cut=True)
     with (
@@ -265,7 +265,7 @@ def trace(
         if loss is not None:
             result = _called_loss(loss, cuts.tree(result) if cut else result)
         total = _total(mode.roots, result)
-    if mode.taken_apart:
+    if mode.split:
         return Trace(total, _public(result, total), differentiates=mode.differentiates)
     if not total.requires_grad:
         raise ClosureError(
@@ -304,7 +304,7 @@ def trace(
     return found
 
 
-class Collect(TorchFunctionMode):
+class OutputCollector(TorchFunctionMode):
     """Takes down the inputs of every criterion, cutting nothing."""
 
     def __init__(self) -> None:
@@ -335,7 +335,7 @@ def outputs_again(
     ``kind``: ``"criteria"`` (inputs of criteria), ``"module"`` (results of ``module``), ``"loss"`` (the closure's
     result) or ``"result"`` (the first part of the closure's ``(outputs, loss)``).
     """
-    mode, cuts = Collect(), _Cuts(cut=False)
+    mode, cuts = OutputCollector(), _Cuts(cut=False)
     with structural.collecting(hidden) as states, cuts.at(module if kind == "module" else None), mode:
         result = closure()
     if kind == "criteria":
@@ -360,7 +360,7 @@ def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, dif
 
     ``differentiates`` keeps gradients enabled for closures that call ``torch.autograd.grad`` on their own.
     """
-    mode = Mode(cut_criteria=False)
+    mode = TraceMode(cut_criteria=False)
     try:
         with torch.set_grad_enabled(differentiates), structural.collecting(False), mode:
             result = _called(closure, mode)
@@ -388,7 +388,7 @@ def differentiate(
     """
     for p in params:
         p.grad = None
-    mode = Mode(cut_criteria=False, run_backward=True)
+    mode = TraceMode(cut_criteria=False, run_backward=True)
     with torch.enable_grad(), structural.collecting(False), mode:
         result = closure()
         if loss is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hfopt.closure import loss_scaling
-from hfopt.closure.differentiable import differentiable
+from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
 from hfopt.closure.trace import Closure, trace
 from hfopt.curvature.linearisation import (
@@ -29,10 +29,10 @@ from hfopt.curvature.linearisation import (
 )
 from hfopt.curvature.output_space import Joint, Matching
 from hfopt.curvature.parts import Maybe, Part, again
-from hfopt.curvature.policy import Known, Model, build
+from hfopt.curvature.policy import ClosureRunner, PreviousChoice, build
 from hfopt.errors import ClosureError, logger
 from hfopt.linalg import graph
-from hfopt.linalg.operators import Local
+from hfopt.linalg.operators import ClosureOperator
 from hfopt.linalg.processes import Processes
 from hfopt.linalg.vector import ParameterVector, dot
 
@@ -40,7 +40,7 @@ from hfopt.linalg.vector import ParameterVector, dot
 MANY = 64
 
 
-class GaussNewton(Local):
+class GaussNewton(ClosureOperator):
     """``G = J' H_L J + d2R/dtheta2`` of the loss that a closure computes, about the parameters' present values.
 
     The point is fixed: changing a parameter in place afterwards makes a product raise, since the graph is kept.
@@ -57,7 +57,7 @@ class GaussNewton(Local):
         outputs: the module whose results are the network's outputs.
         known: the policy that ``"auto"`` took for an operator before, and for how many outputs: taken again without
             another look at memory while the number of outputs gives no reason to (see
-            :func:`hfopt.curvature.policy.trusted`) and the model allows it.
+            :func:`hfopt.curvature.policy.still_holds`) and the model allows it.
         processes: others that build the same operator on data of their own; gradient, loss and products are the means.
 
     Attributes:
@@ -81,7 +81,7 @@ class GaussNewton(Local):
         memory_budget: int | None = None,
         loss: Callable[..., Tensor] | None = None,
         outputs: nn.Module | None = None,
-        known: Known | None = None,
+        known: PreviousChoice | None = None,
         frozen: Frozen | None = None,
         processes: Processes | None = None,
     ) -> None:
@@ -90,7 +90,7 @@ class GaussNewton(Local):
             raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
         self._frozen = Frozen(self.device) if frozen is None else frozen
         self._closure, self.memory_budget = closure, memory_budget
-        model = Model(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
+        model = ClosureRunner(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
         with loss_scaling.watching() as scaling:
             built = build(model, linearisation, known)
         self.scaler, self.unit = scaling.scaler, scaling.unit
@@ -205,7 +205,7 @@ class GaussNewton(Local):
             if part.linearisation is not None:
                 yield from product(i, part.linearisation)
             elif not part.space.outputs:
-                yield from product(i, Nothing(len(self.params)))
+                yield from product(i, NoOutputs(len(self.params)))
         if not missing:
             return
         sums: Maybe = [None] * len(self.params)
@@ -218,7 +218,7 @@ class GaussNewton(Local):
                         old = sums[j]
                         sums[j] = g if old is None else old + g
 
-        with self._frozen.again(), torch.enable_grad(), differentiable():
+        with self._frozen.again(), torch.enable_grad(), twice_differentiable():
             again(self._closure, self.parts, use)
         yield sums
 
@@ -299,7 +299,7 @@ class GaussNewton(Local):
         if self._again is not None:
             use(0, self._again()[: self.parts[0].count])
             return
-        with self._frozen.again(), torch.enable_grad(), differentiable():
+        with self._frozen.again(), torch.enable_grad(), twice_differentiable():
             each = lambda part, heads: use(self.parts.index(part), heads[: part.count])  # noqa: E731
             again(self._closure, self.parts, each, everything=True)
 
@@ -320,7 +320,7 @@ def columns(vector: ParameterVector, like: Sequence[Tensor], parts: Maybe) -> Te
     return torch.cat([g.reshape(len(g), -1).to(vector.dtype) for g in full], 1).t()
 
 
-class Nothing:
+class NoOutputs:
     """The linearisation of a part without outputs: a regulariser that has a ``backward()`` of its own."""
 
     name = "nothing"
@@ -367,7 +367,7 @@ def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None
         )
 
 
-class Hessian(Local):
+class Hessian(ClosureOperator):
     """``H = d2L/dtheta2`` by a cached double backward pass; symmetric, and indefinite away from minima.
 
     Args:
@@ -387,7 +387,7 @@ class Hessian(Local):
         processes: Processes | None = None,
     ) -> None:
         super().__init__(params, processes)
-        with (frozen or Frozen(self.device)).run(), differentiable(), loss_scaling.watching() as scaling:
+        with (frozen or Frozen(self.device)).run(), twice_differentiable(), loss_scaling.watching() as scaling:
             seen = trace(closure, loss=loss, cut=False)
         self.scaler, self.unit = scaling.scaler, scaling.unit
         self.loss = self._loss_of_all(seen.total)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
-from hfopt.closure.trace import Closure, Collect, CriterionCall, Mode, Site, Trace
+from hfopt.closure.trace import Closure, CriterionCall, OutputCollector, Site, Trace, TraceMode
 from hfopt.curvature.linearisation import Cost, DoubleBackward, Linearisation
 from hfopt.curvature.output_space import Joint, Matching, output_space
 from hfopt.errors import ClosureError
@@ -69,7 +69,7 @@ class Part:
         """dL/dz, and zero for every hidden state."""
         return [*self.space.cotangents, *(torch.zeros_like(w) for w in self.hidden)]
 
-    def let_go(self) -> None:
+    def release_graph(self) -> None:
         """Keep no graph but the one from outputs to loss."""
         self.heads = []
         if isinstance(self.space, Matching):
@@ -77,7 +77,7 @@ class Part:
 
 
 @dataclass
-class Summed:
+class SumOfParts:
     """The linearisation of a sum of which not all parts are kept: ``name`` is "partial", or "recompute" for none.
 
     ``largest``: bytes of the largest part's forward graph.
@@ -107,7 +107,7 @@ class Summed:
 
 
 @dataclass
-class Batches:
+class PartCollector:
     """Looks on while a closure runs, and goes over to parts when memory asks for it.
 
     Args:
@@ -131,7 +131,7 @@ class Batches:
     _hidden: int = 0
     _separate: bool = True
 
-    def __call__(self, mode: Mode) -> None:
+    def __call__(self, mode: TraceMode) -> None:
         """``backward()`` was called, on the last of ``mode.roots``."""
         if not self._separate:
             return
@@ -184,11 +184,11 @@ class Batches:
             part.linearisation, pulled = double, double.gradient
         elif part.heads:
             pulled = torch.autograd.grad(part.heads, self.params, part.at, retain_graph=True, allow_unused=True)
-        part.let_go()
+        part.release_graph()
         self.parts.append(part)
         self.gradients.append(list(pulled))
 
-    def _let_go(self, mode: Mode) -> None:
+    def _let_go(self, mode: TraceMode) -> None:
         """Nothing of the parts that are closed may stay with the mode."""
         claimed = {id(c) for c in self._claimed}
         mode.calls[:] = [c for c in mode.calls if id(c) not in claimed]
@@ -199,10 +199,10 @@ class Batches:
         mode.hidden.clear()
         self._claimed.clear()
         self._hidden = 0
-        mode.taken_apart = True
+        mode.split = True
 
 
-class _Again(Collect):
+class Replay(OutputCollector):
     """Hands over the heads of every part when its ``backward()`` is called."""
 
     def __init__(self, parts: list[Part], use: Callable[[Part, list[Tensor]], None], everything: bool) -> None:
@@ -228,6 +228,6 @@ def again(
     closure: Closure, parts: list[Part], use: Callable[[Part, list[Tensor]], None], everything: bool = False
 ) -> None:
     """Run the closure once more; ``use(part, heads)`` before the next part is run, for all or those not kept."""
-    mode = _Again(parts, use, everything)
+    mode = Replay(parts, use, everything)
     with structural.collecting(any(p.hidden for p in parts)) as mode.hidden, mode:
         closure()

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hfopt.closure.differentiable import differentiable
+from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
 from hfopt.closure.trace import Closure, Site, Trace, outputs_again, trace
 from hfopt.curvature.linearisation import (
@@ -31,7 +31,7 @@ from hfopt.curvature.linearisation import (
     not_differentiable,
 )
 from hfopt.curvature.output_space import Matching
-from hfopt.curvature.parts import DOUBLE_BACKWARD_MEMORY, Batches, Maybe, Part, Summed
+from hfopt.curvature.parts import DOUBLE_BACKWARD_MEMORY, Maybe, Part, PartCollector, SumOfParts
 from hfopt.errors import ClosureError, logger, size, warn
 from hfopt.linalg import graph
 from hfopt.recurrences.segments import Run, checkpointing
@@ -41,11 +41,11 @@ SMALLER = 0.8
 
 FORCED = ("checkpoint", "partial", "recompute")
 T = TypeVar("T")
-Known = tuple[str, int]
+PreviousChoice = tuple[str, int]
 
 
 @dataclass
-class Model:
+class ClosureRunner:
     """A closure, and all that belongs to running it.
 
     ``budget``: bytes for what is kept; None: 80% of what is free when the closure is run.
@@ -61,7 +61,7 @@ class Model:
 
     def run(self, *, checkpoint: bool = False, watch: Any = None) -> tuple[Trace, Run]:
         """Run the closure for what it shows, checkpointing its recurrences if asked."""
-        with self.frozen.run(), differentiable(), checkpointing(checkpoint) as run:
+        with self.frozen.run(), twice_differentiable(), checkpointing(checkpoint) as run:
             seen = trace(self.closure, loss=self.loss, outputs=self.outputs, hidden=self.structural, watch=watch)
         return seen, run
 
@@ -76,22 +76,22 @@ def _heads_again(
     closure: Closure, frozen: Frozen, kind: str, sites: list[Site], module: nn.Module | None, marked: list[int]
 ) -> list[Tensor]:
     """The outputs at ``sites`` and the ``marked`` ones of the hidden states, from another run of the closure."""
-    with frozen.again(), torch.enable_grad(), differentiable(), checkpointing(False):
+    with frozen.again(), torch.enable_grad(), twice_differentiable(), checkpointing(False):
         heads = outputs_again(closure, kind, sites, module=module, hidden=bool(marked))
     return [*heads[: len(sites)], *(heads[len(sites) + i] for i in marked)]
 
 
 @dataclass
-class Built:
+class LinearisedLoss:
     """A linearised loss: its parts, each with its share of the gradient ``J' dL/dz``."""
 
     seen: Trace
     parts: list[Part]
     gradients: list[Maybe]
-    linearisation: Linearisation | Summed
+    linearisation: Linearisation | SumOfParts
 
 
-def trusted(known: Known | None, outputs: int) -> bool:
+def still_holds(known: PreviousChoice | None, outputs: int) -> bool:
     """Whether a choice that was made for so many outputs holds for these: memory allows it, or still forces it."""
     if known is None:
         return False
@@ -99,14 +99,14 @@ def trusted(known: Known | None, outputs: int) -> bool:
     return outputs >= SMALLER * before if name in FORCED else outputs <= before
 
 
-def build(model: Model, policy: str, known: Known | None = None) -> Built:
+def build(model: ClosureRunner, policy: str, known: PreviousChoice | None = None) -> LinearisedLoss:
     """Run the closure and linearise it by ``policy``, or under ``"auto"`` by what :class:`_Choice` finds.
 
     Raises:
         ClosureError: the loss could not be taken apart.
         NotDifferentiable: no policy works for the model.
     """
-    return _Build(model, policy, known).build()
+    return LinearisationChooser(model, policy, known).build()
 
 
 def lacks_memory(error: RuntimeError) -> bool:
@@ -115,10 +115,10 @@ def lacks_memory(error: RuntimeError) -> bool:
 
 
 @dataclass
-class _Build:
-    model: Model
+class LinearisationChooser:
+    model: ClosureRunner
     policy: str
-    known: Known | None
+    known: PreviousChoice | None
     seen: Trace = field(init=False)
     part: Part = field(init=False)
     run: Run = field(init=False)
@@ -127,7 +127,7 @@ class _Build:
     attempts: dict[str, Exception] = field(default_factory=dict)
     ran_out: bool = False  # of memory, with cached products
 
-    def build(self) -> Built:
+    def build(self) -> LinearisedLoss:
         auto, watch = self.policy == "auto", None
         checkpoint = self.policy == "checkpoint" or (auto and self.known is not None and self.known[0] == "checkpoint")
         if auto:
@@ -135,14 +135,14 @@ class _Build:
             self.budget = int(0.8 * available_bytes(self.model.params[0].device)) if given is None else given
         if self.policy in ("auto", "recompute") and not checkpoint:
             fits = self.known[1] if auto and self.known is not None and self.known[0] not in FORCED else 0
-            watch = Batches(self.model.params, self.budget, fits)
+            watch = PartCollector(self.model.params, self.budget, fits)
         self._look(checkpoint, watch)
         if watch is not None and watch.parts:
             return self._summed(watch)
         if not auto:
             return self._explicit()
         outputs = sum(z.numel() for z in self.part.space.outputs)
-        if self.known is not None and trusted(self.known, outputs):
+        if self.known is not None and still_holds(self.known, outputs):
             name = "recompute" if self.known[0] == "partial" else self.known[0]
             found = self._attempt(name) if name in FORCED else self._if_memory_lasts(lambda: self._attempt(name))
             if found:
@@ -151,7 +151,7 @@ class _Build:
             self._look(False)
         return self._choose()
 
-    def _look(self, checkpoint: bool, watch: Batches | None = None) -> None:
+    def _look(self, checkpoint: bool, watch: PartCollector | None = None) -> None:
         """Run the closure; a graph that is there already is let go before."""
         self.seen = self.part = self.run = None  # type: ignore[assignment]
         start = self._now()
@@ -216,14 +216,14 @@ class _Build:
         self._look(False)
         return None
 
-    def _built(self, lin: Linearisation, gradient: Maybe) -> Built:
+    def _built(self, lin: Linearisation, gradient: Maybe) -> LinearisedLoss:
         self.part.linearisation = lin
         self.part.heads = []
         if lin.name == "recompute":
-            self.part.let_go()
-        return Built(self.seen, [self.part], [gradient], lin)
+            self.part.release_graph()
+        return LinearisedLoss(self.seen, [self.part], [gradient], lin)
 
-    def _explicit(self) -> Built:
+    def _explicit(self) -> LinearisedLoss:
         if self.policy == "checkpoint" and not self.run.checkpointed:
             warn(
                 "linearisation='checkpoint' needs a recurrence of hfopt (hfopt.recurrences), but none was found in the "
@@ -236,7 +236,7 @@ class _Build:
 
     # -- the choice ------------------------------------------------------------------------------------------------
 
-    def _choose(self) -> Built:
+    def _choose(self) -> LinearisedLoss:
         """The first policy that works and fits."""
         need = int(DOUBLE_BACKWARD_MEMORY * graph.saved_bytes(self.part.heads, self.model.params))
         fits = need <= self.budget and not self.ran_out
@@ -263,7 +263,7 @@ class _Build:
             return found
         raise not_differentiable(self.attempts)
 
-    def _checkpointed(self, need: int) -> Built | None:
+    def _checkpointed(self, need: int) -> LinearisedLoss | None:
         """By checkpointing, if that fits; otherwise the plain graph is there again."""
         self._look(True)
         if self.run.checkpointed and (found := self._if_memory_lasts(lambda: self._measured("checkpoint"))):
@@ -275,7 +275,7 @@ class _Build:
         self._look(False)
         return None
 
-    def _measured(self, policy: str) -> Built | None:
+    def _measured(self, policy: str) -> LinearisedLoss | None:
         """The linearisation by ``policy``, with what it costs from a first product; None if the model forbids it."""
         start = self._now()
         attempt = self._attempt(policy)
@@ -315,9 +315,9 @@ class _Build:
                 f"of {size(self.budget)}: {consequence}. Use a smaller curvature batch, or raise memory_budget"
             )
 
-    def _summed(self, batches: Batches) -> Built:
+    def _summed(self, batches: PartCollector) -> LinearisedLoss:
         """The sum of parts that the closure's batches were taken apart into."""
-        summed = Summed(batches.parts, batches.largest)
+        summed = SumOfParts(batches.parts, batches.largest)
         if self.policy == "auto" and (self.known is None or self.known[0] != summed.name):
             many = f"{summed.kept} of {len(summed.parts)} batches are kept, the others computed again in every product"
             logger.info("linearisation %r: %s; keeps %s", summed.name, many, size(summed.kept_bytes()))
@@ -325,4 +325,4 @@ class _Build:
                 f"the linearisations of all batches do not fit into the budget of {size(self.budget)}: {many}. Use "
                 "fewer or smaller curvature batches, or raise memory_budget"
             )
-        return Built(self.seen, batches.parts, batches.gradients, summed)
+        return LinearisedLoss(self.seen, batches.parts, batches.gradients, summed)

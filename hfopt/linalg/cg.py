@@ -232,16 +232,16 @@ class CG:
         if b.device.type != "cuda":
             if self.cuda_graphs is True:
                 raise ValueError(f"cuda_graphs is True, but the right-hand side b is on {b.device}; leave it at 'auto'")
-            run = Run(self, op, b, x0, preconditioner, directions=directions, augment=augment)
+            run = HostCG(self, op, b, x0, preconditioner, directions=directions, augment=augment)
             return run.iterate(size_b, stop)
-        from hfopt.linalg.cg_device import DeviceRun  # which needs this module
+        from hfopt.linalg.cg_device import DeviceCG  # which needs this module
 
         with recording(op, b, self.cuda_graphs, self._attempts) as recorder:
-            run = DeviceRun(self, op, b, x0, preconditioner, recorder, directions=directions, augment=augment)
+            run = DeviceCG(self, op, b, x0, preconditioner, recorder, directions=directions, augment=augment)
             return run.iterate(size_b, stop)
 
 
-class Run:
+class HostCG:
     """One solve where reading a number costs nothing; its vectors are updated in place, allocated once."""
 
     def __init__(

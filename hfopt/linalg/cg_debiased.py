@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfopt.linalg.cg import CG, CGCheck, LinearMap, Run, Solution
+from hfopt.linalg.cg import CG, CGCheck, HostCG, LinearMap, Solution
 from hfopt.linalg.vector import dot, norm
 
 SLOPES = ("iterate", "start")
@@ -77,10 +77,10 @@ def solve_debiased(
         raise ValueError("a right-hand side is not finite")
     if options.cuda_graphs is True:
         raise ValueError("cuda_graphs is True, but a solve with two batches cannot be recorded; leave it at 'auto'")
-    return DebiasedRun(options, op, b, second, x0, preconditioner).iterate(size_b, None)
+    return DebiasedCG(options, op, b, second, x0, preconditioner).iterate(size_b, None)
 
 
-class DebiasedRun(Run):
+class DebiasedCG(HostCG):
     """One solve: ``r`` belongs to the first quadratic, ``x``, phi and everything that is kept to the second."""
 
     def __init__(

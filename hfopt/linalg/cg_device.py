@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hfopt.linalg.cg import CG, Iterate, LinearMap, Run, Solution
+from hfopt.linalg.cg import CG, HostCG, Iterate, LinearMap, Solution
 from hfopt.linalg.vector import norm
 
 # What one line of the log holds, in this order; those from |r'z| on decide whether the solve goes on.
@@ -56,7 +56,7 @@ class Counter(Protocol):
     products: int
 
 
-class DeviceRun(Run):
+class DeviceCG(HostCG):
     """One solve, without reading from the device between checks.
 
     ``products`` counts those made, also between the end of the solve and the check that notices it.
@@ -154,14 +154,14 @@ class DeviceRun(Run):
         return z
 
     def turn_from(self, z: Tensor) -> None:
-        """``d -= u (Au)'z``: :meth:`hfopt.linalg.cg.Run.conjugate`."""
+        """``d -= u (Au)'z``: :meth:`hfopt.linalg.cg.HostCG.conjugate`."""
         if self.u is not None:
             self.dot_into(z, self.au, self.along_u)
             self.length.copy_(self.along_u)
             self.d.addcmul_(self.u, self.length, value=-1.0)
 
     def keep_to(self) -> None:
-        """:meth:`hfopt.linalg.cg.Run.correct`, unless the solve has ended."""
+        """:meth:`hfopt.linalg.cg.HostCG.correct`, unless the solve has ended."""
         if self.u is not None:
             self.dot_into(self.r, self.u, self.along_u)
             self.along_u.masked_fill_(self.dead, 0.0)

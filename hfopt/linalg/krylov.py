@@ -40,7 +40,7 @@ def gram(a: Tensor, b: Tensor) -> Tensor:
     return total.cpu()
 
 
-class Path:
+class DampingPath:
     """``p(lambda)`` for all ``lambda > 0``, by Rayleigh and Ritz.
 
     Args:

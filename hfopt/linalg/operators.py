@@ -132,7 +132,7 @@ class Damped(Operator):
         return out.add_(v, alpha=self.damping + self.decay)
 
 
-class Local(Operator):
+class ClosureOperator(Operator):
     """What operators built from a closure share: parameters, the loss and its gradient at the point."""
 
     loss: Tensor  # 0-dim, detached

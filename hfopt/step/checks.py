@@ -22,7 +22,7 @@ from hfopt.closure.trace import Closure
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.curvature.output_space import Matching
 from hfopt.step.checks_derivatives import Derivatives
-from hfopt.step.checks_reductions import Look, unequal_batches
+from hfopt.step.checks_reductions import ReductionTrace, unequal_batches
 
 if TYPE_CHECKING:
     from hfopt.step.objective import Objective
@@ -105,8 +105,8 @@ class _Checks(Derivatives):
         self._reductions(looks)
         self.check()
 
-    def _look(self, closure: Closure) -> Look:
-        look = Look()
+    def _look(self, closure: Closure) -> ReductionTrace:
+        look = ReductionTrace()
         with self.step._running() as scaling, structural.collecting(False):
             look.run(closure)
         for criterion in look.criteria:
@@ -139,7 +139,7 @@ class _Checks(Derivatives):
     def _name(self, role: str) -> str:
         return "closure" if role == "closure" else f"{role}= closure"
 
-    def _reductions(self, looks: dict[str, Look]) -> None:
+    def _reductions(self, looks: dict[str, ReductionTrace]) -> None:
         self.fail(self._returned())
         own = looks["closure"].criteria
         o = self.step.o
@@ -172,7 +172,7 @@ class _Checks(Derivatives):
             "which is what is minimised: return the same loss, the sum of all that backward() is called on (or None)"
         )
 
-    def _weights(self, name: str, own: Look, other: Look) -> str | None:
+    def _weights(self, name: str, own: ReductionTrace, other: ReductionTrace) -> str | None:
         """Whether the losses of two closures are in one unit."""
         names = [sorted({c.name for c in look.criteria}) for look in (own, other)]
         a, b = (sum(c.weight for c in look.criteria) for look in (own, other))
@@ -184,7 +184,7 @@ class _Checks(Derivatives):
             "units: use means over cases (reduction='mean') in all closures of a step"
         )
 
-    def _cases(self, look: Look) -> str | None:
+    def _cases(self, look: ReductionTrace) -> str | None:
         """What the Fisher matrices and a preconditioner take for cases."""
         o = self.step.o
         dim = (

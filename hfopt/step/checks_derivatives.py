@@ -109,13 +109,13 @@ class Derivatives:
         if found is not None and found.quotient == 0.0:
             self.fail(
                 "the closure's loss did not change by a bit when the parameters were moved, though its gradient says "
-                f"that it would by {found.foretold:.6g} per unit: compute the model's outputs anew in every call of "
+                f"that it would by {found.predicted:.6g} per unit: compute the model's outputs anew in every call of "
                 "the closure"
             )
         if found is not None:
             self.fail(
-                f"the gradient of the closure's loss is wrong: along a random direction it foretells a slope of "
-                f"{found.foretold:.6g}, but differences of the loss give {found.quotient:.6g} (to {found.error:.1g}). "
+                f"the gradient of the closure's loss is wrong: along a random direction it predicts a slope of "
+                f"{found.predicted:.6g}, but differences of the loss give {found.quotient:.6g} (to {found.error:.1g}). "
                 f"{CUSTOM}"
             )
 
@@ -181,7 +181,7 @@ class Derivatives:
         if found is not None:
             what = "outputs" if isinstance(self.op, GaussNewton) else "gradient"
             self.fail(
-                f"products with the curvature matrix are wrong: v'Gv is {found.foretold:.6g} for a random vector v, "
+                f"products with the curvature matrix are wrong: v'Gv is {found.predicted:.6g} for a random vector v, "
                 f"but differences of the {what} give {found.quotient:.6g} (to {found.error:.1g}). {CUSTOM}; or try "
                 "another linearisation="
             )

@@ -58,7 +58,7 @@ class Criterion:
         return self.reduction in ("sum", "none") and self.same and self.terms > 1 and abs(single - 1) < 1e-6
 
 
-class Look(TorchFunctionMode):
+class ReductionTrace(TorchFunctionMode):
     """Runs a closure for its criteria, and for the lowest precision that it computes in.
 
     No graph of a network outlives its criterion.

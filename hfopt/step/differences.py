@@ -2,7 +2,7 @@
 
 Along a direction d, quotients of differences are taken at lengths h that fall by factors of four about ``eps^(1/3)``,
 where truncation and rounding of a central difference balance. How far a quotient can be trusted is seen from the next
-one: with ``q(h)`` the central quotient less what the derivative foretells, and ``j(h)`` the forward less the backward
+one: with ``q(h)`` the central quotient less what the derivative predicts, and ``j(h)`` the forward less the backward
 quotient,
 
     error = |q(h) - q(h/4)| + |4 j(h/4) - j(h)| / 3 + rounding.
@@ -30,32 +30,32 @@ _LENGTHS = (8.0, 2.0, 0.5, 0.125)
 
 @dataclass(frozen=True)
 class Rung:
-    """Differences at one length: ``quotient`` found, ``foretold`` by the derivative, ``jump``, a bound of rounding."""
+    """Differences at one length: ``quotient`` found, ``predicted`` by the derivative, ``jump``, a bound of rounding."""
 
     quotient: float
-    foretold: float
+    predicted: float
     jump: float
     rounding: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What differences say of a derivative: ``quotient`` and ``foretold`` at the length where ``error`` is least."""
+    """What differences say of a derivative: ``quotient`` and ``predicted`` at the length where ``error`` is least."""
 
     quotient: float
-    foretold: float
+    predicted: float
     error: float
     tolerance: float
 
     @property
     def wrong(self) -> bool:
         """The derivative is beyond any doubt another."""
-        return abs(self.quotient - self.foretold) > 5 * self.error + self.tolerance
+        return abs(self.quotient - self.predicted) > 5 * self.error + self.tolerance
 
     @property
     def right(self) -> bool:
         """It agrees, and differences were exact enough to tell."""
-        return not self.wrong and self.error <= 0.1 * max(abs(self.quotient), abs(self.foretold))
+        return not self.wrong and self.error <= 0.1 * max(abs(self.quotient), abs(self.predicted))
 
 
 def lengths(eps: float) -> list[float]:
@@ -67,12 +67,12 @@ def judge(rungs: Sequence[Rung], eps: float) -> Verdict:
     """The verdict of a ladder of differences."""
     best = Verdict(math.nan, math.nan, math.inf, 0.0)
     for wide, narrow in pairwise(rungs):
-        truncation = abs((wide.quotient - wide.foretold) - (narrow.quotient - narrow.foretold))
+        truncation = abs((wide.quotient - wide.predicted) - (narrow.quotient - narrow.predicted))
         kink = abs(_RATIO * narrow.jump - wide.jump) / (_RATIO - 1)
         error = truncation + kink + narrow.rounding
         if error < best.error:  # not for NaN
-            scale = max(abs(narrow.quotient), abs(narrow.foretold))
-            best = Verdict(narrow.quotient, narrow.foretold, error, max(1e-3, 8 * eps) * scale)
+            scale = max(abs(narrow.quotient), abs(narrow.predicted))
+            best = Verdict(narrow.quotient, narrow.predicted, error, max(1e-3, 8 * eps) * scale)
     return best
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hfopt.closure import loss_scaling
-from hfopt.closure.differentiable import differentiable
+from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
 from hfopt.closure.trace import Closure, differentiate, evaluate
 from hfopt.curvature.fisher import Fisher
 from hfopt.curvature.gauss_newton import GaussNewton, Hessian
-from hfopt.curvature.policy import trusted
+from hfopt.curvature.policy import still_holds
 from hfopt.linalg.processes import processes_of
 from hfopt.linalg.vector import ParameterVector, dot, norm
 from hfopt.recurrences.segments import checkpointing
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Model:
+class QuadraticModel:
     """The quadratic model ``q(p) = g'p + p'(op + c)p/2`` of one batch; ``g (P,)`` has the penalty's gradient in it."""
 
     op: GaussNewton | Hessian
@@ -94,11 +94,13 @@ class Objective:
         self.saved = self.vector.views(theta) if self._same_dtype() else self.vector.snapshot()
         self.g = gradient + theta * self.decay if self.decays() else gradient
         self.theta = theta
-        self.model = Model(self.op, self.g)
+        self.model = QuadraticModel(self.op, self.g)
         if self.debias is not None:
             second = self.operator(self.debias)
             self.gradients += 1
-            self.model = Model(second, second.gradient + theta * self.decay if self.decays() else second.gradient)
+            self.model = QuadraticModel(
+                second, second.gradient + theta * self.decay if self.decays() else second.gradient
+            )
         seen = loss if self.debias is None else float(self.model.op.loss)
         self.f0_plain = self.loss_alone() if self.own_evaluation else seen
         self.f0 = self.f0_plain + self.penalty(theta)
@@ -142,7 +144,9 @@ class Objective:
         }
         op = self._matrix(closure, options)
         outputs, name = op.outputs, op.linearisation.name
-        if o.linearisation == "auto" and (o.chosen is None or name != o.chosen[0] or not trusted(o.chosen, outputs)):
+        if o.linearisation == "auto" and (
+            o.chosen is None or name != o.chosen[0] or not still_holds(o.chosen, outputs)
+        ):
             o.chosen = name, outputs
         return op
 
@@ -162,7 +166,7 @@ class Objective:
         """The context of a run of a closure for its loss, or its loss and gradient."""
         with (
             self.frozen.run(),
-            differentiable(),
+            twice_differentiable(),
             checkpointing(self._checkpointed()),
             loss_scaling.watching() as scaling,
         ):

@@ -16,7 +16,7 @@ from hfopt.damping import KrylovDamping
 from hfopt.errors import warn
 from hfopt.linalg.cg import Iterate, Solution
 from hfopt.linalg.cg_debiased import Quadratic, solve_debiased
-from hfopt.linalg.krylov import Path
+from hfopt.linalg.krylov import DampingPath
 from hfopt.linalg.vector import dot, norm
 from hfopt.line_search import LineSearchResult
 from hfopt.step.checks import check
@@ -181,7 +181,7 @@ class Step(Objective):
         return damping
 
     def calibrated(self) -> tuple[float, Candidate]:
-        """The first step's lambda, by trial: the largest decrease among those that the model foretells well.
+        """The first step's lambda, by trial: the largest decrease among those that the model predicts well.
 
         Starts at the curvature along the gradient, ``g'Gg / g'g``, where lambda has the scale of the loss, and goes in
         powers of ten: down as long as rho is above the rule's upper threshold and the loss falls further, up if it is
@@ -216,7 +216,7 @@ class Step(Objective):
         solution = self.solve(at, NOWHERE if calibrates else self.cg_start(), kept)
         if solution.reason == "not finite" or solution.pairs is None or not len(solution.pairs[0]):
             return at, self.judged(at, solution)
-        path = Path(*solution.pairs, -self.g, at, None if self.scale is None else 1 / self.scale)
+        path = DampingPath(*solution.pairs, -self.g, at, None if self.scale is None else 1 / self.scale)
         solution.pairs = None
         given = self.on_path(solution, path, first, at, path.solution(first))
         best = given if self.o.backtracking == "none" else self.walk(rule, solution, path, at, given)
@@ -224,7 +224,9 @@ class Step(Objective):
         best.evaluated[solution.iterations] = best.value if calibrates else given.value
         return (best.damping or first) if calibrates else first, best
 
-    def walk(self, rule: KrylovDamping, solution: Solution, path: Path, at: float, given: Candidate) -> Candidate:
+    def walk(
+        self, rule: KrylovDamping, solution: Solution, path: DampingPath, at: float, given: Candidate
+    ) -> Candidate:
         """The best candidate on the ladders of lambda.
 
         Where lambda is far below all curvatures, it changes nothing: such candidates are passed over upwards, and not
@@ -245,7 +247,7 @@ class Step(Objective):
         return best
 
     def on_path(
-        self, solution: Solution, path: Path, damping: float, at: float, x: Tensor, value: float | None = None
+        self, solution: Solution, path: DampingPath, damping: float, at: float, x: Tensor, value: float | None = None
     ) -> Candidate:
         """A step ``x = p(lambda)`` from a solve with ``lambda = at``, judged by rho."""
         p = self.scaled(x)

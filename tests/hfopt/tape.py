@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from hfopt.linalg.cg_device import DeviceRun
+from hfopt.linalg.cg_device import DeviceCG
 
 # What would make the host wait for a device.
 READS = re.compile(r"_local_scalar_dense|aten\.(item|is_nonzero|equal|nonzero|masked_select|unique|allclose)\b")
@@ -69,7 +69,7 @@ class Recorder:
         self.proven, self.watched, self.repeated = proven, 0, 0
         self.tape: Tape | None = None
         self.refused: str | None = None
-        self.run: DeviceRun | None = None
+        self.run: DeviceCG | None = None
 
     def prove(self) -> None:
         self.proven = True
@@ -95,7 +95,7 @@ class Recorder:
 
 
 @contextmanager
-def put_back(run: DeviceRun) -> Iterator[None]:
+def put_back(run: DeviceCG) -> Iterator[None]:
     """Let the block leave no trace in the tensors of a solve."""
     tensors = [t for t in tree_flatten(vars(run))[0] if isinstance(t, Tensor)]
     saved = [t.clone() for t in tensors]

@@ -49,7 +49,7 @@ def test_levenberg_marquardt(rho: float, accepted: bool, factor: float) -> None:
 
 
 def test_an_infinite_ratio_does_not_relax() -> None:
-    """f may fall where the model foretold nothing; that is no reason to trust the model more."""
+    """f may fall where the model predicted nothing; that is no reason to trust the model more."""
     rule = LevenbergMarquardt(1.0)
     rule.update(INF, True)
     assert rule.value is not None

@@ -42,7 +42,7 @@ def test_the_first_length_that_meets_armijo() -> None:
 
 
 def test_a_little_decrease_is_not_enough() -> None:
-    """At the full step f falls by a thousandth of what the slope foretells."""
+    """At the full step f falls by a thousandth of what the slope predicts."""
 
     def f(s: float) -> float:
         return -s + s * s * (1 - 1e-3)

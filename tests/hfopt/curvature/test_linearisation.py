@@ -233,7 +233,7 @@ def test_a_growing_batch_is_run_once() -> None:
 
 
 def test_the_choice_is_made_anew_where_the_model_has_changed() -> None:
-    class Model(nn.Module):
+    class ClosureRunner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.second, self.one_way = mlp(3, 4, seed=51), mlp(4, 2, seed=52), False
@@ -243,7 +243,7 @@ def test_the_choice_is_made_anew_where_the_model_has_changed() -> None:
             z: Tensor = self.second(OneWay.apply(h) if self.one_way else h.sin())  # type: ignore[no-untyped-call]
             return z
 
-    model = Model()
+    model = ClosureRunner()
     optimizer = hfopt.HessianFree(model.parameters())
     optimizer.step(lambda: F.mse_loss(model(X), Y))
     model.one_way = True

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 import hfopt
 import models
 from hfopt.curvature.linearisation import Cost
-from hfopt.curvature.policy import trusted
+from hfopt.curvature.policy import still_holds
 from hfopt.recurrences import simple_rnn
 from hfopt.recurrences.segments import Found, Given, over_time
 from tests.hfopt.tools import dense_gauss_newton, matrix, mlp, randn, relative
@@ -102,8 +102,8 @@ def test_cost_is_told_in_gradients() -> None:
     ],
 )
 def test_how_long_a_choice_holds(name: str, outputs: int, holds: bool) -> None:
-    assert trusted((name, 100), outputs) is holds
-    assert not trusted(None, outputs)
+    assert still_holds((name, 100), outputs) is holds
+    assert not still_holds(None, outputs)
 
 
 @pytest.mark.parametrize(("budget", "forced"), [(30_000, "checkpoint"), (4500, "recompute")])

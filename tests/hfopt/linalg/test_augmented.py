@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt.damping import FixedDamping
-from hfopt.linalg.cg import CG, Run
+from hfopt.linalg.cg import CG, HostCG
 from hfopt.linalg.vector import norm
 from tests.hfopt.linalg.test_cg import Matrix, diagonal, exact, phi
 from tests.hfopt.linalg.test_cg_device import DTYPES, assert_same, device
@@ -110,7 +110,7 @@ def test_a_device_takes_the_same_iterates(
     b, u = randn(60, seed=13).to(dtype), randn(60, seed=14).to(dtype)
     m = diagonal(a) if preconditioned else None
     cg = CG(tolerance=tolerance, check_every=check_every, repair_every=repair_every, max_iterations=33)
-    expected = Run(cg, Matrix(a), b, None, m, augment=u).iterate(norm(b), None)
+    expected = HostCG(cg, Matrix(a), b, None, m, augment=u).iterate(norm(b), None)
     assert_same(device(cg, Matrix(a), b, None, m, augment=u), expected)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hfopt
-from hfopt.linalg.cg import CG, Run, Solution
-from hfopt.linalg.cg_device import DeviceRun
+from hfopt.linalg.cg import CG, HostCG, Solution
+from hfopt.linalg.cg_device import DeviceCG
 from hfopt.linalg.vector import norm
 from hfopt.preconditioners import EmpiricalFisherDiagonal
 from hfopt.recurrences import simple_rnn
@@ -45,7 +45,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def host(cg: CG, op: Any, b: Tensor, x0: Tensor | None = None, m: Preconditioner | None = None) -> Solution:
-    return Run(cg, op, b, x0, m).iterate(norm(b), None)
+    return HostCG(cg, op, b, x0, m).iterate(norm(b), None)
 
 
 def device(
@@ -57,7 +57,7 @@ def device(
     recorder: Recorder | None = None,
     augment: Tensor | None = None,
 ) -> Solution:
-    run = DeviceRun(cg, op, b, x0, m, recorder, augment=augment)
+    run = DeviceCG(cg, op, b, x0, m, recorder, augment=augment)
     if recorder is not None:
         recorder.run = run
     return run.iterate(norm(b), None)
@@ -178,7 +178,7 @@ def test_stopped_by_the_caller() -> None:
         seen.append((i, float(0.5 * x @ a @ x - b @ x) - value))
         return i >= 30
 
-    ours = DeviceRun(CG(tolerance=0.0), Matrix(a), b, None, None).iterate(norm(b), stop)
+    ours = DeviceCG(CG(tolerance=0.0), Matrix(a), b, None, None).iterate(norm(b), stop)
     assert (ours.reason, ours.iterations) == ("stopped", 30)
     assert [i for i, _ in seen] == [10, 20, 30]
     assert all(abs(error) < 1e-9 for _, error in seen)
@@ -196,7 +196,7 @@ def test_an_operator_with_a_memory_of_its_own() -> None:
     assert_same(device(CG(), Own(a), b), host(CG(), Matrix(a), b))
 
 
-class Silent(DeviceRun):
+class Silent(DeviceCG):
     """Raises where anything is read between checks."""
 
     def __init__(self, *args: Any) -> None:
@@ -300,9 +300,9 @@ def test_directions_are_those_of_the_host(dtype: torch.dtype, directions: int, w
     a, b = system(dtype)
     start = randn(200, seed=3).to(dtype) if warm else None
     cg = CG(max_iterations=103, check_every=9, repair_every=0 if dtype == torch.float64 else 20)
-    expected = Run(cg, Matrix(a), b, start, None, directions).iterate(norm(b), None)
+    expected = HostCG(cg, Matrix(a), b, start, None, directions).iterate(norm(b), None)
     recorder = Recorder() if recorded else None
-    run = DeviceRun(cg, Matrix(a), b, start, None, recorder, directions)
+    run = DeviceCG(cg, Matrix(a), b, start, None, recorder, directions)
     if recorder is not None:
         recorder.run = run
     ours = run.iterate(norm(b), None)
@@ -317,8 +317,8 @@ def test_directions_are_those_of_the_host(dtype: torch.dtype, directions: int, w
 
 def test_negative_curvature_at_once_leaves_its_direction() -> None:
     a, b = spd([-1.0, -2.0, -3.0], seed=5), randn(3, seed=6)
-    expected = Run(CG(), Matrix(a), b, None, None, 4).iterate(norm(b), None)
-    ours = DeviceRun(CG(), Matrix(a), b, None, None, None, 4).iterate(norm(b), None)
+    expected = HostCG(CG(), Matrix(a), b, None, None, 4).iterate(norm(b), None)
+    ours = DeviceCG(CG(), Matrix(a), b, None, None, None, 4).iterate(norm(b), None)
     assert ours.pairs is not None
     assert expected.pairs is not None
     assert same(ours.pairs[0], expected.pairs[0])
@@ -364,7 +364,7 @@ def test_a_recording_that_does_something_else_is_refused() -> None:
 def test_a_solve_leaves_no_cycle_behind() -> None:
     """What it took, and the operator with its graph, goes with the last reference."""
     op = problems()["squared error"]()
-    run = DeviceRun(CG(max_iterations=12), op.damped(0.1), -op.gradient, None, None)
+    run = DeviceCG(CG(max_iterations=12), op.damped(0.1), -op.gradient, None, None)
     run.iterate(norm(op.gradient), None)
     alive = [weakref.ref(op), weakref.ref(run)]
     gc.disable()
@@ -391,14 +391,14 @@ def test_whole_steps(preconditioner: str | None, monkeypatch: pytest.MonkeyPatch
     """An optimizer whose solves are recorded takes the same steps; lambda is found at the first one."""
     recorders: list[Recorder] = []
 
-    def recorded(*args: Any, **named: Any) -> DeviceRun:
+    def recorded(*args: Any, **named: Any) -> DeviceCG:
         recorders.append(Recorder(proven=bool(recorders)))
-        recorders[-1].run = DeviceRun(*args, recorders[-1], **named)
+        recorders[-1].run = DeviceCG(*args, recorders[-1], **named)
         return recorders[-1].run
 
     steps = []
-    for run in (Run, recorded):
-        monkeypatch.setattr(hfopt.linalg.cg, "Run", run)
+    for run in (HostCG, recorded):
+        monkeypatch.setattr(hfopt.linalg.cg, "HostCG", run)
         v, w, h0 = randn(6, 8, 5, seed=7), nn.Parameter(0.3 * randn(5, 5, seed=8)), nn.Parameter(randn(5, seed=9))
         readout, target = nn.Parameter(randn(5, 2, seed=10)), randn(6, 8, 2, seed=11)
         options: dict[str, Any] = {"structural": 0.3, "preconditioner": preconditioner, "batch_dim": 1}

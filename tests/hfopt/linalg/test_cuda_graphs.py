@@ -320,12 +320,12 @@ def test_products_that_wait_are_launched(kind: type[Matrix], caplog: pytest.LogC
 @needs_cuda
 @pytest.mark.parametrize("option", [False, True])
 def test_cuda_never_waits_between_checks(option: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hfopt.linalg.cg_device import DeviceRun
+    from hfopt.linalg.cg_device import DeviceCG
 
     def silent(name: str) -> Callable[..., Any]:
-        method = getattr(DeviceRun, name)
+        method = getattr(DeviceCG, name)
 
-        def called(self: DeviceRun, *args: Any) -> Any:
+        def called(self: DeviceCG, *args: Any) -> Any:
             torch.cuda.set_sync_debug_mode("error")
             try:
                 return method(self, *args)
@@ -342,7 +342,7 @@ def test_cuda_never_waits_between_checks(option: bool, monkeypatch: pytest.Monke
         cg = CG(tolerance=0.0, residual=0.0, max_iterations=50, cuda_graphs=option)
         cg.solve(op.damped(0.1), -op.gradient)  # proves the recording, with looks at the device
         for name in ("advance", "settle"):
-            monkeypatch.setattr(DeviceRun, name, silent(name))
+            monkeypatch.setattr(DeviceCG, name, silent(name))
         assert cg.solve(op.damped(0.1), -op.gradient).iterations == 50
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt import CG, KrylovDamping
-from hfopt.linalg.krylov import Path, gram
+from hfopt.linalg.krylov import DampingPath, gram
 from models import RNN
 from tests.hfopt.linalg.test_cg import Matrix, exact, phi
 from tests.hfopt.tools import dense_gauss_newton, flat, matrix, mlp, randn, relative, spd, theta
@@ -40,7 +40,7 @@ def test_a_whole_space_holds_every_solution(weighed: bool, at: float) -> None:
     b_matrix, b = system()
     metric = torch.linspace(0.5, 3.0, 40, dtype=torch.float64) if weighed else None
     basis = torch.linalg.qr(randn(40, 40, seed=3))[0] * torch.logspace(-4, 4, 40, dtype=torch.float64)
-    path = Path(basis.t(), (damped(b_matrix, at, metric) @ basis).t(), b, at, metric)
+    path = DampingPath(basis.t(), (damped(b_matrix, at, metric) @ basis).t(), b, at, metric)
     assert path.dimension == 40
     for damping in LAMBDAS:
         p = torch.linalg.solve(damped(b_matrix, damping, metric), b)
@@ -53,7 +53,7 @@ def test_a_whole_space_holds_every_solution(weighed: bool, at: float) -> None:
 def test_from_zero_they_are_the_iterates_of_other_solves(iterations: int, at: float) -> None:
     a, b = system()
     cg = CG(max_iterations=iterations, tolerance=0.0)
-    path = Path(*solved(cg, damped(a, at), b).pairs, b, at)
+    path = DampingPath(*solved(cg, damped(a, at), b).pairs, b, at)
     assert path.dimension == iterations
     for damping in LAMBDAS:
         assert relative(path.solution(damping), cg.solve(Matrix(damped(a, damping)), b).x) < 1e-8
@@ -66,7 +66,7 @@ def test_a_preconditioner_of_their_own_metric() -> None:
     cg = CG(max_iterations=6, tolerance=0.0)
     solution = cg.solve(Matrix(damped(a, 0.1, metric)), b, None, lambda r: r / metric, directions=6)
     assert solution.pairs is not None
-    path = Path(*solution.pairs, b, 0.1, metric)
+    path = DampingPath(*solution.pairs, b, 0.1, metric)
     other = cg.solve(Matrix(damped(a, 2.0, metric)), b, None, lambda r: r / metric)
     assert relative(path.solution(2.0), other.x) < 1e-8
 
@@ -78,7 +78,7 @@ def test_from_a_start_they_are_the_best_of_the_space(damping: float) -> None:
     s, product = solution.pairs
     assert s.shape == product.shape == (8, 40)
     assert torch.allclose(product, s @ damped(a, 0.1), rtol=1e-10, atol=1e-12)
-    p = Path(s, product, b, 0.1).solution(damping)
+    p = DampingPath(s, product, b, 0.1).solution(damping)
     assert float((s @ (b - damped(a, damping) @ p)).abs().max()) < 1e-8 * float(b.norm() * s.norm())
     assert float((p - torch.linalg.lstsq(s.t(), p.unsqueeze(1)).solution.squeeze(1) @ s).norm()) < 1e-9
 
@@ -92,7 +92,7 @@ def test_of_a_long_solve_the_first_directions_and_its_end(kept: int, warm: bool)
     solution = solved(cg, system_matrix, b, start, kept)
     assert len(solution.pairs[0]) == kept + 1 + warm
     assert solution.products == 20 + warm
-    path = Path(*solution.pairs, b, 0.01)
+    path = DampingPath(*solution.pairs, b, 0.01)
     whole = solved(cg, system_matrix, b, start)
     assert phi(system_matrix, b, path.solution(0.01)) <= phi(system_matrix, b, solution.x) + 1e-12
     assert torch.equal(solution.pairs[0][: kept + warm], whole.pairs[0][: kept + warm])
@@ -104,7 +104,7 @@ def test_without_asking_nothing_is_kept() -> None:
     assert CG().solve(Matrix(a), b).pairs is None
     nothing = CG().solve(Matrix(a), torch.zeros_like(b), directions=5)
     assert nothing.pairs is not None
-    path = Path(*nothing.pairs, b, 1.0)
+    path = DampingPath(*nothing.pairs, b, 1.0)
     assert (path.dimension, path.least) == (0, 0.0)
     assert torch.equal(path.solution(1.0), torch.zeros_like(b))
     assert path.model(1.0) == (0.0, 0.0)
@@ -114,7 +114,7 @@ def test_negative_curvature_leads_downhill() -> None:
     a = spd([4.0, 1.0, 1e-2, -0.5, -3.0], seed=6)
     b = randn(5, seed=7)
     basis = torch.eye(5, dtype=torch.float64)
-    path = Path(basis, a @ basis, b, 0.0)
+    path = DampingPath(basis, a @ basis, b, 0.0)
     t, vectors = torch.linalg.eigh(a)
     assert torch.allclose(path.values, t)
     assert path.least == pytest.approx(1e-2)
@@ -129,12 +129,12 @@ def test_rows_that_say_nothing_are_left_out() -> None:
     a, b = system()
     s = randn(4, 40, seed=8)
     s = torch.stack([s[0], s[1], 3 * s[0], torch.zeros(40, dtype=torch.float64), s[2], s[0] - s[1]])
-    path = Path(s, s @ damped(a, 0.1), b, 0.1)
+    path = DampingPath(s, s @ damped(a, 0.1), b, 0.1)
     clean = s[[0, 1, 4]]
     assert path.dimension == 3
-    assert relative(path.solution(1.0), Path(clean, clean @ damped(a, 0.1), b, 0.1).solution(1.0)) < 1e-8
+    assert relative(path.solution(1.0), DampingPath(clean, clean @ damped(a, 0.1), b, 0.1).solution(1.0)) < 1e-8
     s[2, 0] = math.nan
-    assert Path(s, s @ damped(a, 0.1), b, 0.1).dimension == 3
+    assert DampingPath(s, s @ damped(a, 0.1), b, 0.1).dimension == 3
 
 
 @pytest.mark.parametrize(("size", "error"), [(30_001, 1e-14), (150_001, 1e-7)])
@@ -151,7 +151,7 @@ def test_single_precision() -> None:
     cg = CG(max_iterations=15, tolerance=0.0)
     solution = cg.solve(Matrix(damped(a, 0.1).float()), b.float(), directions=15)
     assert solution.pairs is not None
-    path = Path(*solution.pairs, b.float(), 0.1)
+    path = DampingPath(*solution.pairs, b.float(), 0.1)
     for damping in (0.02, 0.1, 1.0):
         assert relative(path.solution(damping).double(), cg.solve(Matrix(damped(a, damping)), b).x) < 1e-3
 
