@@ -134,7 +134,9 @@ class LevenbergMarquardt(Damping):
 
 @dataclass
 class KrylovDamping(LevenbergMarquardt):
-    """lambda chosen by the loss at every step, all candidates from one solve (:class:`hfopt.linalg.krylov.DampingPath`).
+    """Choose lambda by the loss at every step, all candidates from one solve.
+
+    The candidates lie on a :class:`hfopt.linalg.krylov.DampingPath`.
 
     The loss is evaluated at ``p(lambda)`` for the lambda of the step before, then for ``ratio^k`` times it: first
     downwards if rho was more than 1/2 and upwards otherwise, on as long as the loss falls, and if it did not, to the

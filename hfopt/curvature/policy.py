@@ -116,6 +116,8 @@ def lacks_memory(error: RuntimeError) -> bool:
 
 @dataclass
 class LinearisationChooser:
+    """Choose a linearisation by what the model allows and what fits into memory."""
+
     model: ClosureRunner
     policy: str
     known: PreviousChoice | None
