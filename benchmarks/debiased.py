@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfopt.linalg.cg import CG, Solution
-from hfopt.linalg.cg_debiased import Quadratic, solve_debiased
+from hfopt.linalg.cg import CG
+from hfopt.linalg.cg_debiased import Quadratic
+from hfopt.linalg.solution import Solution
 
 ITERATIONS = (1, 2, 5, 10, 20, 30)
 DRAWS = 20
@@ -53,7 +54,7 @@ def solve(form: str, k: int, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor])
         return options.solve(Dense(a[0]), a[1])
     if form == FORMS[1]:
         return options.solve(Dense((a[0] + b[0]) / 2), (a[1] + b[1]) / 2)
-    return solve_debiased(options, Dense(a[0]), a[1], Quadratic(Dense(b[0]), b[1], form.rpartition(" ")[2]))
+    return options.solve(Dense(a[0]), a[1], second=Quadratic(Dense(b[0]), b[1], form.rpartition(" ")[2]))
 
 
 def shares(setting: Setting, form: str) -> Iterator[list[float]]:

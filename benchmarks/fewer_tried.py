@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from hfopt import CG, HessianFree, KrylovDamping, LevenbergMarquardt
-from hfopt.linalg.cg import HostCG, LinearMap, Solution
+from hfopt.linalg.cg_host import HostCG
 from hfopt.linalg.krylov import Path
 from hfopt.linalg.operators import Operator
+from hfopt.linalg.solution import LinearMap, Solution
 from hfopt.linalg.vector import dot, norm
 from hfopt.preconditioners import Preconditioner
 from hfopt.preconditioners.base import System

@@ -12,78 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal
 
-import torch
 from torch import Tensor
 
+from hfopt.linalg.cg_debiased import DebiasedCG, Quadratic
+from hfopt.linalg.cg_device import DeviceCG
+from hfopt.linalg.cg_host import HostCG
 from hfopt.linalg.cuda_graphs import Attempts, recording
-from hfopt.linalg.vector import dot, norm
-
-
-class LinearMap(Protocol):
-    """Anything with a product: ``multiply(v, out)`` writes ``A v`` to ``out`` and returns it."""
-
-    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``A v``."""
-
-
-@dataclass(frozen=True)
-class CGCheck:
-    """One line of the table of checks.
-
-    Attributes:
-        iteration: number of CG iterations done.
-        model: ``phi`` there, damping included.
-        residual: ``|b - A x|``, as the recurrence has it.
-        norm: ``|x|``.
-        evaluation: change of the loss on the evaluation data at this iterate, where backtracking has looked; else None.
-    """
-
-    iteration: int
-    model: float
-    residual: float
-    norm: float
-    evaluation: float | None = None
-
-
-@dataclass(frozen=True)
-class Iterate:
-    """A stored iterate ``x (P,)`` after ``iteration`` iterations, with its ``phi``."""
-
-    iteration: int
-    x: Tensor
-    phi: float
+from hfopt.linalg.rules import StoppingRules
+from hfopt.linalg.solution import LinearMap, Solution
+from hfopt.linalg.vector import norm
 
 
 @dataclass
-class Solution:
-    """What a solve found.
-
-    Attributes:
-        x: the last iterate, (P,).
-        iterates: those kept for backtracking, the last one always among them.
-        reason: ``"progress"``, ``"residual"``, ``"iterations"``, ``"negative curvature"``, ``"not finite"`` or
-            ``"stopped"``.
-        iterations: number of CG iterations.
-        products: number of products with A, on a CUDA device those included that were made before a check showed that
-            the solve had ended.
-        checks: one row every ``check_every`` iterations and for the last.
-        pairs: if directions were asked for, ``S`` and ``A S``, both (m, P): a start that is not zero, the first
-            directions, and the last iterate if there were more.
-    """
-
-    x: Tensor
-    iterates: list[Iterate]
-    reason: str
-    iterations: int
-    products: int
-    checks: list[CGCheck] = field(default_factory=list)
-    pairs: tuple[Tensor, Tensor] | None = None
-
-
-@dataclass
-class CG:
+class CG(StoppingRules):
     """Settings of the solver.
 
     Args:
@@ -107,42 +50,14 @@ class CG:
             (an error where it is not), or False. It changes no result.
     """
 
-    max_iterations: int = 250
-    min_iterations: int = 1
-    tolerance: float | None = None
-    overhead: float = 10.0
-    residual: float = 1e-10
     decay: float | Callable[[int], float] | None = None
-    growth: float = 1.3
-    check_every: int = 10
-    repair_every: int = 0
-    cuda_graphs: bool | str = field(default="auto", compare=False)
+    cuda_graphs: bool | Literal["auto"] = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._attempts = Attempts()
-        if self.max_iterations < 1 or self.min_iterations < 1 or self.min_iterations > self.max_iterations:
-            raise ValueError(
-                f"iterations must satisfy 1 <= min_iterations <= max_iterations, but are {self.min_iterations} and "
-                f"{self.max_iterations}"
-            )
-        tolerance = 0.0 if self.tolerance is None else self.tolerance
-        if not (
-            tolerance >= 0
-            and self.residual >= 0
-            and (self.decay is None or callable(self.decay) or 0 <= self.decay <= 1)
-            and self.growth > 1
-        ):
-            raise ValueError(
-                f"tolerance and residual must be >= 0, decay in [0, 1], growth > 1, but are {self.tolerance}, "
-                f"{self.residual}, {self.decay}, {self.growth}"
-            )
-        if not (self.overhead >= 0 and math.isfinite(self.overhead)):
-            raise ValueError(f"overhead is {self.overhead}, but must be a finite number of products, 0 or more")
-        if self.check_every < 1 or self.repair_every < 0:
-            raise ValueError(
-                f"check_every must be positive and repair_every not negative, but are {self.check_every}, "
-                f"{self.repair_every}"
-            )
+        if not (self.decay is None or callable(self.decay) or 0 <= self.decay <= 1):
+            raise ValueError(f"decay is {self.decay}, but must be in [0, 1], a schedule, or None")
         if self.cuda_graphs not in ("auto", True, False):
             raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}, but must be 'auto', True or False")
 
@@ -161,35 +76,6 @@ class CG:
             raise ValueError(f"the schedule of CG's decay gave {found} after {steps} steps, but must stay in [0, 1]")
         return found
 
-    def stored_iterations(self) -> set[int]:
-        """``ceil(5 growth^j)`` up to the largest number of iterations."""
-        kept, value = set(), 5.0
-        while math.ceil(value) <= self.max_iterations:
-            kept.add(math.ceil(value))
-            value *= self.growth
-        return kept
-
-    def window(self, i: int) -> int | None:
-        """``k`` of the progress rule after ``i`` iterations; None where it is not applied."""
-        k = max(5 if self.tolerance is None else 10, math.ceil(0.1 * i))
-        return None if self.tolerance == 0 or i <= k or i < self.min_iterations else k
-
-    def least_share(self, i: int) -> float:
-        """``k eps`` of the progress rule after ``i`` iterations; minus infinity where the rule is not applied."""
-        k = self.window(i)
-        if k is None:
-            return -math.inf
-        return k / (self.overhead + i) if self.tolerance is None else k * self.tolerance
-
-    def progress_is_little(self, history: list[float]) -> bool:
-        """The progress rule on ``phi_0, ..., phi_i``."""
-        i = len(history) - 1
-        k = self.window(i)
-        if k is None:
-            return False
-        now, then = history[i], history[i - k]
-        return now < 0 and (now - then) / now < self.least_share(i)
-
     def solve(
         self,
         op: LinearMap,
@@ -199,6 +85,7 @@ class CG:
         stop: Callable[[int, Tensor, float], bool] | None = None,
         directions: int = 0,
         augment: Tensor | None = None,
+        second: Quadratic | None = None,
     ) -> Solution:
         """Minimise ``phi`` from ``x0``, or along ``augment`` and what is conjugate to it.
 
@@ -214,225 +101,41 @@ class CG:
             directions: how many directions are kept, with their products: two vectors each.
             augment: u (P,), one more direction, in place of ``x0``; without effect where ``u'Au`` is not clearly
                 positive.
+            second: take step lengths from this quadratic, at one more product an iteration (see
+                :mod:`hfopt.linalg.cg_debiased`). Iterates have its phi and its residual, and its progress ends the
+                solve, as does a value above those at zero and at the start. The host follows every iteration, also on
+                a CUDA device.
 
         Raises:
-            ValueError: ``b``, ``x0`` or ``augment`` of another shape, both of the latter, a right-hand side that is not
-                finite, or graphs that are required where there is no CUDA device.
+            ValueError: vectors of different shapes, both ``x0`` and ``augment``, a right-hand side that is not finite,
+                ``directions`` or ``augment`` with a second quadratic, or graphs that are required where nothing can be
+                recorded.
             RuntimeError: graphs are required, but the system cannot be recorded.
         """
-        for name, given in (("x0", x0), ("augment", augment)):
-            if b.dim() != 1 or (given is not None and given.shape != b.shape):
-                other = None if given is None else given.shape
-                raise ValueError(f"b must be flat and {name} of its shape, but they have shapes {b.shape} and {other}")
+        given = {"b": b, "x0": x0, "augment": augment, "the second b": None if second is None else second.b}
+        shapes = {name: list(v.shape) for name, v in given.items() if v is not None}
+        if b.dim() != 1 or any(shape != shapes["b"] for shape in shapes.values()):
+            found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"all vectors of a solve must be flat and of one shape, but their shapes are {found}")
         if x0 is not None and augment is not None:
             raise ValueError("a solve starts at x0 or along augment, but both are given")
         size_b = norm(b)
-        if not math.isfinite(size_b):
+        if not (math.isfinite(size_b) and (second is None or math.isfinite(norm(second.b)))):
             raise ValueError("the right-hand side b is not finite")
+        if second is not None:
+            if directions or augment is not None:
+                raise ValueError("a solve with a second quadratic keeps no directions and starts at x0 or at zero")
+            if self.cuda_graphs is True:
+                raise ValueError("cuda_graphs is True, but a solve with two batches cannot be recorded; use 'auto'")
+            return DebiasedCG(self, op, b, second, x0, preconditioner).iterate(size_b, stop)
         if b.device.type != "cuda":
             if self.cuda_graphs is True:
                 raise ValueError(f"cuda_graphs is True, but the right-hand side b is on {b.device}; leave it at 'auto'")
             run = HostCG(self, op, b, x0, preconditioner, directions=directions, augment=augment)
             return run.iterate(size_b, stop)
-        from hfopt.linalg.cg_device import DeviceCG  # which needs this module
-
         with recording(op, b, self.cuda_graphs, self._attempts) as recorder:
             run = DeviceCG(self, op, b, x0, preconditioner, recorder, directions=directions, augment=augment)
             return run.iterate(size_b, stop)
-
-
-class HostCG:
-    """One solve where reading a number costs nothing; its vectors are updated in place, allocated once."""
-
-    def __init__(
-        self,
-        options: CG,
-        op: LinearMap,
-        b: Tensor,
-        x0: Tensor | None,
-        preconditioner: Callable[[Tensor], Tensor] | None,
-        directions: int = 0,
-        augment: Tensor | None = None,
-    ) -> None:
-        self.o, self.op, self.b, self.precondition = options, op, b, preconditioner
-        self.stored = options.stored_iterations()
-        self.products = 0
-        self.scratch = torch.empty_like(b)
-        zero_start = x0 is None or not bool(x0.any())
-        self.x = torch.zeros_like(b) if x0 is None else x0.clone()
-        self.r = b.clone()
-        if not zero_start:
-            self.residual_from_scratch()
-        self.directions = directions
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        if directions and not zero_start:
-            self.pairs.append((self.x.clone(), b - self.r))
-        self.u: Tensor | None = None
-        self.au = b
-        if augment is not None:
-            self.start_along(augment)
-        self.warm = len(self.pairs)
-        self.kept: list[Iterate] = []
-        self.checks: list[CGCheck] = []
-        self.history = [self.phi()]
-        self.carried = False  # whether the last phi is the one before, carried along
-
-    def start_along(self, u: Tensor) -> None:
-        """Begin at the minimum of phi along u, which is scaled to ``u'Au = 1``."""
-        au = self.multiply(u)
-        curvature = dot(u, au)
-        # Less than that is rounding: of directions in A's null space nothing is known.
-        if not 8 * torch.finfo(u.dtype).eps * norm(u) * norm(au) < curvature < math.inf:
-            return
-        self.u, self.au = u * curvature**-0.5, au * curvature**-0.5
-        if self.directions:
-            self.pairs.append((self.u, self.au))
-        self.correct()
-
-    def correct(self) -> None:
-        """To the minimum along u, where rounding would lead away from it."""
-        if self.u is not None:
-            length = dot(self.u, self.r)
-            self.x.add_(self.u, alpha=length)
-            self.r.add_(self.au, alpha=-length)
-
-    def conjugate(self, d: Tensor, z: Tensor) -> None:
-        """Take out of d what makes z not conjugate to u."""
-        if self.u is not None:
-            d.add_(self.u, alpha=-dot(z, self.au))
-
-    def multiply(self, v: Tensor) -> Tensor:
-        """``A v`` in ``scratch``."""
-        self.products += 1
-        return self.op.multiply(v, self.scratch)
-
-    def along(self, d: Tensor, ad: Tensor, alpha: float) -> str | None:
-        """Move by ``alpha d``, given ``A d``; a reason not to is given back."""
-        self.x.add_(d, alpha=alpha)
-        self.r.add_(ad, alpha=-alpha)
-        return None
-
-    def residual_from_scratch(self) -> None:
-        """``r = b - A x``."""
-        torch.sub(self.b, self.multiply(self.x), out=self.r)
-
-    def phi(self) -> float:
-        """``-(b + r)'x / 2``: the model's value without another product.
-
-        Between the iterates that are kept or shown, phi is carried along by ``-alpha r'z / 2``, which costs nothing:
-        on wide networks inner products over (P,) would be a large part of a solve.
-        """
-        return -0.5 * (dot(self.b, self.x) + dot(self.r, self.x))
-
-    def carries(self, i: int) -> bool:
-        """Whether phi after ``i`` iterations is the one before, carried along."""
-        o = self.o
-        repaired = o.repair_every and i % o.repair_every == 0
-        return not repaired and i not in self.stored and i % o.check_every != 0
-
-    def check(self, i: int) -> None:
-        """Add a row to the table of checks."""
-        self.checks.append(CGCheck(i, self.history[-1], norm(self.r), norm(self.x)))
-
-    def keep(self, i: int) -> None:
-        """Keep the iterate for backtracking."""
-        if not self.kept or self.kept[-1].iteration != i:
-            self.kept.append(Iterate(i, self.x.clone(), self.history[-1]))
-
-    def done(self, reason: str, i: int) -> Solution:
-        """The solution, at the present iterate."""
-        if self.carried:
-            self.history[-1], self.carried = self.phi(), False
-        self.keep(i)
-        if not self.checks or self.checks[-1].iteration != i:
-            self.check(i)
-        return Solution(self.x, self.kept, reason, i, self.products, self.checks, self.seen(i))
-
-    def seen(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """``S`` and ``A S`` after ``i`` iterations; what was multiplied after them is left out."""
-        if not self.directions:
-            return None
-        del self.pairs[self.warm + i :]
-        if i > self.directions:
-            self.pairs.append((self.x, self.b - self.r))
-        if not self.pairs:
-            return self.b.new_empty(0, len(self.b)), self.b.new_empty(0, len(self.b))
-        s, a = (list(found) for found in zip(*self.pairs, strict=True))
-        self.pairs.clear()  # one copy of each at a time
-        first = torch.stack(s)
-        s.clear()
-        return self.unmixed(first, torch.stack(a))
-
-    def unmixed(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """The same space, by directions at right angles to u, of which conjugate ones can contain far more than else.
-
-        Where u has little curvature, they would be taken for dependent ones.
-        """
-        if self.u is not None and self.warm:
-            share = s[1:] @ self.u / norm(self.u) ** 2
-            s[1:].addr_(share, self.u, alpha=-1.0)
-            a[1:].addr_(share, self.au, alpha=-1.0)
-        return s, a
-
-    def iterate(self, size_b: float, stop: Callable[[int, Tensor, float], bool] | None) -> Solution:
-        """Solve, with ``size_b = |b|``; ``stop`` is asked at checks."""
-        o, stored = self.o, self.stored
-        if self.history[0] != 0.0 and math.isfinite(self.history[0]):
-            self.keep(0)
-        z = self.r if self.precondition is None else self.precondition(self.r)
-        d = z.clone()
-        self.conjugate(d, z)
-        rz = dot(self.r, z)
-        for i in range(o.max_iterations + 1):
-            residual = rz**0.5 if self.precondition is None and rz >= 0 else norm(self.r)
-            if not math.isfinite(rz) or not math.isfinite(residual):
-                return self.back_off("not finite", i)
-            if residual <= o.residual * size_b or rz == 0:
-                return self.done("residual", i)
-            if i == o.max_iterations:
-                return self.done("iterations", i)
-            ad = self.multiply(d)
-            if i < self.directions:
-                self.pairs.append((d.clone(), ad.clone()))
-            curvature = dot(d, ad)
-            if not math.isfinite(curvature):
-                return self.back_off("not finite", i)
-            if curvature <= 0:
-                if i == 0 and curvature < 0:
-                    self.along(d, ad, rz / -curvature)
-                    self.history.append(self.phi())
-                    return self.done("negative curvature", 1)
-                return self.done("negative curvature", i)
-            alpha = rz / curvature
-            if (reason := self.along(d, ad, alpha)) is not None:
-                return self.back_off(reason, i) if reason == "not finite" else self.done(reason, i)
-            self.correct()
-            if o.repair_every and (i + 1) % o.repair_every == 0:
-                self.residual_from_scratch()
-                self.correct()
-            self.carried = self.carries(i + 1)
-            self.history.append(self.history[-1] - 0.5 * alpha * rz if self.carried else self.phi())
-            if i + 1 in stored:
-                self.keep(i + 1)
-            if (i + 1) % o.check_every == 0:
-                self.check(i + 1)
-                if stop is not None and stop(i + 1, self.x, self.history[-1]):
-                    return self.done("stopped", i + 1)
-            if o.progress_is_little(self.history):
-                return self.done("progress", i + 1)
-            z = self.r if self.precondition is None else self.precondition(self.r)
-            rz, old = dot(self.r, z), rz
-            torch.add(z, d, alpha=rz / old, out=d)
-            self.conjugate(d, z)
-        raise AssertionError("unreachable")
-
-    def back_off(self, reason: str, i: int) -> Solution:
-        """End at the last iterate that was stored while all was finite."""
-        if math.isfinite(self.history[-1]) and bool(torch.isfinite(self.x).all()):
-            return self.done(reason, i)
-        last = self.kept[-1] if self.kept else Iterate(0, torch.zeros_like(self.b), 0.0)
-        self.kept = self.kept or [last]
-        return Solution(last.x, self.kept, reason, i, self.products, self.checks)
 
 
 @dataclass(frozen=True)

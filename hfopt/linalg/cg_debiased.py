@@ -26,7 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfopt.linalg.cg import CG, CGCheck, HostCG, LinearMap, Solution
+from hfopt.linalg.cg_host import HostCG
+from hfopt.linalg.rules import StoppingRules
+from hfopt.linalg.solution import CGCheck, LinearMap
 from hfopt.linalg.vector import dot, norm
 
 SLOPES = ("iterate", "start")
@@ -40,44 +42,9 @@ class Quadratic:
     b: Tensor
     slopes: str = "iterate"
 
-
-def solve_debiased(
-    options: CG,
-    op: LinearMap,
-    b: Tensor,
-    second: Quadratic,
-    x0: Tensor | None = None,
-    preconditioner: Callable[[Tensor], Tensor] | None = None,
-) -> Solution:
-    """Directions by conjugate gradients for ``op x = b``, step lengths by ``second``; at two products an iteration.
-
-    Iterates have the phi and residual of the second quadratic, and the progress that ends a solve is that of the second
-    batch; it also ends where that quadratic is above its values at zero and at the start. On a CUDA device the host
-    follows every iteration, and none is recorded.
-
-    Args:
-        options: settings of the solver.
-        op: A (P, P), symmetric.
-        b: right-hand side (P,).
-        second: the quadratic that step lengths are taken from.
-        x0: start (P,); None: zero.
-        preconditioner: of A, as for :meth:`hfopt.CG.solve`.
-
-    Raises:
-        ValueError: an unknown form of slopes, vectors of other shapes, a right-hand side that is not finite, or
-            recording is required.
-    """
-    if second.slopes not in SLOPES:
-        raise ValueError(f"slopes is {second.slopes!r}, but must be one of {', '.join(map(repr, SLOPES))}")
-    shapes = {tuple(v.shape) for v in (b, second.b, b if x0 is None else x0)}
-    if b.dim() != 1 or len(shapes) != 1:
-        raise ValueError(f"b, the second b and x0 must be flat and of one shape, but they have shapes {sorted(shapes)}")
-    size_b = norm(b)
-    if not (math.isfinite(size_b) and math.isfinite(norm(second.b))):
-        raise ValueError("a right-hand side is not finite")
-    if options.cuda_graphs is True:
-        raise ValueError("cuda_graphs is True, but a solve with two batches cannot be recorded; leave it at 'auto'")
-    return DebiasedCG(options, op, b, second, x0, preconditioner).iterate(size_b, None)
+    def __post_init__(self) -> None:
+        if self.slopes not in SLOPES:
+            raise ValueError(f"slopes is {self.slopes!r}, but must be one of {', '.join(map(repr, SLOPES))}")
 
 
 class DebiasedCG(HostCG):
@@ -85,24 +52,27 @@ class DebiasedCG(HostCG):
 
     def __init__(
         self,
-        options: CG,
+        options: StoppingRules,
         op: LinearMap,
         b: Tensor,
         second: Quadratic,
         x0: Tensor | None,
         preconditioner: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        self.second, self.moved = second, False
-        self.product = torch.empty_like(b)
-        self.first_x = torch.zeros_like(b) if x0 is None else x0.clone()
-        self.rest = second.b.clone()  # c - B x
-        multiplied = x0 is not None and bool(x0.any())
-        if multiplied:
-            self.rest -= second.op.multiply(self.first_x, self.product)
-        self.at = self.rest.clone() if second.slopes == "start" else None
-        self.turned = False
         super().__init__(options, op, b, x0, preconditioner)
-        self.products += multiplied
+        self.second, self.moved, self.turned = second, False, False
+        self.product = torch.empty_like(b)
+        self.first_x = self.x.clone()
+        self.rest = second.b.clone()  # c - B x
+        self.at: Tensor | None = None
+
+    def prepare(self) -> None:
+        """The start of both quadratics."""
+        if not self.from_zero:
+            self.products += 1
+            self.rest -= self.second.op.multiply(self.first_x, self.product)
+        self.at = self.rest.clone() if self.second.slopes == "start" else None
+        super().prepare()
 
     def along(self, d: Tensor, ad: Tensor, alpha: float) -> str | None:
         """Move by ``alpha d`` in the first quadratic, and as far as the second says in that one."""

@@ -19,7 +19,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hfopt.linalg.cg import CG, HostCG, Iterate, LinearMap, Solution
+from hfopt.linalg.cg_host import HostCG
+from hfopt.linalg.rules import StoppingRules, after_product, before_product
+from hfopt.linalg.solution import Iterate, LinearMap, Solution
 from hfopt.linalg.vector import norm
 
 # What one line of the log holds, in this order; those from |r'z| on decide whether the solve goes on.
@@ -64,7 +66,7 @@ class DeviceCG(HostCG):
 
     def __init__(
         self,
-        options: CG,
+        options: StoppingRules,
         op: LinearMap,
         b: Tensor,
         x0: Tensor | None,
@@ -98,7 +100,6 @@ class DeviceCG(HostCG):
         self.along_u, self.length = zeros(), zeros(dtype=b.dtype)
         self.line, self.log = zeros(1, 6), zeros(steps, 6)
         self.value, _, self.rz, self.size, self.residual, self.curvature = self.line[0].unbind()
-        self.value.fill_(self.history[0])
         self.i = zeros(1, dtype=torch.int64)
 
         # The progress rule as tables over iterations: how far to look back, and which share is too little.
@@ -118,6 +119,11 @@ class DeviceCG(HostCG):
         self.falling = zeros(1, dtype=torch.bool)
         self.alive, self.dead = torch.ones((), dtype=torch.bool, device=device), zeros(dtype=torch.bool)
         self.pending: list[tuple[int, Tensor]] = []
+
+    def prepare(self) -> None:
+        """The start, and the model's value there."""
+        super().prepare()
+        self.value.fill_(self.history[0])
 
     # -- one iteration: nothing below reads from the device --------------------------------------------------------
 
@@ -153,15 +159,15 @@ class DeviceCG(HostCG):
             self.residual.sqrt_()
         return z
 
-    def turn_from(self, z: Tensor) -> None:
-        """``d -= u (Au)'z``: :meth:`hfopt.linalg.cg.HostCG.conjugate`."""
+    def conjugate(self, d: Tensor, z: Tensor) -> None:
+        """``d -= u (Au)'z``."""
         if self.u is not None:
             self.dot_into(z, self.au, self.along_u)
             self.length.copy_(self.along_u)
-            self.d.addcmul_(self.u, self.length, value=-1.0)
+            d.addcmul_(self.u, self.length, value=-1.0)
 
-    def keep_to(self) -> None:
-        """:meth:`hfopt.linalg.cg.HostCG.correct`, unless the solve has ended."""
+    def correct(self) -> None:
+        """To the minimum along u, unless the solve has ended."""
         if self.u is not None:
             self.dot_into(self.r, self.u, self.along_u)
             self.along_u.masked_fill_(self.dead, 0.0)
@@ -197,7 +203,7 @@ class DeviceCG(HostCG):
         self.step_length.copy_(self.alpha)
         self.x.addcmul_(self.d, self.step_length)
         self.r.addcmul_(self.scratch, self.step_length, value=-1.0)
-        self.keep_to()
+        self.correct()
         self.log.index_copy_(0, self.i, self.line)
         torch.mul(self.alpha, self.rz, out=self.spare)
         self.value.sub_(self.spare, alpha=0.5)
@@ -211,7 +217,7 @@ class DeviceCG(HostCG):
         z = self.measure()
         torch.div(self.rz, self.old, out=self.turn)
         torch.addcmul(z, self.d, self.turn, out=self.d)
-        self.turn_from(z)
+        self.conjugate(self.d, z)
         self.curve()
         self.judge()
         self.move()
@@ -270,7 +276,7 @@ class DeviceCG(HostCG):
         if o.repair_every and i % o.repair_every == 0:
             torch.sub(self.b, self.multiply(self.x), out=self.scratch)
             torch.where(self.alive, self.scratch, self.r, out=self.r)
-            self.keep_to()
+            self.correct()
         if not self.carries(i):
             self.dot_into(self.b, self.x, self.spare)
             self.dot_into(self.r, self.x, self.value)
@@ -288,23 +294,16 @@ class DeviceCG(HostCG):
 
     def ended(self, i: int, line: list[float]) -> str | None:
         """The reason to end before the step of iteration ``i``, in the order in which the host would find one."""
-        residual, curvature = line[RESIDUAL], line[CURVATURE]
         if line[PHI] < 0 and line[SHARE] < self.limits[i]:
             return "progress"
-        if not (math.isfinite(line[RZ]) and math.isfinite(residual)):
-            return "not finite"
-        if residual <= self.bound or line[RZ] == 0:
-            return "residual"
-        if not math.isfinite(curvature):
-            return "not finite"
-        return "negative curvature" if curvature <= 0 else None
+        return before_product(line[RZ], line[RESIDUAL], self.bound) or after_product(line[CURVATURE])
 
     def end(self, reason: str, i: int) -> Solution:
         """Forget what came after iteration ``i``; x and r have stayed as they were there."""
         del self.history[i + 1 :]
         self.collect(i)
         self.carried = self.carries(i)
-        return self.back_off(reason, i) if reason == "not finite" else self.done(reason, i)
+        return super().end(reason, i)
 
     def collect(self, i: int) -> None:
         """Iterates kept up to ``i``, with their phi."""
@@ -321,7 +320,7 @@ class DeviceCG(HostCG):
         """The first iteration, which the host follows step by step; the solution if it ends there."""
         z = self.measure()
         self.d.copy_(z)
-        self.turn_from(z)
+        self.conjugate(self.d, z)
         line = self.read(0, 0)[0]
         line[CURVATURE] = 1.0
         reason = self.ended(0, line)
@@ -344,6 +343,7 @@ class DeviceCG(HostCG):
     def iterate(self, size_b: float, stop: Callable[[int, Tensor, float], bool] | None) -> Solution:
         """Solve; ``stop`` is asked at checks."""
         o = self.o
+        self.prepare()
         self.bound = o.residual * size_b
         self.bounds[-2] = self.bound
         if self.history[0] != 0.0 and math.isfinite(self.history[0]):

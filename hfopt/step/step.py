@@ -14,9 +14,9 @@ from torch import Tensor
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.damping import KrylovDamping
 from hfopt.errors import warn
-from hfopt.linalg.cg import Iterate, Solution
-from hfopt.linalg.cg_debiased import Quadratic, solve_debiased
+from hfopt.linalg.cg_debiased import Quadratic
 from hfopt.linalg.krylov import DampingPath
+from hfopt.linalg.solution import Iterate, Solution
 from hfopt.linalg.vector import dot, norm
 from hfopt.line_search import LineSearchResult
 from hfopt.step.checks import check
@@ -113,7 +113,7 @@ class Step(Objective):
             solution = o.cg.solve(seen, -self.g, x0, preconditioner, directions=directions, augment=augment)
         else:
             second = Quadratic(self.model.op.damped(damping, o.structural, decay), -self.model.g, o.debias_slopes)
-            solution = solve_debiased(o.cg, seen, -self.g, second, x0, preconditioner)
+            solution = o.cg.solve(seen, -self.g, x0, preconditioner, second=second)
         self.products += solution.products
         return solution
 

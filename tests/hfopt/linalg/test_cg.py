@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfopt.linalg.cg import CG, Solution
+from hfopt.linalg.cg import CG
+from hfopt.linalg.solution import Solution
 from tests.hfopt.tools import randn, spd
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt.linalg.cg import CG
-from hfopt.linalg.cg_debiased import Quadratic, solve_debiased
+from hfopt.linalg.cg_debiased import Quadratic
 from models import RNN
 from tests.hfopt.linalg.test_cg import Matrix, exact, phi
 from tests.hfopt.tools import dense_gauss_newton, mlp, randn, relative, spd, theta
@@ -56,10 +56,8 @@ def test_steps_along_the_directions(slopes: str, preconditioned: bool, warm: boo
     m = M if preconditioned else None
     x0 = 0.1 * randn(N, seed=6) if warm else None
     first, second = Matrix(A), Matrix(B)
-    solution = solve_debiased(
-        exact(max_iterations=k), first, b, Quadratic(second, c, slopes), x0,
-        None if m is None else lambda r: torch.linalg.solve(M, r),
-    )  # fmt: skip
+    apply = None if m is None else lambda r: torch.linalg.solve(M, r)
+    solution = exact(max_iterations=k).solve(first, b, x0, apply, second=Quadratic(second, c, slopes))
     x = reference(k, torch.zeros(N, dtype=torch.float64) if x0 is None else x0, slopes, m)
     if solution.reason == "progress":  # of the sum, once it has left the second quadratic's valley
         assert slopes == "start"
@@ -84,8 +82,8 @@ def test_the_same_batch_twice_is_conjugate_gradients(slopes: str, repair_every: 
     x0 = randn(N, seed=6) if warm else None
     options = CG(max_iterations=9, residual=1e-9, repair_every=repair_every, check_every=1)
     plain = options.solve(Matrix(A), b, x0, lambda r: torch.linalg.solve(M, r))
-    both = solve_debiased(
-        options, Matrix(A), b, Quadratic(Matrix(A), b, slopes), x0, lambda r: torch.linalg.solve(M, r)
+    both = options.solve(
+        Matrix(A), b, x0, preconditioner=lambda r: torch.linalg.solve(M, r), second=Quadratic(Matrix(A), b, slopes)
     )
     assert (both.reason, both.iterations) == (plain.reason, plain.iterations)
     assert both.products == 2 * plain.products
@@ -99,22 +97,22 @@ def test_the_same_batch_twice_is_conjugate_gradients(slopes: str, repair_every: 
 def test_slopes_at_the_iterate_never_raise_the_second_quadratic() -> None:
     """And those at the start do, after which the solve ends."""
     options = exact(max_iterations=N, check_every=1)
-    here = solve_debiased(options, Matrix(A), b, Quadratic(Matrix(B), c))
+    here = options.solve(Matrix(A), b, second=Quadratic(Matrix(B), c))
     models = [check.model for check in here.checks]
     assert all(new <= old for old, new in pairwise(models))
     assert here.iterations == N
-    start = solve_debiased(options, Matrix(A), b, Quadratic(Matrix(B), c, "start"))
+    start = options.solve(Matrix(A), b, second=Quadratic(Matrix(B), c, "start"))
     assert (start.reason, start.iterations < N) == ("progress", True)
     assert start.checks[-1].model > 0 >= start.checks[-2].model
 
 
 def test_negative_curvature_of_either_batch() -> None:
     sick = B - 3 * torch.eye(N, dtype=torch.float64)
-    one = solve_debiased(exact(), Matrix(A), b, Quadratic(Matrix(sick), c))
+    one = exact().solve(Matrix(A), b, second=Quadratic(Matrix(sick), c))
     step = (c @ b) / abs(float(b @ sick @ b)) * b
     assert (one.reason, one.iterations) == ("negative curvature", 1)
     assert relative(one.x, step) < 1e-12
-    one = solve_debiased(exact(), Matrix(-A), b, Quadratic(Matrix(B), c))
+    one = exact().solve(Matrix(-A), b, second=Quadratic(Matrix(B), c))
     assert (one.reason, one.iterations) == ("negative curvature", 1)
     assert relative(one.x, (c @ b) / (b @ B @ b) * b) < 1e-12
     # Later on, the solve ends with what it has.
@@ -122,7 +120,7 @@ def test_negative_curvature_of_either_batch() -> None:
     d = d / d.norm()
     bent = B - (d @ B @ d + 0.1) * torch.outer(d, d)
     assert b @ bent @ b > 0
-    some = solve_debiased(exact(), Matrix(A), b, Quadratic(Matrix(bent), c))
+    some = exact().solve(Matrix(A), b, second=Quadratic(Matrix(bent), c))
     assert (some.reason, some.iterations) == ("negative curvature", 1)
     assert relative(some.x, reference(1, torch.zeros_like(b), "iterate", second=(bent, c))) < 1e-12
 
@@ -136,7 +134,7 @@ class Breaking(Matrix):
 
 
 def test_a_second_batch_that_overflows_ends_the_solve_where_all_was_finite() -> None:
-    found = solve_debiased(exact(), Matrix(A), b, Quadratic(Breaking(B), c))
+    found = exact().solve(Matrix(A), b, second=Quadratic(Breaking(B), c))
     assert (found.reason, found.iterations) == ("not finite", 1)
     assert relative(found.x, reference(1, torch.zeros_like(b), "iterate")) < 1e-12
 
@@ -144,15 +142,15 @@ def test_a_second_batch_that_overflows_ends_the_solve_where_all_was_finite() -> 
 def test_what_is_refused() -> None:
     good = Quadratic(Matrix(B), c)
     with pytest.raises(ValueError, match="slopes is 'end'"):
-        solve_debiased(CG(), Matrix(A), b, Quadratic(Matrix(B), c, "end"))
+        CG().solve(Matrix(A), b, second=Quadratic(Matrix(B), c, "end"))
     with pytest.raises(ValueError, match="of one shape"):
-        solve_debiased(CG(), Matrix(A), b, good, b[:3])
+        CG().solve(Matrix(A), b, b[:3], second=good)
     with pytest.raises(ValueError, match="of one shape"):
-        solve_debiased(CG(), Matrix(A), b, Quadratic(Matrix(B), c[:3]))
+        CG().solve(Matrix(A), b, second=Quadratic(Matrix(B), c[:3]))
     with pytest.raises(ValueError, match="not finite"):
-        solve_debiased(CG(), Matrix(A), b, Quadratic(Matrix(B), c * math.nan))
+        CG().solve(Matrix(A), b, second=Quadratic(Matrix(B), c * math.nan))
     with pytest.raises(ValueError, match="cannot be recorded"):
-        solve_debiased(CG(cuda_graphs=True), Matrix(A), b, good)
+        CG(cuda_graphs=True).solve(Matrix(A), b, second=good)
     with pytest.raises(ValueError, match="debias_slopes is 'end', but must be one of 'iterate', 'start'"):
         hfopt.HessianFree(mlp(2, 2).parameters(), debias_slopes="end")
 
@@ -365,5 +363,5 @@ def test_twenty_further_steps_are_the_same_bits() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_cuda_device_the_host_follows() -> None:
-    found = solve_debiased(exact(max_iterations=5), Matrix(A.cuda()), b.cuda(), Quadratic(Matrix(B.cuda()), c.cuda()))
+    found = exact(max_iterations=5).solve(Matrix(A.cuda()), b.cuda(), second=Quadratic(Matrix(B.cuda()), c.cuda()))
     assert relative(found.x.cpu(), reference(5, torch.zeros_like(b), "iterate")) < 1e-9

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hfopt
-from hfopt.linalg.cg import CG, HostCG, Solution
+from hfopt.linalg.cg import CG
 from hfopt.linalg.cg_device import DeviceCG
+from hfopt.linalg.cg_host import HostCG
+from hfopt.linalg.solution import Solution
 from hfopt.linalg.vector import norm
 from hfopt.preconditioners import EmpiricalFisherDiagonal
 from hfopt.recurrences import simple_rnn

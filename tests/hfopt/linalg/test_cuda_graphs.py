@@ -16,8 +16,9 @@ from torch.nn import functional as F
 import hfopt
 from hfopt.experiment.identity import describe
 from hfopt.linalg import cuda_graphs
-from hfopt.linalg.cg import CG, Solution
+from hfopt.linalg.cg import CG
 from hfopt.linalg.cuda_graphs import Attempts, Origin, Recording, nodes_of, obstacle, recording, side_stream
+from hfopt.linalg.solution import Solution
 from tests.hfopt.linalg.test_cg import Matrix
 from tests.hfopt.tools import mlp, randn, spd
 

@@ -1,0 +1,87 @@
+"""When conjugate gradients stop, and which iterates they keep: the same rules wherever the iterations run.
+
+Martens, "Deep learning via Hessian-free optimization", ICML 2010: relative progress in section 4.4, iterates for
+backtracking in section 4.6.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class StoppingRules:
+    """Settings of a solve's length: see :class:`hfopt.CG`, which has them as its own."""
+
+    max_iterations: int = 250
+    min_iterations: int = 1
+    tolerance: float | None = None
+    overhead: float = 10.0
+    residual: float = 1e-10
+    growth: float = 1.3
+    check_every: int = 10
+    repair_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_iterations < 1 or self.min_iterations < 1 or self.min_iterations > self.max_iterations:
+            raise ValueError(
+                f"iterations must satisfy 1 <= min_iterations <= max_iterations, but are {self.min_iterations} and "
+                f"{self.max_iterations}"
+            )
+        tolerance = 0.0 if self.tolerance is None else self.tolerance
+        if not (tolerance >= 0 and self.residual >= 0 and self.growth > 1):
+            raise ValueError(
+                f"tolerance and residual must be >= 0 and growth > 1, but are {self.tolerance}, {self.residual}, "
+                f"{self.growth}"
+            )
+        if not (self.overhead >= 0 and math.isfinite(self.overhead)):
+            raise ValueError(f"overhead is {self.overhead}, but must be a finite number of products, 0 or more")
+        if self.check_every < 1 or self.repair_every < 0:
+            raise ValueError(
+                f"check_every must be positive and repair_every not negative, but are {self.check_every}, "
+                f"{self.repair_every}"
+            )
+
+    def stored_iterations(self) -> set[int]:
+        """``ceil(5 growth^j)`` up to the largest number of iterations."""
+        kept, value = set(), 5.0
+        while math.ceil(value) <= self.max_iterations:
+            kept.add(math.ceil(value))
+            value *= self.growth
+        return kept
+
+    def window(self, i: int) -> int | None:
+        """``k`` of the progress rule after ``i`` iterations; None where it is not applied."""
+        k = max(5 if self.tolerance is None else 10, math.ceil(0.1 * i))
+        return None if self.tolerance == 0 or i <= k or i < self.min_iterations else k
+
+    def least_share(self, i: int) -> float:
+        """``k eps`` of the progress rule after ``i`` iterations; minus infinity where the rule is not applied."""
+        k = self.window(i)
+        if k is None:
+            return -math.inf
+        return k / (self.overhead + i) if self.tolerance is None else k * self.tolerance
+
+    def progress_is_little(self, history: list[float]) -> bool:
+        """The progress rule on ``phi_0, ..., phi_i``."""
+        i = len(history) - 1
+        k = self.window(i)
+        if k is None:
+            return False
+        now, then = history[i], history[i - k]
+        return now < 0 and (now - then) / now < self.least_share(i)
+
+
+def before_product(rz: float, residual: float, bound: float) -> str | None:
+    """Return why an iteration makes no product, given ``r'z``, ``|r|`` and the bound on it; None to go on."""
+    if not (math.isfinite(rz) and math.isfinite(residual)):
+        return "not finite"
+    return "residual" if residual <= bound or rz == 0 else None
+
+
+def after_product(curvature: float) -> str | None:
+    """Return why an iteration makes no move along d, given ``d'A d``; None to go on."""
+    if not math.isfinite(curvature):
+        return "not finite"
+    return "negative curvature" if curvature <= 0 else None
