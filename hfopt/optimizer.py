@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,19 +14,39 @@ from hfopt.closure.ddp import without_reductions
 from hfopt.closure.recurrent_layers import replacing
 from hfopt.closure.trace import Closure
 from hfopt.curvature.linearisation import POLICIES
+from hfopt.curvature.policy import PreviousChoice
 from hfopt.damping import AverageRatio, Damping, KrylovDamping, as_damping
+from hfopt.errors import warn
 from hfopt.linalg.cg import CG
 from hfopt.linalg.cg_debiased import SLOPES
 from hfopt.linalg.cuda_graphs import side_stream
+from hfopt.linalg.processes import processes_of
 from hfopt.linalg.vector import ParameterVector
 from hfopt.line_search import FullStep, LineSearch
 from hfopt.preconditioners import Preconditioner, as_preconditioner
-from hfopt.step.checks import check_option
+from hfopt.step.settings import (
+    Backtracking,
+    Closures,
+    Curvature,
+    Parameter,
+    StepInput,
+    StepMemory,
+    StepParts,
+    StepSettings,
+)
 from hfopt.step.stats import StepStats
 from hfopt.step.step import Step
 
-CURVATURES = ("gauss-newton", "hessian", "fisher", "empirical-fisher")
-BACKTRACKING = ("walk", "smallest", "none")
+Linearisation = Literal["auto", "double-backward", "linearize", "checkpoint", "recompute", "differences"]
+Slopes = Literal["iterate", "start"]
+
+# Below this, a learning rate is one of another optimizer: it was chosen for steps along gradients.
+_SMALL_RATE = 0.1
+SMALL_RATE = (
+    "lr is {0:g}, but for HessianFree it is the longest step as a multiple of the solution of (G + lambda I) p = -g, "
+    "so that steps are {1:.3g} times shorter than they should be: leave it at 1.0, where Adam, SGD or LBFGS needed a "
+    "smaller one"
+)
 
 
 class HessianFree(Optimizer):
@@ -53,10 +73,12 @@ class HessianFree(Optimizer):
         preconditioner: ``"auto"``, None, ``"empirical-fisher"``, ``"hutchinson"``, ``"nystrom"``, ``"kfac"``,
             ``"lbfgs"`` or an object of :mod:`hfopt.preconditioners`. ``"auto"`` is K-FAC for networks of linear and
             convolution layers whose lambda is chosen by the loss (``damping=None``), and otherwise none.
-        line_search: :class:`hfopt.LineSearch`; None: the full step or none.
+        line_search: ``"armijo"`` (:class:`hfopt.LineSearch`), an object of that class or of
+            :class:`hfopt.FullStep`; None: the full step or none.
         backtracking: over CG's stored iterates, by the evaluation loss: ``"walk"`` from the last one back while the
             loss falls, ``"smallest"`` of all, ``"none"``. With :class:`hfopt.KrylovDamping`, over lambdas likewise.
-        structural: mu of structural damping (Martens & Sutskever 2011); needs models that mark their hidden states.
+        structural_damping: mu of structural damping (Martens & Sutskever 2011); needs models that mark their hidden
+            states. ``structural`` is its former name.
         linearisation: see :mod:`hfopt.curvature.linearisation`.
         memory_budget: bytes for the kept graph; default: 80% of what is free.
         replace_recurrences: compute ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU`` inside a step by hfopt's recurrences where
@@ -92,17 +114,18 @@ class HessianFree(Optimizer):
         lr: float = 1.0,
         *,
         weight_decay: float = 0.0,
-        curvature: str = "gauss-newton",
+        curvature: Curvature = "gauss-newton",
         damping: float | Damping | None = None,
         cg: CG | None = None,
         preconditioner: str | Preconditioner | None = "auto",
-        line_search: LineSearch | None = LineSearch(),  # noqa: B008 - a frozen set of numbers
-        backtracking: str = "walk",
-        structural: float = 0.0,
-        linearisation: str = "auto",
+        line_search: LineSearch | Literal["armijo"] | None = "armijo",
+        backtracking: Backtracking = "walk",
+        structural_damping: float = 0.0,
+        structural: float | None = None,
+        linearisation: Linearisation = "auto",
         memory_budget: int | None = None,
         replace_recurrences: bool = True,
-        debias_slopes: str = "iterate",
+        debias_slopes: Slopes = "iterate",
         batch_dim: int = 0,
         loss: Callable[..., Tensor] | None = None,
         outputs: nn.Module | None = None,
@@ -110,35 +133,70 @@ class HessianFree(Optimizer):
         check: bool | int = False,
         history: int | None = 10_000,
     ) -> None:
-        _one_of("curvature", curvature, CURVATURES)
-        _one_of("backtracking", backtracking, BACKTRACKING)
+        structural_damping = structural_damping if structural is None else structural
+        _one_of("curvature", curvature, get_args(Curvature))
+        _one_of("backtracking", backtracking, get_args(Backtracking))
         _one_of("linearisation", linearisation, POLICIES)
         _one_of("debias_slopes", debias_slopes, SLOPES)
-        if structural < 0:
-            raise ValueError(f"structural is {structural}, but must not be negative")
-        if structural and curvature == "hessian":
-            raise ValueError("structural damping needs curvature 'gauss-newton' or a Fisher matrix, not 'hessian'")
+        _number("lr", lr)
+        _number("weight_decay", weight_decay)
+        _number("structural_damping", structural_damping)
+        if isinstance(damping, str):
+            raise TypeError(f"damping is {damping!r}, but must be a number, a rule such as hfopt.FixedDamping, or None")
+        if structural_damping and curvature == "hessian":
+            raise ValueError(
+                "structural_damping needs curvature 'gauss-newton' or a Fisher matrix, not 'hessian': set one of them"
+            )
         if loss is not None and outputs is not None:
             raise ValueError("give loss= or outputs=, not both")
+        _instance("cg", cg, CG, "settings of the solver, as in cg=hfopt.CG(max_iterations=30)")
+        if line_search != "armijo":
+            _instance("line_search", line_search, LineSearch, "hfopt.LineSearch(), hfopt.FullStep() or None")
+        _instance("outputs", outputs, nn.Module, "the module whose result is the network's output, not its name")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss is {loss!r}, but must be a function of what the closure returns, or None")
+        for name, count in (("memory_budget", memory_budget), ("history", history), ("batch_dim", batch_dim)):
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+                raise TypeError(f"{name} is {count!r}, but must be an integer" + " (of bytes)" * (name[0] == "m"))
+        if memory_budget is not None and memory_budget < 0:
+            raise ValueError(f"memory_budget is {memory_budget} bytes, but must not be negative")
         if history is not None and history < 1:
             raise ValueError(f"history is {history}, but must be at least 1, or None for no limit")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        inherited = set(vars(self))
         self.curvature, self.backtracking = curvature, backtracking
-        self.structural, self.linearisation, self.memory_budget = structural, linearisation, memory_budget
-        self.replace_recurrences, self.debias_slopes = replace_recurrences, debias_slopes
-        self.batch_dim, self.loss, self.outputs = batch_dim, loss, outputs
+        self.structural_damping, self.linearisation = float(structural_damping), linearisation
+        self.memory_budget, self.replace_recurrences = memory_budget, replace_recurrences
+        self.debias_slopes, self.batch_dim = debias_slopes, batch_dim
+        self.loss, self.outputs = loss, outputs
         self.process_group, self.history = process_group, history
-        self.check = check_option(check)
-        self.checked: set[str] = set()
+        self.check = _check_option(check)
         self.damping = as_damping(damping)
         self.cg = CG() if cg is None else cg
         if preconditioner == "auto" and not isinstance(self.damping, KrylovDamping):
             preconditioner = None
         self.preconditioner = as_preconditioner(preconditioner, batch_dim)
-        self.line_search = LineSearch(max_tries=1) if line_search is None else line_search
+        if line_search is None:
+            self.line_search: LineSearch = LineSearch(max_tries=1)
+        else:
+            self.line_search = LineSearch() if isinstance(line_search, str) else line_search
         self.stats = []
         self.steps = 0
-        self.chosen: tuple[str, int] | None = None
+        self.chosen: PreviousChoice | None = None
+        self.checked: frozenset[str] = frozenset()
+        self.trusted: frozenset[str] = frozenset()
+        self._own = frozenset(vars(self)) - inherited | {"_own"}
+        if 0 < lr < _SMALL_RATE:
+            warn(SMALL_RATE.format(lr, 1 / lr))
+
+    @property
+    def structural(self) -> float:
+        """The former name of ``structural_damping``."""
+        return self.structural_damping
+
+    @structural.setter
+    def structural(self, value: float) -> None:
+        self.structural_damping = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own ``lr`` and ``weight_decay`` if given; its CG start is zero."""
@@ -155,7 +213,7 @@ class HessianFree(Optimizer):
 
     def step(  # type: ignore[override]
         self,
-        closure: Closure,
+        closure: Closure | None = None,
         *,
         curvature: Closure | None = None,
         evaluation: Closure | None = None,
@@ -187,16 +245,51 @@ class HessianFree(Optimizer):
             CheckFailed: a self-check that ``check`` asks for found something wrong; the parameters have not moved.
         """
         if closure is None:
-            raise ValueError("step() needs a closure that computes the loss, as torch.optim.LBFGS does")
-        step = Step(self, closure, curvature, evaluation, debias)
+            raise ValueError("step() needs a closure that computes the loss, as torch.optim.LBFGS does: step(closure)")
+        given = self._given(Closures(closure, curvature, evaluation, debias))
+        device = given.parameters[0].value.device
         graphs = self.cg.cuda_graphs is not False
-        with replacing(self.replace_recurrences), side_stream(step.vector.device, graphs), without_reductions():
-            result = step.run()
-        self.steps += 1
-        self.stats.append(dataclasses.replace(step.stats, step=self.steps))
+        with replacing(self.replace_recurrences), side_stream(device, graphs), without_reductions():
+            outcome = Step(given, lambda scaler: scaler.unscale_(self)).run()
+        self._remember(given.parameters, outcome.memory)
+        self.stats.append(outcome.stats)
         if self.history is not None:
             del self.stats[: -self.history]
-        return result
+        return outcome.result
+
+    def _given(self, closures: Closures) -> StepInput:
+        """Put together what a step needs."""
+        trainable = self.trainable()
+        # A group with lr 0 stays where it is: the model is one of the others alone, as if it were frozen.
+        moving = [(g, p) for g, p in trainable if float(g["lr"]) != 0.0] or trainable
+        parameters = tuple(Parameter(p, float(g["lr"]), float(g["weight_decay"])) for g, p in moving)
+        settings = StepSettings(
+            curvature=self.curvature,
+            backtracking=self.backtracking,
+            structural=self.structural_damping,
+            linearisation=self.linearisation,
+            memory_budget=self.memory_budget,
+            debias_slopes=self.debias_slopes,
+            batch_dim=self.batch_dim,
+            loss=self.loss,
+            outputs=self.outputs,
+            check=self.check,
+        )
+        parts = StepParts(self.cg, self.damping, self.line_search, self.preconditioner)
+        starts = tuple(self.state[p].get("cg_start") if p in self.state else None for _, p in moving)
+        memory = StepMemory(self.steps, starts, self.chosen, self.checked, self.trusted)
+        vector = ParameterVector(p.value for p in parameters)
+        return StepInput(settings, parts, parameters, closures, memory, processes_of(self.process_group, vector.device))
+
+    def _remember(self, parameters: Iterable[Parameter], memory: StepMemory) -> None:
+        """Take over what a step hands on."""
+        self.steps, self.chosen = memory.steps, memory.chosen
+        self.checked, self.trusted = memory.checked, memory.trusted
+        for p, start in zip(parameters, memory.starts, strict=True):
+            if start is not None:
+                self.state[p.value]["cg_start"] = start
+            else:
+                self.state[p.value].pop("cg_start", None)
 
     def trainable(self) -> list[tuple[dict[str, Any], Tensor]]:
         """(group, parameter) for every parameter that requires a gradient, in order."""
@@ -262,37 +355,40 @@ class HessianFree(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but what torch attaches and makes anew."""
-        kept = (
-            "curvature",
-            "backtracking",
-            "structural",
-            "linearisation",
-            "memory_budget",
-            "replace_recurrences",
-            "debias_slopes",
-            "batch_dim",
-            "loss",
-            "history",
-        )
-        more = (
-            "outputs",
-            "damping",
-            "cg",
-            "preconditioner",
-            "line_search",
-            "stats",
-            "steps",
-            "chosen",
-            "process_group",
-            "check",
-            "checked",
-        )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*kept, *more)}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}")
+
+
+def _number(name: str, value: Any) -> None:
+    """Refuse what is no finite number, 0 or more."""
+    try:
+        fits = float(value) >= 0 and math.isfinite(float(value)) and not isinstance(value, str)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        kind = ValueError if isinstance(value, (int, float)) else TypeError
+        raise kind(f"{name} is {value!r}, but must be a finite number and must not be negative")
+
+
+def _instance(name: str, value: Any, kind: type, help_: str) -> None:
+    """Refuse what is neither None nor an instance of ``kind``."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}, but must be {help_}")
+
+
+def _check_option(check: Any) -> bool | int:
+    """The argument ``check``, if it is one.
+
+    Raises:
+        ValueError: neither a truth value nor a positive number of steps.
+    """
+    if isinstance(check, bool) or (isinstance(check, int) and check > 0):
+        return check
+    raise ValueError(f"check is {check!r}, but must be True, False, or after how many steps to check again (1, 2, ...)")
 
 
 def for_minibatches(

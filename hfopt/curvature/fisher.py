@@ -93,7 +93,7 @@ class Fisher(GaussNewton):
     def _drawn(self, space: Matching, generator: torch.Generator | None) -> list[tuple[int, Tensor]]:
         return [(b.where[0], b.closed.sample(generator)) for b in space.blocks if b.closed is not None]
 
-    def _output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
+    def output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
         _, direct = self.parts[number].space.product([None] * len(u), v, batched)
         w: Maybe = [None] * len(u)
         for i, g in self._draws[number]:

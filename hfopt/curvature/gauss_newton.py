@@ -18,6 +18,7 @@ from hfopt.closure import loss_scaling
 from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
 from hfopt.closure.trace import Closure, trace
+from hfopt.curvature.consistency import inconsistency
 from hfopt.curvature.linearisation import (
     POLICIES,
     Cost,
@@ -30,7 +31,7 @@ from hfopt.curvature.linearisation import (
 from hfopt.curvature.output_space import Joint, Matching
 from hfopt.curvature.parts import Maybe, Part, again
 from hfopt.curvature.policy import ClosureRunner, PreviousChoice, build
-from hfopt.errors import ClosureError, logger
+from hfopt.errors import ClosureError, NotDifferentiable, logger
 from hfopt.linalg import graph
 from hfopt.linalg.operators import ClosureOperator
 from hfopt.linalg.processes import Processes
@@ -49,8 +50,8 @@ class GaussNewton(ClosureOperator):
         closure: computes the loss, as in :meth:`hfopt.HessianFree.step`; it is run once here.
         params: the parameters theta; those that do not require a gradient are left out.
         structural: collect hidden states, so that ``op.damped(lambda, mu)`` can damp them.
-        linearisation: ``"auto"``, ``"double-backward"``, ``"linearize"``, ``"checkpoint"`` or ``"recompute"``
-            (see :mod:`hfopt.curvature.linearisation`).
+        linearisation: ``"auto"``, ``"double-backward"``, ``"linearize"``, ``"checkpoint"``, ``"recompute"`` or
+            ``"differences"`` (see :mod:`hfopt.curvature.linearisation`).
         memory_budget: bytes that the kept graphs may take under ``"auto"``, and the vectors of a batched product at
             once; default: 80% of what is free.
         loss: a function of what the closure returns, in place of a criterion of torch.nn.functional.
@@ -59,6 +60,8 @@ class GaussNewton(ClosureOperator):
             another look at memory while the number of outputs gives no reason to (see
             :func:`hfopt.curvature.policy.still_holds`) and the model allows it.
         processes: others that build the same operator on data of their own; gradient, loss and products are the means.
+        verify: check tangents against adjoints, at the price of about one product, where the model has a backward pass
+            of its own or is run again for every product (see :mod:`hfopt.curvature.consistency`).
 
     Attributes:
         gradient: of the loss, flat (P,).
@@ -68,7 +71,7 @@ class GaussNewton(ClosureOperator):
 
     Raises:
         ClosureError: the loss could not be taken apart into outputs and criteria.
-        NotDifferentiable: no policy works for the model.
+        NotDifferentiable: no policy works for the model, or tangents and adjoints do not belong together.
     """
 
     def __init__(
@@ -84,12 +87,13 @@ class GaussNewton(ClosureOperator):
         known: PreviousChoice | None = None,
         frozen: Frozen | None = None,
         processes: Processes | None = None,
+        verify: bool = True,
     ) -> None:
         super().__init__(params, processes)
         if linearisation not in POLICIES:
             raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
         self._frozen = Frozen(self.device) if frozen is None else frozen
-        self._closure, self.memory_budget = closure, memory_budget
+        self.closure, self.memory_budget = closure, memory_budget
         model = ClosureRunner(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
         with loss_scaling.watching() as scaling:
             built = build(model, linearisation, known)
@@ -110,6 +114,11 @@ class GaussNewton(ClosureOperator):
         shares = [*built.gradients, *(part.space.direct for part in self.parts)]
         _refuse_independence(self.params, [g for share in shares for g in share])
         self.gradient = self._of_all(self._flat(shares))
+        heads = (z for part in self.parts for z in part.space.outputs)
+        if verify and (self.linearisation.name == "recompute" or graph.has_custom_backward(heads)):
+            found = inconsistency(self)
+            if found is not None:
+                raise NotDifferentiable(found)
 
     def __repr__(self) -> str:
         lin = self.linearisation
@@ -219,7 +228,7 @@ class GaussNewton(ClosureOperator):
                         sums[j] = g if old is None else old + g
 
         with self._frozen.again(), torch.enable_grad(), twice_differentiable():
-            again(self._closure, self.parts, use)
+            again(self.closure, self.parts, use)
         yield sums
 
     def _product(
@@ -228,11 +237,11 @@ class GaussNewton(ClosureOperator):
         """What part i contributes to ``(G + structural S) v``."""
         u = lin.jvp(v, batched)
         count = self.parts[i].count
-        w, direct = self._output_product(i, u[:count], v, batched)
+        w, direct = self.output_product(i, u[:count], v, batched)
         hidden = self._hidden_part(i, u[count:], structural)
         return [lin.vjp([*w, *hidden], batched, structural), direct]
 
-    def _output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
+    def output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
         """``H_L u`` of a part's outputs, and what is added in parameter space."""
         return self.parts[number].space.product(u, v, batched)
 
@@ -301,7 +310,7 @@ class GaussNewton(ClosureOperator):
             return
         with self._frozen.again(), torch.enable_grad(), twice_differentiable():
             each = lambda part, heads: use(self.parts.index(part), heads[: part.count])  # noqa: E731
-            again(self._closure, self.parts, each, everything=True)
+            again(self.closure, self.parts, each, everything=True)
 
     def outputs_again(self) -> list[Tensor] | None:
         """The outputs from another run of the closure, in a graph of their own; None where a sum is taken in parts."""
@@ -401,6 +410,7 @@ class Hessian(ClosureOperator):
         except RuntimeError as error:
             raise not_differentiable({"double-backward": error}) from error
         self._one_by_one = False
+        self.custom_backward = graph.has_custom_backward([seen.total])
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient = self._of_all(self.vector.flatten(grads))
 

@@ -13,6 +13,9 @@ compares them):
    :mod:`hfopt.recurrences.segments`).
 4. ``"recompute"``: forward and backward passes are run again for every product (about 2.4 gradients); nothing but the
    parameters is held, where the loss is a sum of criteria.
+
+``"differences"`` is never taken by itself: :mod:`hfopt.curvature.differences`, for backward passes that cannot be
+differentiated.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ LINEARIZE_MEMORY = 4.4
 
 _P = ParamSpec("_P")
 
-POLICIES = ("auto", "double-backward", "linearize", "checkpoint", "recompute")
+POLICIES = ("auto", "double-backward", "linearize", "checkpoint", "recompute", "differences")
 
 # What a closure may ask about a parameter itself: a tensor that stands in for one would answer otherwise.
 _OF_PARAMETERS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")}
@@ -103,9 +106,10 @@ class Linearisation(Protocol):
         """What stays allocated between products."""
 
 
-def _vjp(
+def pull_back(
     outputs: Sequence[Tensor], params: Sequence[Tensor], w: Sequence[Tensor | None], batched: bool = False
 ) -> Maybe:
+    """Return ``J' w`` on a graph that is kept; None for a parameter that the outputs do not depend on."""
     live = [(z, t) for z, t in zip(outputs, w, strict=True) if t is not None and z.requires_grad]
     if not live:
         return [None] * len(params)
@@ -127,6 +131,13 @@ class DoubleBackward:
         )
         self._pulled = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         graph.refuse_once_differentiable(g for _, g in self._pulled)
+        # J'u depends on u unless it is zero: a backward pass that computes outside of autograd has lost J v.
+        lost = [g for g in pulled if g is not None and not g.requires_grad]
+        if self._u and any(bool((g if g.layout == torch.strided else g.to_dense()).any()) for g in lost):
+            raise RuntimeError(
+                "the backward pass of a function of the model hides its arithmetic from autograd (no_grad, numpy, "
+                ".data), so that it cannot be differentiated"
+            )
         self.gradient: Maybe = [None if g is None else g.detach() for g in pulled]
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
@@ -135,7 +146,7 @@ class DoubleBackward:
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
         """``J' w`` on the forward graph; ``batched`` as for :meth:`jvp`."""
-        return _vjp(self.outputs, self.params, w, batched)
+        return pull_back(self.outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
         """A tangent and a cotangent of everything that the forward graph keeps."""
@@ -294,7 +305,7 @@ class Linearize:
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
         """``J' w`` on the forward graph."""
-        return _vjp(self.outputs, self.params, w, batched)
+        return pull_back(self.outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
         """A tangent and a cotangent of everything that the forward graph keeps."""
@@ -327,7 +338,7 @@ class Recompute:
         """``J' w`` on the graph of the preceding :meth:`jvp`, or on one of its own."""
         fresh, self._fresh = self._fresh, None
         outputs = fresh.outputs if fresh is not None else self._run()
-        return _vjp(outputs, self.params, w, batched)
+        return pull_back(outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
         """As with a cached graph; found by one run of the model."""
@@ -361,7 +372,7 @@ def not_differentiable(attempts: dict[str, Exception]) -> NotDifferentiable:
     told = "; ".join(f"{name}: {str(e).strip().splitlines()[0][:200]}" for name, e in attempts.items())
     return NotDifferentiable(
         f"the model could not be linearised ({told}). Replace the operation that is named by one with a second "
-        "derivative or a forward mode, or freeze the part of the model that uses it"
+        "derivative or a forward mode, freeze the part of the model that uses it, or pass linearisation='differences'"
     )
 
 

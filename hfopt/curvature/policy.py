@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
 from hfopt.closure.trace import Closure, Site, Trace, outputs_again, trace
+from hfopt.curvature.differences import Differences
 from hfopt.curvature.linearisation import (
     Checkpoint,
     Cost,
@@ -181,6 +182,9 @@ class LinearisationChooser:
             kept = Checkpoint(heads, params, part.at, self.run.checkpointed, around)
             return kept, kept.gradient
         again = self.model.again(part, self.seen)
+        if policy == "differences":
+            differences = Differences(heads, params, again)
+            return differences, differences.vjp(part.at)
         if policy == "linearize":
             frozen = self.model.frozen
             lin = Linearize(heads, params, again, partial(frozen.again, watch=False), frozen.drew)

@@ -74,6 +74,12 @@ def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
         )
 
 
+def has_custom_backward(roots: Iterable[Tensor]) -> bool:
+    """Tell whether ``roots`` come from a ``torch.autograd.Function`` that is not of this package."""
+    classes = (getattr(type(node), "_forward_cls", None) for node in nodes(roots))
+    return any(own is not None and not own.__module__.startswith("hfopt.") for own in classes)
+
+
 def directly_used(roots: Iterable[Tensor], among: Sequence[Tensor]) -> list[Tensor]:
     """Those of ``among`` that ``roots`` are computed from other than through another one of them; all leaves."""
     roots = list(roots)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,44 +21,49 @@ from hfopt import structural
 from hfopt.closure.trace import Closure
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.curvature.output_space import Matching
-from hfopt.step.checks_derivatives import Derivatives
+from hfopt.step.checks_derivatives import Derivatives, fail
 from hfopt.step.checks_reductions import ReductionTrace, unequal_batches
+from hfopt.step.objective import Objective
+from hfopt.step.settings import StepInput
 
-if TYPE_CHECKING:
-    from hfopt.step.objective import Objective
 
-
-def check(step: Objective, gradient: Tensor, result: Any) -> None:
-    """Check a step that is about to be taken, if its optimizer asks for it now.
+def check(objective: Objective, given: StepInput, gradient: Tensor, result: Any) -> frozenset[str]:
+    """Check a step that is about to be taken, if the settings ask for it now.
 
     Args:
-        step: the objective at theta.
+        objective: the objective at theta.
+        given: what the step was given.
         gradient: of the loss alone (P,).
         result: what the closure returned.
+
+    Returns:
+        The kinds of closures that have passed so far.
 
     Raises:
         CheckFailed: what was found, and what to do.
     """
-    o = step.o
-    if o.check is False:
-        return
-    kind = _kind(step)
-    if o.checked and (kind in o.checked if o.check is True else o.steps % o.check):
-        return
-    with _untouched(step):
-        _Checks(step, gradient, result).run()
-    o.checked.add(kind)
+    option, checked = given.settings.check, given.memory.checked
+    if option is False:
+        return checked
+    kind = kind_of(objective)
+    if checked and (kind in checked if option is True else given.memory.steps % option):
+        return checked
+    with objective.untouched(), _own_draws():
+        _Checks(objective, given, gradient, result).run()
+    return checked | {kind}
 
 
-def _kind(step: Objective) -> str:
-    """What ``check=True`` tells one kind of closure by."""
-    if not isinstance(step.op, GaussNewton):
-        return f"{type(step.op).__name__} {step.curvature is None}"
+def kind_of(objective: Objective) -> str:
+    """Return what tells one kind of closures from another: roles, criteria, and the forms of the outputs."""
+    closures = objective.closures
+    if not isinstance(objective.op, GaussNewton):
+        return f"{type(objective.op).__name__} {closures.curvature is None}"
     spaces = {
         str([type(part.space).__name__, *((z.dim(), str(z.dtype)) for z in part.space.outputs), *_closed(part.space)])
-        for part in step.op.parts
+        for part in objective.op.parts
     }
-    return f"{type(step.op).__name__} {step.curvature is None} {step.own_evaluation} {sorted(spaces)}"
+    own = closures.evaluation is not None
+    return f"{type(objective.op).__name__} {closures.curvature is None} {own} {sorted(spaces)}"
 
 
 def _closed(space: Any) -> list[str]:
@@ -66,48 +71,40 @@ def _closed(space: Any) -> list[str]:
 
 
 @contextmanager
-def _untouched(step: Objective) -> Iterator[None]:
-    """Puts back all that runs of the closures may change beside what :class:`hfopt.closure.frozen.Frozen` does."""
-    params = [p for group in step.o.param_groups for p in group["params"]]
-    grads = [p.grad for p in params]
-    names = ("gradients", "evaluations", "products", "farthest")
-    counts, values, products = {n: getattr(step, n) for n in names}, set(step.values), step.op.products
+def _own_draws() -> Iterator[None]:
+    """Put back the generators that no closure's context restores."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own draws
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-        step.values, step.op.products = values, products
-        for name, count in counts.items():
-            setattr(step, name, count)
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
 
 
-class _Checks(Derivatives):
+class _Checks:
     """All checks of one step."""
 
-    def __init__(self, step: Objective, gradient: Tensor, result: Any) -> None:
-        super().__init__(step, gradient)
-        self.result = result
-        roles = {"closure": step.closure, "curvature": step.curvature, "debias": step.debias}
-        roles["evaluation"] = step.evaluation
-        self.closures: dict[str, Closure] = {}
-        for name, closure in roles.items():
-            if closure is not None and not any(closure is other for other in self.closures.values()):
-                self.closures[name] = closure
+    def __init__(self, objective: Objective, given: StepInput, gradient: Tensor, result: Any) -> None:
+        self.step, self.op, self.result = objective, objective.op, result
+        self.settings, self.preconditioner = given.settings, given.parts.preconditioner
+        self.derivatives = Derivatives(objective, gradient)
+        self.closures = given.closures.by_role()
+        self.eps = torch.finfo(objective.vector.dtype).eps
+
+    def fail(self, message: str | None) -> None:
+        """Raise for a message, in all processes if one of them has any."""
+        fail(self.step.processes, message)
 
     def run(self) -> None:
         looks = {name: self._look(closure) for name, closure in self.closures.items()}
-        self.eps = max(torch.finfo(self.step.vector.dtype).eps, *(look.eps for look in looks.values()))
-        self.base = self._determinism()
+        self.eps = max(self.eps, *(look.eps for look in looks.values()))
+        base = self._determinism()
         self._reductions(looks)
-        self.check()
+        self.derivatives.check(base, self.eps)
 
     def _look(self, closure: Closure) -> ReductionTrace:
         look = ReductionTrace()
-        with self.step._running() as scaling, structural.collecting(False):
+        with self.step.running() as scaling, structural.collecting(False):
             look.run(closure)
         for criterion in look.criteria:
             criterion.factor *= scaling.unit
@@ -119,7 +116,7 @@ class _Checks(Derivatives):
         for name, closure in self.closures.items():
             first, second = step.loss_of(closure), step.loss_of(closure)
             found.append(first)
-            size = abs(first) + self.reach
+            size = abs(first) + self.derivatives.reach
             bound = max(64 * torch.finfo(step.vector.dtype).eps, 4 * self.eps) * size
             if not abs(first - second) <= bound:
                 self.fail(
@@ -142,10 +139,9 @@ class _Checks(Derivatives):
     def _reductions(self, looks: dict[str, ReductionTrace]) -> None:
         self.fail(self._returned())
         own = looks["closure"].criteria
-        o = self.step.o
         if not isinstance(self.op, GaussNewton) or not isinstance(self.op.space, Matching):
             return
-        self.fail(unequal_batches(own, o.batch_dim))
+        self.fail(unequal_batches(own, self.settings.batch_dim))
         for name, look in looks.items():
             self.fail(self._weights(name, looks["closure"], look))
         self.fail(self._cases(looks["curvature" if "curvature" in looks else "closure"]))
@@ -186,12 +182,9 @@ class _Checks(Derivatives):
 
     def _cases(self, look: ReductionTrace) -> str | None:
         """What the Fisher matrices and a preconditioner take for cases."""
-        o = self.step.o
-        dim = (
-            o.batch_dim
-            if o.curvature in ("fisher", "empirical-fisher")
-            else getattr(o.preconditioner, "batch_dim", None)
-        )
+        s = self.settings
+        fisher = s.curvature in ("fisher", "empirical-fisher")
+        dim = s.batch_dim if fisher else getattr(self.preconditioner, "batch_dim", None)
         if dim is None:
             return None
         for c in look.criteria:
@@ -200,20 +193,9 @@ class _Checks(Derivatives):
                     f"batch_dim is {dim}, but that is the dimension of the classes of {c.name}, whose input has shape "
                     f"{c.shape}: give the dimension along which cases stand (0 for inputs (N, C))"
                 )
-            if o.curvature == "empirical-fisher" and c.summed:
+            if s.curvature == "empirical-fisher" and c.summed:
                 return (
                     f"the empirical Fisher matrix takes the loss for a mean over cases, but {c.name} is summed over "
                     f"{c.terms} terms with the factor 1: use reduction='mean', or divide by the number of cases"
                 )
         return None
-
-
-def check_option(check: Any) -> bool | int:
-    """The argument ``check``, if it is one.
-
-    Raises:
-        ValueError: neither a truth value nor a positive number of steps.
-    """
-    if isinstance(check, bool) or (isinstance(check, int) and check > 0):
-        return check
-    raise ValueError(f"check is {check!r}, but must be True, False, or after how many steps to check again (1, 2, ...)")

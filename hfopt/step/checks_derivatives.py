@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ from hfopt.closure.trace import outputs_again, trace
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.curvature.output_space import Matching
 from hfopt.errors import CheckFailed, logger
+from hfopt.linalg.processes import Processes
 from hfopt.linalg.vector import dot
 from hfopt.step.differences import Directions, Rung, Verdict, absolute, around, judge, lengths
-
-if TYPE_CHECKING:
-    from hfopt.step.objective import Objective
+from hfopt.step.objective import Objective
 
 CUSTOM = (
     "Look for a torch.autograd.Function with a wrong backward, and for detach(), .data, .item(), numpy or no_grad on "
@@ -24,38 +23,51 @@ CUSTOM = (
 )
 
 
-class Derivatives:
-    """A step's gradient and products; ``base`` is the closure's loss at theta, as evaluations give it.
+def fail(processes: Processes | None, message: str | None) -> None:
+    """Raise for a message, in all processes if one of them has any.
 
-    ``eps`` is the lowest precision that is computed in.
+    Raises:
+        CheckFailed: with the message, or with one that points to the process that has it.
     """
+    if processes is not None and processes.mean(float(message is not None)) > 0 and message is None:
+        message = "a self-check failed in another process, whose error says what was found and what to do"
+    if message is not None:
+        raise CheckFailed(message)
 
-    base: float
-    eps: float
+
+class Derivatives:
+    """A step's gradient and products."""
 
     def __init__(self, step: Objective, gradient: Tensor) -> None:
         self.step, self.op, self.g = step, step.op, gradient
-        self.directions = Directions(step.vector, step.theta, gradient, seed=step.o.steps)
+        self.base, self.eps = step.loss, torch.finfo(step.vector.dtype).eps
+        self.directions = Directions(step.vector, step.theta, gradient, seed=step.steps)
         # What the rounding errors of a loss are measured by: terms may cancel in the loss, hardly in this.
         self.reach = absolute(gradient, step.theta)
 
-    def check(self) -> None:
-        """All of them.
+    def check(self, base: float, eps: float) -> None:
+        """Check all of them.
+
+        Args:
+            base: the closure's loss at theta, as evaluations give it.
+            eps: of the lowest precision that is computed in.
 
         Raises:
             CheckFailed: what was found, and what to do.
         """
+        self.base, self.eps = base, eps
         self._gradient()
         self._symmetry()
         self._products()
 
+    def check_products(self, base: float) -> None:
+        """Check the products alone; ``base`` as for :meth:`check`."""
+        self.base = base
+        self._products()
+
     def fail(self, message: str | None) -> None:
         """Raise for a message, in all processes if one of them has any."""
-        processes = self.step.processes
-        if processes is not None and processes.mean(float(message is not None)) > 0 and message is None:
-            message = "a self-check failed in another process, whose error says what was found and what to do"
-        if message is not None:
-            raise CheckFailed(message)
+        fail(self.step.processes, message)
 
     def _ladder(self, d: Tensor, rung: Callable[[Sequence[Tensor], Sequence[Any], float], Rung], at: Any) -> Verdict:
         """Differences along d: ``rung`` gets two displacements, ``at()`` at both, and the length."""
@@ -93,7 +105,7 @@ class Derivatives:
             rounding = 8 * self.eps * (abs(self.base) + self.reach) / h + own
             return Rung((up - down) / (2 * h), (slopes[0] - slopes[1]) / (2 * h), forward - backward, rounding)
 
-        return self._ladder(d, rung, lambda: self.step.loss_of(self.step.closure))
+        return self._ladder(d, rung, lambda: self.step.loss_of(self.step.closures.gradient))
 
     def _gradient(self) -> None:
         self._silent()
@@ -209,10 +221,18 @@ class Derivatives:
         step, op = self.step, self.op
         assert isinstance(op, GaussNewton)
         criteria = isinstance(op.parts[0].space, Matching)
-        kind = "module" if step.o.outputs else "loss" if step.o.loss else "criteria" if criteria else "result"
+        kind = (
+            "module"
+            if step.settings.outputs
+            else "loss"
+            if step.settings.loss
+            else "criteria"
+            if criteria
+            else "result"
+        )
         sites = [site for part in op.parts for site in part.sites]
-        with step._running(), torch.set_grad_enabled(op.differentiates):
-            found = outputs_again(op._closure, kind, sites, module=step.o.outputs)
+        with step.running(), torch.set_grad_enabled(op.differentiates):
+            found = outputs_again(op.closure, kind, sites, module=step.settings.outputs)
         return [z.detach().double() for z in found]
 
     def _quadratic(self, u: Sequence[Tensor], d: Tensor, base: Sequence[Tensor]) -> tuple[float, float]:
@@ -224,7 +244,7 @@ class Derivatives:
         for i, part in enumerate(op.parts):
             own, zs = [left.pop(0) for _ in range(part.count)], [outputs.pop(0) for _ in range(part.count)]
             cast = [x.to(z.dtype) for x, z in zip(own, part.space.outputs, strict=True)]
-            w, direct = op._output_product(i, list(cast), vs)
+            w, direct = op.output_product(i, list(cast), vs)
             for x, z, y in zip(own, zs, w, strict=True):
                 if y is not None:
                     total += float((x * y.double()).sum())
@@ -235,11 +255,12 @@ class Derivatives:
     def _of_gradients(self, d: Tensor) -> Verdict:
         """``d'Hd`` against differences of the gradient."""
         step, op = self.step, self.op
-        closure = step.closure if step.curvature is None else step.curvature
+        closures = step.closures
+        closure = closures.gradient if closures.curvature is None else closures.curvature
 
         def slopes() -> Tensor:
-            with step._running() as scaling:
-                seen = trace(closure, loss=step.o.loss, cut=False)
+            with step.running() as scaling:
+                seen = trace(closure, loss=step.settings.loss, cut=False)
             found: Sequence[Tensor | None] = torch.autograd.grad(seen.total, step.vector.params, allow_unused=True)
             flat = step.vector.flatten(found).mul_(scaling.unit)
             return flat if step.processes is None else step.processes.mean_(flat)

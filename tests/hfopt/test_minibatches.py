@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt import AverageRatio, FullStep, RisingDecay, for_minibatches
+from hfopt.step.settings import Closures
 from hfopt.step.step import Step
 from tests.hfopt.tools import flat, generator, mlp, theta
 
@@ -124,8 +125,8 @@ def test_a_decay_that_rises() -> None:
     x, y = torch.ones(5, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64)
     for t in range(4):
         before = [s["cg_start"].clone() for s in optimizer.state.values()]
-        step = Step(optimizer, closure(model, (x, y)), None, None)
-        start = step.cg_start().get("x0")
+        given = optimizer._given(Closures(closure(model, (x, y))))
+        start = Step(given, lambda scaler: None).search.cg_start().get("x0")
         if t:
             assert start is not None
             assert torch.allclose(start, decay(t) * flat(before), rtol=1e-12)
@@ -150,7 +151,7 @@ def test_what_is_refused() -> None:
         (lambda: AverageRatio(low=0.5, high=0.2), "low <= high"),
         (lambda: FullStep(rise=-0.1), "rise must not be negative"),
         (lambda: RisingDecay(0.9, 0.5), "need 0 <= first <= last < 1"),
-        (lambda: hfopt.CG(decay=1.2), r"decay in \[0, 1\]"),
+        (lambda: hfopt.CG(decay=1.2), r"decay is 1\.2, but must be in \[0, 1\]"),
         (lambda: FullStep(outlier=1.0), "outlier must be above 1"),
         (lambda: for_minibatches(mlp(2, 2).parameters(), iterations=0), "iterations must satisfy"),
     ]:
