@@ -211,7 +211,7 @@ class HessianFree(Optimizer):
             del self.param_groups[-1]  # a group that is refused is not added
             raise
 
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Closure | None = None,
         *,

@@ -363,8 +363,9 @@ def columns_at_once(column: int, size: int, budget: int | None, device: torch.de
 
 def cannot_batch(error: Exception) -> bool:
     """Whether torch says that it has no way to do an operation for many vectors at once."""
-    # A traced graph has the views of single vectors in it.
-    return any(word in str(error) for word in ("vmap", "atching rule", "functorch", "view size is not compatible"))
+    # A traced graph has the views of single vectors in it; a backward pass in numpy asks for a tensor's memory.
+    words = ("vmap", "atching rule", "functorch", "view size is not compatible", "doesn't have storage")
+    return any(word in str(error) for word in words)
 
 
 def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
