@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -12,13 +12,38 @@ from hfopt.closure.trace import Closure
 from hfopt.curvature.policy import PreviousChoice
 from hfopt.damping import Damping
 from hfopt.linalg.cg import CG
+from hfopt.linalg.operators import Operator
 from hfopt.linalg.processes import Processes
+from hfopt.linalg.solution import LinearMap
 from hfopt.line_search import LineSearch
-from hfopt.preconditioners import Preconditioner
 from hfopt.step.stats import StepStats
 
 Curvature = Literal["gauss-newton", "hessian", "fisher", "empirical-fisher"]
 Backtracking = Literal["walk", "smallest", "none"]
+
+
+class Preconditioner(Protocol):
+    """What a step asks of a preconditioner: see :class:`hfopt.preconditioners.Preconditioner`."""
+
+    @property
+    def runs(self) -> int:
+        """How often the last refresh ran the closure."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to apply."""
+
+    def refresh(self, op: Operator, step: int) -> None:
+        """Take the new point."""
+
+    def damp(self, damping: float, decay: float | Tensor) -> None:
+        """Set the damping of the next solve."""
+
+    def watch(self, system: LinearMap) -> LinearMap:
+        """The system as CG is to see it."""
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """``M^-1 r``."""
 
 
 @dataclass(frozen=True)
