@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
@@ -317,20 +316,27 @@ class HessianFree(Optimizer):
         if "hessian_free" not in state_dict:
             raise ValueError("state_dict is not that of a HessianFree optimizer: the entry 'hessian_free' is missing")
         own = state_dict["hessian_free"]
-        steps = int(own["steps"])
-        chosen = None if own["chosen"] is None else (str(own["chosen"][0]), int(own["chosen"][1]))
-        damping = copy.copy(self.damping)
-        damping.load_state_dict(own["damping"])
-        starts = self._checked_starts(state_dict)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "hessian_free"})
+        stateful = {"damping": self.damping, "line_search": self.line_search, "preconditioner": self.preconditioner}
+        present: dict[str, Any] = {name: part for name, part in stateful.items() if part is not None}
+        before = {name: part.state_dict() for name, part in present.items()}
+        try:
+            steps = int(own["steps"])
+            chosen = None if own["chosen"] is None else (str(own["chosen"][0]), int(own["chosen"][1]))
+            starts = self._checked_starts(state_dict)
+            for name, part in present.items():
+                part.load_state_dict(own[name] if name == "damping" else own.get(name, {}))
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "hessian_free"})
+        except Exception as error:
+            for name, part in present.items():
+                part.load_state_dict(before[name])
+            if isinstance(error, (KeyError, TypeError, AttributeError, IndexError)):
+                message = f"state_dict is damaged ({type(error).__name__}: {error}); nothing has been loaded"
+                raise ValueError(message) from error
+            raise
         # torch brings states to the precision of their parameters; CG's start has that of the flat vector.
         for p, start in starts:
             self.state[p]["cg_start"] = start.to(p.device, copy=True)
         self.steps, self.chosen = steps, chosen
-        self.damping.load_state_dict(own["damping"])
-        self.line_search.load_state_dict(own.get("line_search", {}))
-        if self.preconditioner is not None:
-            self.preconditioner.load_state_dict(own.get("preconditioner", {}))
 
     def _checked_starts(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """(parameter, its CG start) of a state that fits this optimizer's groups."""

@@ -100,12 +100,13 @@ def batches(model: nn.Module, size: int, weigh: Callable[[Tensor, int], Tensor])
     return closure
 
 
-def test_a_mean_of_means_of_unequal_batches() -> None:
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+def test_a_mean_of_means_of_unequal_batches(curvature: str) -> None:
     model = mlp(3, 4, 2)
     with fails("mean of 3 batch means, over 5 cases each but 2 in the last one, whose cases count 2.5 times as much"):
-        step(model, batches(model, 5, lambda loss, n: loss / 3))
-    step(model, batches(model, 5, lambda loss, n: loss * n / 12))
-    step(model, batches(model, 4, lambda loss, n: loss / 3))
+        step(model, batches(model, 5, lambda loss, n: loss / 3), curvature=curvature)
+    step(model, batches(model, 5, lambda loss, n: loss * n / 12), curvature=curvature)
+    step(model, batches(model, 4, lambda loss, n: loss / 3), curvature=curvature)
 
 
 def test_terms_of_a_loss_may_have_their_own_numbers_of_cases() -> None:
