@@ -188,6 +188,15 @@ class HessianFree(Optimizer):
         if 0 < lr < _SMALL_RATE:
             warn(SMALL_RATE.format(lr, 1 / lr))
 
+    def __repr__(self) -> str:
+        groups = super().__repr__().rstrip()
+        names = (
+            "curvature", "damping", "cg", "preconditioner", "line_search", "backtracking", "structural_damping",
+            "linearisation", "memory_budget", "loss", "outputs", "check",
+        )  # fmt: skip
+        settings = "".join(f"{name}: {getattr(self, name)!r}\n" for name in names)
+        return f"{groups.removesuffix(')')}{settings})"
+
     @property
     def structural(self) -> float:
         """The former name of ``structural_damping``."""

@@ -113,6 +113,10 @@ class Damped(Operator):
             raise ValueError(f"damping and structural must not be negative, but are {damping} and {structural}")
         self.base, self.damping, self.structural, self.decay = base, damping, structural, decay
 
+    def __repr__(self) -> str:
+        decay = "(P,)" if isinstance(self.decay, Tensor) else self.decay
+        return f"Damped({self.base!r}, damping={self.damping}, structural={self.structural}, decay={decay})"
+
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """``B v + lambda v + lambda mu S v + c v``."""
         self.products += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
@@ -59,6 +60,10 @@ class Preconditioner(ABC):
         if self._z is None or self._z.shape != r.shape or self._z.dtype != r.dtype:
             self._z = torch.empty_like(r)
         return self.apply_into(r, self._z)
+
+    def __repr__(self) -> str:
+        names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: everything but what every call makes anew."""
