@@ -233,6 +233,7 @@ def test_packages_never_import_tests_or_benchmarks() -> None:
             assert not imported_roots(path) & {"tests", "benchmarks"}, path
 
 
+@pytest.mark.slow
 def test_the_wheel_contains_hfopt_alone(tmp_path: Path) -> None:
     tree, wheels = tmp_path / "tree", tmp_path / "wheels"
     tree.mkdir()

@@ -101,6 +101,7 @@ def test_ratios_are_those_of_the_cost_to_the_baselines_loss() -> None:
     assert bound
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "picture.png"
     options = ["--problems", "logistic", "--methods", f"{NEW},start scaled", "--seeds", "1", "--budget", "40"]

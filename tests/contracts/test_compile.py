@@ -15,6 +15,7 @@ from tests.hfopt.tools import dense_gauss_newton, mlp, randn, relative, theta
 X, Y = randn(20, 3, seed=1), randn(20, 2, seed=2)
 # The compiler's own: about what it imports, and about hooks that would be called twice by a module that it wraps.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning"),
 ]

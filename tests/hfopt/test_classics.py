@@ -92,7 +92,8 @@ def test_rosenbrock(n: int, curvature: str) -> None:
             break
     stats = optimizer.stats
     assert stats[-1].new_loss < 1e-24
-    assert torch.allclose(theta(model), torch.ones(n, dtype=torch.float64), rtol=1e-11, atol=1e-11)
+    # Residuals below 1e-12 say so much: |1 - x_i| < 1e-12, and the last 10 |x_n - x_n-1^2| < 1e-12 besides.
+    assert float((theta(model) - 1).abs().max()) < 2.2e-12
     assert len(stats) < (60 if n == 2 else 150)
     assert max(s.damping for s in stats) < 1e3 * stats[0].damping + 1e3
     # Going on at the solution must not raise lambda to its bound either.

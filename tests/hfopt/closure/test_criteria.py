@@ -14,7 +14,18 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt.errors import ClosureError
-from tests.hfopt.tools import dense_gauss_newton, dense_hessian, flat, hessian, jacobian, matrix, mlp, randn, relative
+from tests.hfopt.tools import (
+    dense_gauss_newton,
+    dense_hessian,
+    flat,
+    hessian,
+    jacobian,
+    matrix,
+    mlp,
+    randn,
+    relative,
+    rounding,
+)
 
 N, C = 5, 3
 X = randn(N, 4, seed=1)
@@ -175,13 +186,20 @@ def test_product_equals_the_dense_matrix(one: Case, reduction: str) -> None:
     op = hfopt.GaussNewton(lambda: loss_of_logits(model(X)), model.parameters())
     got = matrix(op)
     assert expected.abs().max() > 1e-4  # a zero matrix would prove nothing
-    assert relative(got, expected) < 1e-10
-    assert relative(got, got.T) < 1e-12
-    assert torch.linalg.eigvalsh((got + got.T) / 2)[0] > -1e-12 * got.abs().max()
+    # A dozen operations, of which the link's slopes and their inverses are the worst in condition; torch's second
+    # derivative of binary_cross_entropy divides by (p (1 - p) + 1e-12)^2, and terms of the link's cancel half of it.
+    bound = rounding(N * one.width, 10)
+    if one.link is torch.sigmoid:
+        p = one.link(z)
+        bound += 4e-12 * float((1 / (p * (1 - p))).max())
+    assert bound < 1e-10
+    assert relative(got, expected) < bound
+    assert relative(got, got.T) < rounding(N * one.width)
+    assert torch.linalg.eigvalsh((got + got.T) / 2)[0] > -rounding(N * one.width) * got.abs().max()
 
     plain = torch.autograd.grad(loss_of_logits(model(X)), list(model.parameters()))
-    assert relative(op.gradient, flat(plain)) < 1e-12
-    assert op.loss.item() == pytest.approx(loss_of_logits(model(X)).item(), rel=1e-14)
+    assert relative(op.gradient, flat(plain)) < rounding(N * one.width)
+    assert op.loss.item() == pytest.approx(loss_of_logits(model(X)).item(), rel=rounding(N))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

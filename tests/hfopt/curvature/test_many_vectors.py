@@ -197,6 +197,7 @@ def test_one_by_one_where_nothing_else_goes_and_the_log_says_so(caplog: pytest.L
     assert op.products == 2 * op.shape[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["double-backward", "checkpoint", "recompute"])
 def test_columns_go_through_in_pieces_that_fit(policy: str) -> None:
     """Eight times the columns, and the same memory: as much as the budget has, beside the vectors themselves."""

@@ -18,7 +18,7 @@ from hfopt.linalg.cg import CG
 from hfopt.linalg.cg_debiased import Quadratic
 from models import RNN
 from tests.hfopt.linalg.test_cg import Matrix, exact, phi
-from tests.hfopt.tools import dense_gauss_newton, mlp, randn, relative, spd, theta
+from tests.hfopt.tools import amplification, dense_gauss_newton, mlp, randn, relative, rounding, spd, theta
 
 N = 12
 A, B = (spd(torch.logspace(0, -2, N, dtype=torch.float64), seed=s) for s in (1, 2))
@@ -75,6 +75,18 @@ def test_steps_along_the_directions(slopes: str, preconditioned: bool, warm: boo
         ) < 1e-9  # fmt: skip
 
 
+class Changed(Matrix):
+    """Every product is changed by a function."""
+
+    def __init__(self, a: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(a)
+        self.change = change
+
+    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        product = super().multiply(v, out)
+        return product.copy_(self.change(product))
+
+
 @pytest.mark.parametrize("slopes", ["iterate", "start"])
 @pytest.mark.parametrize("repair_every", [0, 3])
 @pytest.mark.parametrize("warm", [False, True])
@@ -87,10 +99,14 @@ def test_the_same_batch_twice_is_conjugate_gradients(slopes: str, repair_every: 
     )
     assert (both.reason, both.iterations) == (plain.reason, plain.iterations)
     assert both.products == 2 * plain.products
-    assert relative(both.x, plain.x) < 1e-10
+    # Directions lose their conjugacy by rounding, in one route otherwise than in the other.
+    factor = amplification(lambda f: options.solve(Changed(A, f), b, x0, lambda r: torch.linalg.solve(M, r)).x)
+    bound = rounding(plain.iterations, factor)
+    assert bound < 1e-7
+    assert relative(both.x, plain.x) < bound
     for ours, theirs in zip(both.checks, plain.checks, strict=True):
-        assert ours.model == pytest.approx(theirs.model, rel=1e-9)
-        assert ours.norm == pytest.approx(theirs.norm, rel=1e-9)
+        assert ours.model == pytest.approx(theirs.model, rel=bound)
+        assert ours.norm == pytest.approx(theirs.norm, rel=bound)
     assert [i.iteration for i in both.iterates] == [i.iteration for i in plain.iterates]
 
 

@@ -27,7 +27,7 @@ from hfopt.preconditioners import (
 )
 from hfopt.preconditioners.kfac import drawn
 from tests.hfopt.preconditioners.preconditioned import N, convolutional, dense, gauss_newton, recurrent
-from tests.hfopt.tools import matrix, mlp, randn, relative
+from tests.hfopt.tools import matrix, mlp, randn, relative, rounding
 
 X, Y = randn(N, 3, seed=1), randn(N, 2, seed=2)
 EYE = torch.eye(26, dtype=torch.float64)
@@ -151,8 +151,8 @@ def test_factors_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hfopt.preconditioners.layers.BLOCK", 2 * (3 + 4))  # two cases of the first layer
     parts.refresh(op, 1)
     for one, other in zip(whole.factors, parts.factors, strict=True):
-        assert relative(other.a, one.a) < 1e-14
-        assert relative(other.g, one.g) < 1e-14
+        assert relative(other.a, one.a) < rounding(N)
+        assert relative(other.g, one.g) < rounding(N)
 
 
 def test_kfac_of_convolutions() -> None:

@@ -249,6 +249,7 @@ print("compiled" if library() is not None else "torch", float(W.grad.sum()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
@@ -264,6 +265,7 @@ def test_without_compiled_passes_torch_does_the_work(environment: dict[str, str]
     assert said in out
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_passes_are_compiled_once_and_found_again(tmp_path: Path) -> None:
     first = in_a_fresh_process(PRODUCT, HFOPT_CACHE=str(tmp_path))
@@ -276,6 +278,7 @@ def test_passes_are_compiled_once_and_found_again(tmp_path: Path) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_code_is_not_loaded_from_where_others_can_write(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
