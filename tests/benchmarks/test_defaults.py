@@ -167,7 +167,8 @@ def test_the_best_rate_is_the_first_seeds_and_medians_decide() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_writes_page_picture_and_numbers(tmp_path: Path) -> None:
+def test_the_command_writes_page_picture_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "QUICK", 0.005)
     paths = {"results": tmp_path / "numbers", "page": tmp_path / "page.md", "picture": tmp_path / "images" / "p.png"}
     args = [a for name, path in paths.items() for a in (f"--{name}", str(path))]
     threads = torch.get_num_threads()

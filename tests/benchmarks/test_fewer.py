@@ -13,7 +13,7 @@ from benchmarks import fewer
 from benchmarks.fewer import Curve
 from benchmarks.fewer_tried import METHODS, NEW, OLD, Continuous, Ritz, ScaledStart, Thin, window
 from hfopt import CG
-from hfopt.linalg.krylov import Path as Solutions
+from hfopt.linalg.krylov import DampingPath as Solutions
 from tests.hfopt.linalg.test_cg import Matrix, phi
 from tests.hfopt.tools import randn, relative, spd
 

@@ -140,7 +140,7 @@ def test_empirical_fisher(d: Drawn, policy: str) -> None:
         compare(op, problem, empirical(problem))
 
 
-@examples(12)
+@examples(8)
 @given(drawn(criteria=CLOSED), st.sampled_from(POLICIES))
 def test_sampled_fisher(d: Drawn, policy: str) -> None:
     """Symmetric, positive semi-definite, in the range of the Gauss-Newton matrix, and the same for many vectors."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 import hfopt
 from hfopt.closure import recurrent_layers
 from hfopt.closure.trace import differentiate, evaluate, trace
-from tests.hfopt.tools import dense_hessian, flat, hessian, matrix, randn, relative, theta
+from tests.hfopt.tools import dense_hessian, flat, hessian, matrix, randn, relative, rounding, theta
 
 F64 = torch.float64
 KINDS: dict[str, Callable[..., nn.RNNBase]] = {
@@ -244,22 +244,24 @@ def test_hessians_are_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("curvature", ["gauss-newton", "fisher", "hessian"])
 def test_steps_are_those_without_replacement(kind: str, curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = randn(12, 6, 2, seed=1), randn(12, 6, 2, seed=2)
+    T = recurrent_layers.SHORTEST
+    x, y = randn(T, 6, 2, seed=1), randn(T, 6, 2, seed=2)
     found = []
     seen = calls(monkeypatch)
     for replace in (True, False):
         net = Net(kind, 2, 4, num_layers=2, dropout=0.3)
         torch.manual_seed(3)
-        # Few iterations: conjugate gradients multiply rounding errors by ten or a hundred in each.
         cg = hfopt.CG(max_iterations=5)
         optimizer = hfopt.HessianFree(net.parameters(), curvature=curvature, cg=cg, replace_recurrences=replace)
-        for _ in range(3):
+        for _ in range(2):
             optimizer.step(closure(net, x, y))
         found.append((theta(net), [s.new_loss for s in optimizer.stats]))
         assert bool(seen) == (replace and (curvature != "hessian" or recurrent_layers.REPLACEMENTS[kind].hessian))
         seen.clear()
-    assert found[0][1] == pytest.approx(found[1][1], rel=1e-9)
-    assert relative(found[0][0], found[1][0]) < 1e-9
+    # Conjugate gradients multiply errors of rounding by ten or so in each of five iterations.
+    bound = rounding(T, 10**5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=bound)
+    assert relative(found[0][0], found[1][0]) < bound
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
