@@ -118,6 +118,12 @@ def rounding(terms: float = 1.0, condition: float = 1.0, dtype: torch.dtype = to
     return 16 * torch.finfo(dtype).eps * terms * condition
 
 
+SUMS = rounding(1000)
+"""The same sums of at most a thousand terms, in another order: products with one and with many vectors, gradients."""
+DENSE = rounding(1000, 30)
+"""Products against matrices that came by another route, whose factors' condition is at most thirty."""
+
+
 def amplification(run: Callable[[Callable[[Tensor], Tensor]], Tensor], size: float = 1e-11, draws: int = 4) -> float:
     """The factor by which relative errors of a computation's intermediate results come out larger in its result.
 

@@ -35,7 +35,8 @@ def test_moving_and_restoring_is_exact_and_unseen() -> None:
     direction = randn(vector.size, seed=4)
     vector.move(saved, direction, 0.3)
     for p, b, d in zip(params, before, vector.views(direction), strict=True):
-        assert torch.allclose(p, b + 0.3 * d, rtol=1e-15)
+        # One rounding or, without fused multiply-adds, two.
+        assert bool(((p - (b + 0.3 * d)).abs() <= rounding() * (b.abs() + d.abs())).all())
     vector.restore(saved)
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     assert [p.data_ptr() for p in params] == pointers
