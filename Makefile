@@ -1,8 +1,10 @@
-# make demo    run the main experiment (make demo ARGS="--problem addition --T 100" SEED=3)
-# make test    run the tests (make test ARGS="-k addition")
-# make lint    style, format, types
-# make docs    build docs/_build/html, a warning being an error
-# make bench   side-by-side measurements against peers
+# make demo       run the main experiment (make demo ARGS="--problem addition --T 100" SEED=3)
+# make test       run the quick tests (make test ARGS="-k addition")
+# make test-slow  run the others: whole commands, kills, compiles
+# make test-all   run both at once
+# make lint       style, format, types
+# make docs       build docs/_build/html, a warning being an error
+# make bench      side-by-side measurements against peers
 #
 # Each makes the virtual environment $(VENV) on first use and keeps it: the stamps below are renewed only
 # when the requirements change. To take a CPU-only torch, set pip's own options, e.g. PIP_EXTRA_INDEX_URL.
@@ -13,10 +15,11 @@ ARGS ?=
 SEED ?=
 
 python := $(VENV)/bin/python
+pytest := $(python) -m pytest -n auto --maxprocesses 4 --dist worksteal
 install := $(python) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 requirements := setup.cfg setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test test-slow test-all lint docs bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,7 +29,13 @@ demo: $(VENV)/.runs
 	$(python) -m runs.demo $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 test: $(VENV)/.test
-	$(python) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(pytest) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.test
+	$(pytest) -m slow $(ARGS)
+
+test-all: $(VENV)/.test
+	$(pytest) $(ARGS)
 
 lint: $(VENV)/.test
 	$(python) -m ruff check .

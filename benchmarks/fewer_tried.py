@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfopt import CG, HessianFree, KrylovDamping, LevenbergMarquardt
 from hfopt.linalg.cg_host import HostCG
-from hfopt.linalg.krylov import Path
+from hfopt.linalg.krylov import DampingPath
 from hfopt.linalg.operators import Operator
 from hfopt.linalg.solution import LinearMap, Solution
 from hfopt.linalg.vector import dot, norm
@@ -126,7 +126,7 @@ class Ritz(Preconditioner):
         if len(self._pairs) < 3:
             return
         s, a = (torch.stack(found) for found in zip(*self._pairs, strict=True))
-        path = Path(s, a, s[0], self._at)
+        path = DampingPath(s, a, s[0], self._at)
         kept = path.values > 1e-6 * path.values.max()
         columns = path.columns[:, kept][:, -self.rank :]
         self._u = (columns.t().to(s) @ path.s).t().contiguous()

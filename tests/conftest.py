@@ -1,4 +1,4 @@
-"""These tests work on tiny tensors: a second thread only costs."""
+"""These tests work on tiny tensors: a second thread only costs, unless rounding with several is what is looked at."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The environment variable that asks for another number of torch's threads than one.
+THREADS = "HFOPT_TEST_THREADS"
+
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
+def threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get(THREADS, "1")))
     yield
     torch.set_num_threads(before)

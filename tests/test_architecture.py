@@ -1,4 +1,4 @@
-"""What depends on what, what the wheel contains, and how long a file may be."""
+"""What depends on what, in one direction and without circles; what the wheel contains; how long a file may be."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from importlinter import cli as importlinter_cli
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hfopt", "models", "pathological", "corpora", "runs")
 LONGEST_FILE = 500
+DEEPEST_CHAIN = 8
+# Circles that only an import inside a function closes, still to be opened; what is not here any more stays open.
+DEFERRED_CIRCLES = [{"hfopt.recurrences.backends", "hfopt.recurrences.cell", "hfopt.recurrences.triton"}]
+
+Graph = dict[str, set[str]]
 
 
 def source_files() -> list[Path]:
@@ -54,6 +59,77 @@ def imported_roots(path: Path, *, eager: bool = False) -> set[str]:
     return found
 
 
+def modules() -> dict[str, Path]:
+    """The files of hfopt by the names of their modules."""
+    paths = {path: path.relative_to(ROOT).with_suffix("").parts for path in sorted((ROOT / "hfopt").rglob("*.py"))}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in paths.items()}
+
+
+def import_graph(*, deferred: bool) -> Graph:
+    """The modules of hfopt that each one imports: for types too, inside functions only where asked for."""
+    files = modules()
+    graph: Graph = {name: set() for name in files}
+    for name, path in files.items():
+        nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not deferred:
+                continue
+            if isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: imports are absolute"
+                members = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= {member if member in files else str(node.module) for member in members}
+            nodes.extend(ast.iter_child_nodes(node))
+    return {name: (found & set(files)) - {name} for name, found in graph.items()}
+
+
+def components(graph: Graph) -> list[set[str]]:
+    """The strongly connected components (Tarjan): every one after those that it leads to."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(v: str) -> None:
+        order[v] = low[v] = len(order)
+        stack.append(v)
+        for w in sorted(graph[v]):
+            if w not in order:
+                visit(w)
+                low[v] = min(low[v], low[w])
+            elif w in stack:
+                low[v] = min(low[v], order[w])
+        if low[v] == order[v]:
+            cut = stack.index(v)
+            found.append(set(stack[cut:]))
+            del stack[cut:]
+
+    for v in sorted(graph):
+        if v not in order:
+            visit(v)
+    return found
+
+
+def circles(graph: Graph, but: list[set[str]]) -> list[list[str]]:
+    """Circles of imports besides those that lie within the modules and folders of one of ``but``."""
+
+    def known(circle: set[str]) -> bool:
+        return any(all(any(f"{m}.".startswith(f"{name}.") for name in names) for m in circle) for names in but)
+
+    return [sorted(circle) for circle in components(graph) if len(circle) > 1 and not known(circle)]
+
+
+def rooms(graph: Graph) -> Graph:
+    """The imports between the folders and files directly below hfopt, its own ``__init__`` left out."""
+    below = {name: name.split(".")[1] for name in graph if "." in name}
+    found: Graph = {room: set() for room in below.values()}
+    for name, room in below.items():
+        found[room] |= {below[other] for other in graph[name] if other in below} - {room}
+    return found
+
+
 def requirements(config: configparser.ConfigParser, section: str, option: str) -> set[str]:
     """The names of the distributions that an option of setup.cfg lists."""
     lines = config[section][option].split("\n")
@@ -80,6 +156,56 @@ def test_the_contracts_cover_every_package() -> None:
     assert set(re.findall(r'"(\w+)"', line.group(1))) == present
 
 
+def test_components_and_circles_of_a_graph() -> None:
+    graph = {"a": {"b"}, "b": {"c.x", "d"}, "c.x": {"b"}, "d": set(), "e": {"a"}}
+    assert components(graph) == [{"d"}, {"b", "c.x"}, {"a"}, {"e"}]
+    assert circles(graph, []) == [["b", "c.x"]]
+    assert circles(graph, [{"b", "c"}]) == []
+    assert circles(graph, [{"b", "c.xy"}]) == [["b", "c.x"]]
+
+
+def test_no_module_is_imported_in_a_circle() -> None:
+    """Of what runs with the import, and of what is imported for types alone."""
+    graph = import_graph(deferred=False)
+    assert graph["hfopt.linalg.cg_debiased"] >= {"hfopt.linalg.vector"}
+    assert "hfopt.experiment.driver" in graph["hfopt"]  # for types
+    assert circles(graph, []) == []
+
+
+def test_imports_inside_functions_hide_no_circle() -> None:
+    assert circles(import_graph(deferred=True), DEFERRED_CIRCLES) == []
+
+
+def test_the_longest_chain_of_imports_is_short() -> None:
+    """Over the folders and files directly below hfopt, each one level; those of a circle count one by one."""
+    graph = rooms(import_graph(deferred=False))
+    depth: dict[str, int] = {}
+    for group in components(graph):
+        below = max((depth[room] for member in group for room in graph[member] - group), default=0)
+        depth |= dict.fromkeys(group, below + len(group))
+    assert depth["errors"] == 1
+    assert depth["step"] > depth["curvature"] > depth["closure"] > depth["recurrences"]
+    assert max(depth.values()) <= DEEPEST_CHAIN, depth
+
+
+def test_hfopt_is_imported_without_what_experiments_need() -> None:
+    heavy = ("h5py", "rich", "matplotlib")
+    command = f"import sys, hfopt; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_folder_says_what_it_is_for_and_what_is_public() -> None:
+    for folder in sorted({path.parent for path in (ROOT / "hfopt").rglob("*.py")}):
+        init = folder / "__init__.py"
+        assert init.is_file(), folder
+        tree = ast.parse(init.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), init
+        taken = any(isinstance(n, ast.ImportFrom) and str(n.module).startswith("hfopt") for n in tree.body)
+        listed = any(isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__" for n in tree.body)
+        assert listed or not taken, f"{init} has names of its files but no __all__"
+
+
 def test_hfopt_imports_only_what_it_installs() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -101,6 +227,7 @@ def test_packages_never_import_tests_or_benchmarks() -> None:
             assert not imported_roots(path) & {"tests", "benchmarks"}, path
 
 
+@pytest.mark.slow
 def test_the_wheel_contains_hfopt_alone(tmp_path: Path) -> None:
     tree, wheels = tmp_path / "tree", tmp_path / "wheels"
     tree.mkdir()

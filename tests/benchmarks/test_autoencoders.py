@@ -14,6 +14,7 @@ RUN = a.Run(2.0, "adam", 0.01, 0, 3, (0.0, 1.0, 2.0), (9.0, 4.0, 5.0), "python -
 ABOUT = dict.fromkeys(("date", "processor", "threads", "torch", "hfopt"), "x")
 
 
+@pytest.mark.slow
 def test_a_run_is_ended_when_its_optimizer_has_had_its_seconds() -> None:
     for name, rate in ((a.OURS, None), ("nag", 1e-3)):
         run = a.train(a.Options(threads=1), name, rate, 1, 2.0)
@@ -25,6 +26,7 @@ def test_a_run_is_ended_when_its_optimizer_has_had_its_seconds() -> None:
         assert f"--optimizer {name} --evaluate-on train --seed 1" in run.command
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_down_says_what_it_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HFOPT_DATA", raising=False)
     with pytest.raises(RuntimeError, match=r"runs.autoencoder mnist .* ended by itself:\n.*HFOPT_DATA"):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks import automatic
 from benchmarks.automatic import Row, table
 
 
+@pytest.mark.slow
 def test_it_measures_and_writes(tmp_path: Path) -> None:
     automatic.main(["--problems", "logistic", "addition", "--time", "0", "--out", str(tmp_path)])
     lines = (tmp_path / "automatic.md").read_text("utf-8").splitlines()

@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 NAMES = ["autoencoder", "mrnn", "lstm", "gru", "cnn", "transformer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_that_is_possible_agrees_with_float64(name: str) -> None:
     torch.manual_seed(0)
@@ -237,6 +238,7 @@ def test_without_a_device_the_gpu_benchmark_says_so(capsys: pytest.CaptureFixtur
     assert "needs a CUDA device" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_plots_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["products", "--toy", "--cases", "rnn-*", "--rounds", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

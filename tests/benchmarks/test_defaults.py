@@ -166,7 +166,9 @@ def test_the_best_rate_is_the_first_seeds_and_medians_decide() -> None:
     assert "| made up | 7 | 2 | SGD, 0.2 | 1.9 | 2 | 1.1 | 1.0 | 2 of 3 |" in defaults_report.table([found])
 
 
-def test_the_command_writes_page_picture_and_numbers(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_command_writes_page_picture_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "QUICK", 0.005)
     paths = {"results": tmp_path / "numbers", "page": tmp_path / "page.md", "picture": tmp_path / "images" / "p.png"}
     args = [a for name, path in paths.items() for a in (f"--{name}", str(path))]
     threads = torch.get_num_threads()

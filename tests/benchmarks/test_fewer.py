@@ -13,7 +13,7 @@ from benchmarks import fewer
 from benchmarks.fewer import Curve
 from benchmarks.fewer_tried import METHODS, NEW, OLD, Continuous, Ritz, ScaledStart, Thin, window
 from hfopt import CG
-from hfopt.linalg.krylov import Path as Solutions
+from hfopt.linalg.krylov import DampingPath as Solutions
 from tests.hfopt.linalg.test_cg import Matrix, phi
 from tests.hfopt.tools import randn, relative, spd
 
@@ -101,6 +101,7 @@ def test_ratios_are_those_of_the_cost_to_the_baselines_loss() -> None:
     assert bound
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "picture.png"
     options = ["--problems", "logistic", "--methods", f"{NEW},start scaled", "--seeds", "1", "--budget", "40"]

@@ -14,6 +14,7 @@ from benchmarks import time_to_solution as t
 SMALL = ["hidden=20", "batch-size=100", "gradient-batches=4", "evaluation-batches=2", "test-sequences=300"]
 
 
+@pytest.mark.slow
 def test_a_pair_is_run_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs.reproduce, "_LOOK_EVERY", 0.5)
     options = [
@@ -57,6 +58,7 @@ def test_ratios_and_their_bounds() -> None:
     assert "200, 30% wrong" in t.table([ours, replace(old, solved=False, error=0.3)])
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_down_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="pathological-multiplication-T-1-seed0 broke down, see"):
         t.pair(1, 0, tmp_path, 1.0, 1.0)

@@ -22,7 +22,10 @@ NAMES = [
     *("plain", "wrapped", "wrapped, unused", "roles", "debias", "wrapped roles", "decay", "hessian", "empirical"),
     "recompute",
 ]
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+]
 
 
 @pytest.fixture(scope="module")

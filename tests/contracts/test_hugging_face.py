@@ -16,7 +16,7 @@ from tests.hfopt.tools import generator, theta
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.filterwarnings("ignore")  # their own advice on loaders and hardware
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # their own advice on loaders and hardware
 
 STEPS, WORDS = 3, 12
 TOKENS = torch.randint(0, WORDS, (16, 6), generator=generator(1))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hfopt
 from tests.hfopt.tools import mlp, randn, theta
 
-lightning = pytest.importorskip("lightning")
+pytestmark = pytest.mark.slow
 
 X, Y = randn(32, 3, seed=1, dtype=torch.float32), randn(32, 2, seed=2, dtype=torch.float32)
 STEPS = 6
@@ -22,6 +22,8 @@ STEPS = 6
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's own advice on loaders, loggers and hardware
 def test_the_steps_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")  # takes seconds to import, which not every run of the tests should pay
+
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()

@@ -16,7 +16,10 @@ from tests.contracts.torchrun_script import BAD, STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("torchrun_script.py")
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+]
 
 
 def torchrun(directory: Path, backend: str, world: int, what: str = "train") -> subprocess.CompletedProcess[str]:

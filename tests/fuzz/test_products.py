@@ -15,7 +15,10 @@ from hfopt.closure.differentiable import differentiable_attention
 from hfopt.curvature.linearisation import POLICIES
 from tests.fuzz.criteria import CLOSED
 from tests.fuzz.drawn import Drawn, Problem, drawn, examples
-from tests.hfopt.tools import flat, hessian, randn
+from tests.hfopt.tools import DENSE, SUMS, flat, hessian, randn, rounding
+
+# Drawn models are small, but what they divide by may be small as well: a condition of some hundreds.
+CLOSE = rounding(1000, 300)
 
 # torch says so of operations that many vectors take one after another, and hfopt of slower ways than were asked for.
 pytestmark = [
@@ -72,14 +75,14 @@ def compare(op: hfopt.GaussNewton | hfopt.Hessian, problem: Problem, expected: T
     v = randn(op.shape[0], 3, seed=problem.drawn.seed)
     unit = scale(expected)
     found = torch.stack([op @ column for column in v.t().contiguous()], 1)
-    assert float((found - expected @ v).abs().max()) < 1e-8 * unit
-    assert float((op @ v - found).abs().max()) < 1e-9 * unit
+    assert float((found - expected @ v).abs().max()) < 10 * CLOSE * unit
+    assert float((op @ v - found).abs().max()) < CLOSE * unit
     quadratic = v.t() @ found
-    assert float((quadratic - quadratic.t()).abs().max()) < 1e-9 * unit * len(v)
+    assert float((quadratic - quadratic.t()).abs().max()) < CLOSE * unit * len(v)
     total = problem.total()
     gradient = derivative(total, problem.params)[0]
-    assert float((op.gradient - gradient).abs().max()) < 1e-9 * (1 + float(gradient.abs().max()))
-    assert abs(float(op.loss) - total.item()) < 1e-10 * (1 + abs(total.item()))
+    assert float((op.gradient - gradient).abs().max()) < CLOSE * (1 + float(gradient.abs().max()))
+    assert abs(float(op.loss) - total.item()) < DENSE * (1 + abs(total.item()))
 
 
 def supported(build: Callable[[], hfopt.GaussNewton | hfopt.Hessian]) -> hfopt.GaussNewton | hfopt.Hessian | None:
@@ -114,7 +117,7 @@ def test_gauss_newton(d: Drawn, policy: str) -> None:
         compare(op, problem, reference(problem))
         if d.criterion in CLOSED and not d.decay:
             v = randn(op.shape[0], seed=d.seed)
-            assert float(v @ (op @ v)) >= -1e-9
+            assert float(v @ (op @ v)) >= -CLOSE
 
 
 @examples(15)
@@ -140,7 +143,7 @@ def test_empirical_fisher(d: Drawn, policy: str) -> None:
         compare(op, problem, empirical(problem))
 
 
-@examples(12)
+@examples(8)
 @given(drawn(criteria=CLOSED), st.sampled_from(POLICIES))
 def test_sampled_fisher(d: Drawn, policy: str) -> None:
     """Symmetric, positive semi-definite, in the range of the Gauss-Newton matrix, and the same for many vectors."""
@@ -157,10 +160,10 @@ def test_sampled_fisher(d: Drawn, policy: str) -> None:
     dense = op.to_dense()
     unit = scale(dense)
     v = randn(op.shape[0], seed=d.seed)
-    assert float((dense - dense.T).abs().max()) < 1e-9 * unit
-    assert float((op @ v - dense @ v).abs().max()) < 1e-9 * unit
+    assert float((dense - dense.T).abs().max()) < CLOSE * unit
+    assert float((op @ v - dense @ v).abs().max()) < CLOSE * unit
     if not d.decay:
-        assert float(torch.linalg.eigvalsh(dense).min()) >= -1e-9 * unit
+        assert float(torch.linalg.eigvalsh(dense).min()) >= -CLOSE * unit
         # A vector that changes no output is in the null space of both.
         values, vectors = torch.linalg.eigh(reference(problem))
         null = vectors[:, values < 1e-12 * (1e-6 + float(values.max()))]
@@ -182,6 +185,6 @@ def test_lists_and_damping(d: Drawn, columns: int) -> None:
     for i in range(columns):
         one = op @ v[:, i].contiguous()
         pieces = op @ op.vector.views(v[:, i].contiguous())
-        assert float((one - many[:, i]).abs().max()) < 1e-9 * unit
-        assert float((flat(pieces) - one).abs().max()) < 1e-12 * unit
-    assert torch.allclose(op.damped(0.3) @ v, many + 0.3 * v, rtol=1e-9, atol=1e-9 * unit)
+        assert float((one - many[:, i]).abs().max()) < CLOSE * unit
+        assert float((flat(pieces) - one).abs().max()) < SUMS * unit
+    assert torch.allclose(op.damped(0.3) @ v, many + 0.3 * v, rtol=CLOSE, atol=CLOSE * unit)

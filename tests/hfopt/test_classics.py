@@ -92,7 +92,8 @@ def test_rosenbrock(n: int, curvature: str) -> None:
             break
     stats = optimizer.stats
     assert stats[-1].new_loss < 1e-24
-    assert torch.allclose(theta(model), torch.ones(n, dtype=torch.float64), rtol=1e-11, atol=1e-11)
+    # Residuals below 1e-12 say so much: |1 - x_i| < 1e-12, and the last 10 |x_n - x_n-1^2| < 1e-12 besides.
+    assert float((theta(model) - 1).abs().max()) < 2.2e-12
     assert len(stats) < (60 if n == 2 else 150)
     assert max(s.damping for s in stats) < 1e3 * stats[0].damping + 1e3
     # Going on at the solution must not raise lambda to its bound either.
@@ -108,18 +109,15 @@ def test_rosenbrock(n: int, curvature: str) -> None:
 def test_xor_network(curvature: str, loss: str) -> None:
     x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
     y = torch.tensor([[0.0], [1.0], [1.0], [0.0]], dtype=torch.float64)
-    solved = 0
-    for seed in range(3):
-        model = mlp(2, 4, 1, seed=seed)
-        optimizer = hfopt.HessianFree(model.parameters(), curvature=curvature)
-        criterion = F.mse_loss if loss == "mse" else F.binary_cross_entropy_with_logits
-        for _ in range(40):
-            optimizer.step(lambda: criterion(model(x), y))  # noqa: B023 - used at once
-        right = ((model(x) > (0.5 if loss == "mse" else 0.0)) == y.bool()).all()
-        losses = [s.loss for s in optimizer.stats]
-        assert all(b <= a for a, b in pairwise(losses))
-        solved += int(right and losses[-1] < 0.01)
-    assert solved >= 2
+    model = mlp(2, 4, 1, seed=0)
+    optimizer = hfopt.HessianFree(model.parameters(), curvature=curvature)
+    criterion = F.mse_loss if loss == "mse" else F.binary_cross_entropy_with_logits
+    for _ in range(20):
+        optimizer.step(lambda: criterion(model(x), y))
+    assert bool(((model(x) > (0.5 if loss == "mse" else 0.0)) == y.bool()).all())
+    losses = [s.loss for s in optimizer.stats]
+    assert all(b <= a for a, b in pairwise(losses))
+    assert losses[-1] < 0.01
 
 
 def test_logistic_regression_on_badly_scaled_data() -> None:

@@ -108,6 +108,37 @@ def matrix(op: Any) -> Tensor:
     return torch.stack([op @ column for column in eye], 1)
 
 
+def rounding(terms: float = 1.0, condition: float = 1.0, dtype: torch.dtype = torch.float64) -> float:
+    """How far apart, relatively, two ways of computing the same numbers may end.
+
+    ``16 eps terms condition``: so many roundings come one after the other (at worst all to the same side), and an error
+    of ``eps`` in the data moves the result by ``condition`` times as much. 16 leaves room for another order of sums,
+    fused multiply-adds and the last bits of transcendental functions, which differ from processor to processor.
+    """
+    return 16 * torch.finfo(dtype).eps * terms * condition
+
+
+SUMS = rounding(1000)
+"""The same sums of at most a thousand terms, in another order: products with one and with many vectors, gradients."""
+DENSE = rounding(1000, 30)
+"""Products against matrices that came by another route, whose factors' condition is at most thirty."""
+
+
+def amplification(run: Callable[[Callable[[Tensor], Tensor]], Tensor], size: float = 1e-11, draws: int = 4) -> float:
+    """The factor by which relative errors of a computation's intermediate results come out larger in its result.
+
+    For computations that have no condition in closed form, as short recurrences that lose their conjugacy: ``run``
+    gets a function to apply to every intermediate result, which multiplies each element by ``1 + size e``, e normal.
+    The largest factor of several draws.
+    """
+    exact, factors = run(lambda v: v), []
+    for seed in range(draws):
+        draw = generator(seed)
+        noisy = run(lambda v: v * (1 + size * torch.randn(v.shape, generator=draw, dtype=v.dtype)))  # noqa: B023
+        factors.append(relative(noisy, exact) / size)
+    return max(factors)
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """Largest deviation of ``a`` in units of the largest entry of ``b``."""
     assert a.shape == b.shape

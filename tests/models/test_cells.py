@@ -295,6 +295,7 @@ def test_autocast(name: str) -> None:
     assert (outputs.float() - model(inputs)).norm() <= 0.03 * model(inputs).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*BUILDS, "rnn"])
 @pytest.mark.parametrize("output", ["all", "last"])
 def test_compiled(name: str, output: str) -> None:

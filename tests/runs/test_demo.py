@@ -37,6 +37,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["addition", "multiplication"])
 def test_it_learns(tmp_path: Path, typed: Any, capsys: pytest.CaptureFixture[str], problem: str) -> None:
     folder = tmp_path / "run"
@@ -70,6 +71,7 @@ def test_errors_are_sentences(tmp_path: Path, typed: Any) -> None:
     assert "problem.T was 10 and is 11" in typed(*name, "--resume", "--T", "11")
 
 
+@pytest.mark.slow
 def test_as_one_types_it(tmp_path: Path) -> None:
     program = (
         "import runs.demo as d, pathlib; "

@@ -18,6 +18,7 @@ RUN = "pathological"
 SMALL = ("--T", "10", "--hidden", "20", "--batch-size", "100", "--gradient-batches", "6", "--test-sequences", "300")
 
 
+@pytest.mark.slow
 def test_it_learns_and_goes_on(tmp_path: Path, typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
     name = ("--name", str(tmp_path / "run"), "--threshold", "0.25")
     assert typed("addition", *SMALL, *name, "--max-steps", "3") == 1
@@ -64,6 +65,7 @@ def test_only_memory_bits(tmp_path: Path, typed: Any) -> None:
     assert read_run(tmp_path / "run").configuration["problem"]["only_memory_bits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "nag", "lbfgs"])
 def test_other_optimizers(tmp_path: Path, typed: Any, optimizer: str) -> None:
     arguments = ("--optimizer", optimizer, "--minibatch", "30", "--max-steps", "2", "--name", str(tmp_path / "run"))

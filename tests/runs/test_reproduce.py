@@ -32,6 +32,7 @@ def numbers(line: str) -> list[str]:
     return [part.strip() for part in line.strip("|").split("|")]
 
 
+@pytest.mark.slow
 def test_cells_run_stop_go_on_and_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(r, "_LOOK_EVERY", 0.5)
     folder, said = tmp_path / "cells", list[str]()
@@ -92,6 +93,7 @@ def test_cells_run_stop_go_on_and_are_written_down(tmp_path: Path, monkeypatch: 
     assert all((document.parent / image).read_bytes()[1:4] == b"PNG" for image in images)
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(r, "_LOOK_EVERY", 0.0)
     (cell,) = LONG.cells(1)

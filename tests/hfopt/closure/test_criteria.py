@@ -14,7 +14,20 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt.errors import ClosureError
-from tests.hfopt.tools import dense_gauss_newton, dense_hessian, flat, hessian, jacobian, matrix, mlp, randn, relative
+from tests.hfopt.tools import (
+    DENSE,
+    SUMS,
+    dense_gauss_newton,
+    dense_hessian,
+    flat,
+    hessian,
+    jacobian,
+    matrix,
+    mlp,
+    randn,
+    relative,
+    rounding,
+)
 
 N, C = 5, 3
 X = randn(N, 4, seed=1)
@@ -175,13 +188,20 @@ def test_product_equals_the_dense_matrix(one: Case, reduction: str) -> None:
     op = hfopt.GaussNewton(lambda: loss_of_logits(model(X)), model.parameters())
     got = matrix(op)
     assert expected.abs().max() > 1e-4  # a zero matrix would prove nothing
-    assert relative(got, expected) < 1e-10
-    assert relative(got, got.T) < 1e-12
-    assert torch.linalg.eigvalsh((got + got.T) / 2)[0] > -1e-12 * got.abs().max()
+    # A dozen operations, of which the link's slopes and their inverses are the worst in condition; torch's second
+    # derivative of binary_cross_entropy divides by (p (1 - p) + 1e-12)^2, and terms of the link's cancel half of it.
+    bound = rounding(N * one.width, 10)
+    if one.link is torch.sigmoid:
+        p = one.link(z)
+        bound += 4e-12 * float((1 / (p * (1 - p))).max())
+    assert bound < 1e-10
+    assert relative(got, expected) < bound
+    assert relative(got, got.T) < rounding(N * one.width)
+    assert torch.linalg.eigvalsh((got + got.T) / 2)[0] > -rounding(N * one.width) * got.abs().max()
 
     plain = torch.autograd.grad(loss_of_logits(model(X)), list(model.parameters()))
-    assert relative(op.gradient, flat(plain)) < 1e-12
-    assert op.loss.item() == pytest.approx(loss_of_logits(model(X)).item(), rel=1e-14)
+    assert relative(op.gradient, flat(plain)) < rounding(N * one.width)
+    assert op.loss.item() == pytest.approx(loss_of_logits(model(X)).item(), rel=rounding(N))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -214,7 +234,7 @@ def test_gaussian_likelihood_with_learned_variance_couples_both_outputs() -> Non
 
     expected = dense_gauss_newton(model, pair, lambda o: F.gaussian_nll_loss(o[:, :1], y, o[:, 1:]))
     got = matrix(hfopt.GaussNewton(lambda: loss(model(X)), model.parameters()))
-    assert relative(got, expected) < 1e-10
+    assert relative(got, expected) < DENSE
 
 
 def test_unbatched_logits() -> None:
@@ -225,7 +245,7 @@ def test_unbatched_logits() -> None:
 
     expected = dense_gauss_newton(model, lambda m: m(X[0]), loss)
     got = matrix(hfopt.GaussNewton(lambda: loss(model(X[0])), model.parameters()))
-    assert relative(got, expected) < 1e-10
+    assert relative(got, expected) < DENSE
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
@@ -233,7 +253,7 @@ def test_broadcasting_targets() -> None:
     model = mlp(4, 3, C, seed=16)
     expected = dense_gauss_newton(model, lambda m: m(X), lambda z: F.mse_loss(z, Y[:1].expand(N, C)))
     got = matrix(hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y[:1]), model.parameters()))
-    assert relative(got, expected) < 1e-10
+    assert relative(got, expected) < DENSE
 
 
 @pytest.mark.parametrize(("size_average", "reduce"), [*itertools.product([None, True, False], repeat=2)])
@@ -293,7 +313,7 @@ def test_both_arguments_from_the_network() -> None:
 
     expected = dense_gauss_newton(model, both, lambda z: F.mse_loss(z[0], z[1]))
     got = matrix(hfopt.GaussNewton(lambda: F.mse_loss(model[0](X), model[1](X)), model.parameters()))
-    assert relative(got, expected) < 1e-10
+    assert relative(got, expected) < DENSE
 
 
 @pytest.mark.parametrize("name", ["l1_loss", "smooth_l1_loss"])
@@ -323,5 +343,5 @@ def test_hessian_equals_gauss_newton_for_a_linear_model() -> None:
     gn = hfopt.GaussNewton(closure, model.parameters()).to_dense()
     full = hfopt.Hessian(closure, model.parameters()).to_dense()
     dense = dense_hessian(model, lambda m: F.cross_entropy(m(X), CLASSES, label_smoothing=0.1))
-    assert relative(gn, dense) < 1e-12
-    assert relative(full, dense) < 1e-12
+    assert relative(gn, dense) < SUMS
+    assert relative(full, dense) < SUMS

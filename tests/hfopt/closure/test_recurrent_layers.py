@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 import hfopt
 from hfopt.closure import recurrent_layers
 from hfopt.closure.trace import differentiate, evaluate, trace
-from tests.hfopt.tools import dense_hessian, flat, hessian, matrix, randn, relative, theta
+from tests.hfopt.tools import DENSE, SUMS, dense_hessian, flat, hessian, matrix, randn, relative, rounding, theta
 
 F64 = torch.float64
 KINDS: dict[str, Callable[..., nn.RNNBase]] = {
@@ -225,10 +225,10 @@ def test_products_are_exact(kind: str, policy: str, packed: bool, monkeypatch: p
     expected = dense(net, lambda m: m(x), lambda z: F.mse_loss(z.view(12, 3, 2), y))
     vectors = randn(op.shape[0], 5, seed=3)
     for v in vectors.unbind(1):
-        assert relative(op @ v, expected @ v) < 1e-11
-    assert relative(op @ vectors, expected @ vectors) < 1e-11
+        assert relative(op @ v, expected @ v) < SUMS
+    assert relative(op @ vectors, expected @ vectors) < SUMS
     grads = torch.autograd.grad(F.mse_loss(net(x), y), list(net.parameters()))
-    assert relative(op.gradient, flat(grads)) < 1e-12
+    assert relative(op.gradient, flat(grads)) < SUMS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,28 +238,30 @@ def test_hessians_are_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = calls(monkeypatch)
     op = hfopt.Hessian(closure(net, x, y), net.parameters())
     assert bool(seen) == recurrent_layers.REPLACEMENTS[kind].hessian
-    assert relative(matrix(op), dense_hessian(net, lambda m: F.mse_loss(m(x), y))) < 1e-10
+    assert relative(matrix(op), dense_hessian(net, lambda m: F.mse_loss(m(x), y))) < DENSE
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("curvature", ["gauss-newton", "fisher", "hessian"])
 def test_steps_are_those_without_replacement(kind: str, curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = randn(12, 6, 2, seed=1), randn(12, 6, 2, seed=2)
+    T = recurrent_layers.SHORTEST
+    x, y = randn(T, 6, 2, seed=1), randn(T, 6, 2, seed=2)
     found = []
     seen = calls(monkeypatch)
     for replace in (True, False):
         net = Net(kind, 2, 4, num_layers=2, dropout=0.3)
         torch.manual_seed(3)
-        # Few iterations: conjugate gradients multiply rounding errors by ten or a hundred in each.
         cg = hfopt.CG(max_iterations=5)
         optimizer = hfopt.HessianFree(net.parameters(), curvature=curvature, cg=cg, replace_recurrences=replace)
-        for _ in range(3):
+        for _ in range(2):
             optimizer.step(closure(net, x, y))
         found.append((theta(net), [s.new_loss for s in optimizer.stats]))
         assert bool(seen) == (replace and (curvature != "hessian" or recurrent_layers.REPLACEMENTS[kind].hessian))
         seen.clear()
-    assert found[0][1] == pytest.approx(found[1][1], rel=1e-9)
-    assert relative(found[0][0], found[1][0]) < 1e-9
+    # Conjugate gradients multiply errors of rounding by ten or so in each of five iterations.
+    bound = rounding(T, 10**5)
+    assert found[0][1] == pytest.approx(found[1][1], rel=bound)
+    assert relative(found[0][0], found[1][0]) < bound
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
@@ -282,7 +284,7 @@ def test_structural_damping_finds_the_hidden_states_of_torchs_layers(kind: str, 
     weight = (weight * valid.unsqueeze(-1) / 2).reshape(-1)
     expected = dense(net, hidden, lambda z: 0.5 * (weight * z.reshape(-1) ** 2).sum())
     for v in randn(5, op.shape[0], seed=3):
-        assert relative(op.structural_product(v), expected @ v) < 1e-11
+        assert relative(op.structural_product(v), expected @ v) < SUMS
 
 
 @pytest.mark.parametrize("kind", SMOOTH)
@@ -309,9 +311,9 @@ def test_dropout_between_layers_is_one_function_within_a_step() -> None:
     torch.manual_seed(5)
     with torch.random.fork_rng():
         seen = trace(run)
-    assert float(seen.total.detach()) == pytest.approx(float(expected), rel=1e-13)
+    assert float(seen.total.detach()) == pytest.approx(float(expected), rel=SUMS)
     torch.manual_seed(5)
-    assert float(evaluate(run)) == pytest.approx(float(expected), rel=1e-13)
+    assert float(evaluate(run)) == pytest.approx(float(expected), rel=SUMS)
 
 
 def test_only_products_and_structural_damping_replace_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,4 +430,4 @@ def test_a_compiled_model_is_left_to_the_compiler() -> None:
     compiled = closure(torch.compile(net, backend="eager"), randn(12, 6, 2, seed=1), randn(12, 6, 2, seed=2))  # type: ignore[arg-type]
     a, b = (hfopt.GaussNewton(c, net.parameters()) for c in (run, compiled))
     v = randn(a.shape[0], seed=3)
-    assert relative(a @ v, b @ v) < 1e-11
+    assert relative(a @ v, b @ v) < SUMS

@@ -17,7 +17,7 @@ import models
 from benchmarks.memory import allocated
 from hfopt.recurrences import simple_rnn_layer
 from tests.hfopt.recurrences.plain import Calls
-from tests.hfopt.tools import dense_gauss_newton, dense_hessian, matrix, mlp, randn, relative
+from tests.hfopt.tools import DENSE, SUMS, dense_gauss_newton, dense_hessian, matrix, mlp, randn, relative
 
 X, Y = randn(6, 3, seed=1), randn(6, 2, seed=2)
 CLASSES = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -68,13 +68,13 @@ def test_columns_are_products(make: Callable[[], nn.Module], loss: str, policy: 
     op = hfopt.GaussNewton(penalised, model.parameters(), linearisation=policy)
     one_by_one = matrix(op)
     before = model.runs
-    assert relative(op.to_dense(), one_by_one) < 1e-11
+    assert relative(op.to_dense(), one_by_one) < SUMS
     assert model.runs - before <= (2 if op.linearisation.name == "recompute" else 0)
     assert op.products == 2 * op.shape[0]
     if loss == "closed":
         quartic = dense_hessian(model, lambda m: 0.1 * sum(p.pow(4).sum() for p in m.parameters()))  # type: ignore[arg-type, return-value]
         dense = dense_gauss_newton(model, lambda m: m(X), criterion) + quartic
-        assert relative(one_by_one, dense) < 1e-10
+        assert relative(one_by_one, dense) < DENSE
 
 
 @pytest.mark.filterwarnings("ignore:linearisation='checkpoint' needs a recurrence")
@@ -87,7 +87,7 @@ def test_a_declared_loss(policy: str) -> None:
         return (z - y).pow(4).mean() + 0.3 * decay * z.square().mean()
 
     op = hfopt.GaussNewton(lambda: (model(X), Y), model.parameters(), loss=loss, linearisation=policy)
-    assert relative(op.to_dense(), matrix(op)) < 1e-11
+    assert relative(op.to_dense(), matrix(op)) < SUMS
 
 
 @EVERY
@@ -106,7 +106,7 @@ def test_recurrences_carry_all_vectors_in_one_pass(kind: str, policy: str) -> No
     expected = matrix(op.damped(0.3, 0.5))
     with Calls() as calls:
         got = op.damped(0.3, 0.5).to_dense()
-    assert relative(got, expected) < 1e-11
+    assert relative(got, expected) < SUMS
     # One pass for all vectors: a tangent and an adjoint pass each (twice for each of three segments, and one to see
     # what vectors cost; under "recompute" an adjoint pass makes the graph first).
     assert calls.recurrent["hfopt::rnn_tangent"] <= (6 if policy == "checkpoint" else 1)
@@ -122,8 +122,8 @@ def test_hessians_are_one_pass() -> None:
     with Calls() as calls:
         _ = op @ torch.ones(op.shape[0], dtype=torch.float64)
     assert many < 3 * sum(calls.count.values())
-    assert relative(got, dense_hessian(model, lambda m: F.cross_entropy(m(X), CLASSES))) < 1e-10
-    assert relative(op.damped(0.5).to_dense(), got + 0.5 * torch.eye(len(got), dtype=got.dtype)) < 1e-12
+    assert relative(got, dense_hessian(model, lambda m: F.cross_entropy(m(X), CLASSES))) < DENSE
+    assert relative(op.damped(0.5).to_dense(), got + 0.5 * torch.eye(len(got), dtype=got.dtype)) < SUMS
     assert op.products == 2 * len(got) + 1
 
 
@@ -132,10 +132,10 @@ def test_hessians_are_one_pass() -> None:
 def test_parameters_without_influence_have_zero_rows(policy: str) -> None:
     model = nn.ModuleList([mlp(3, 2, seed=12), mlp(3, 2, seed=13)])
     op = hfopt.GaussNewton(lambda: F.mse_loss(model[0](X), Y), model.parameters(), linearisation=policy)
-    assert relative(op.to_dense(), matrix(op)) < 1e-12
+    assert relative(op.to_dense(), matrix(op)) < SUMS
     assert not op.to_dense()[8:].any()
     hessian = hfopt.Hessian(lambda: F.mse_loss(model[0](X), Y), model.parameters())
-    assert relative(hessian.to_dense(), matrix(hessian)) < 1e-12
+    assert relative(hessian.to_dense(), matrix(hessian)) < SUMS
 
 
 def test_dropout_draws_the_same_for_all_vectors() -> None:
@@ -143,7 +143,7 @@ def test_dropout_draws_the_same_for_all_vectors() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 2)).double()
     for policy in ("double-backward", "linearize", "recompute"):
         op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters(), linearisation=policy)
-        assert relative(op.to_dense(), matrix(op)) < 1e-12
+        assert relative(op.to_dense(), matrix(op)) < SUMS
 
 
 def test_mixed_precision_parameters() -> None:
@@ -192,11 +192,12 @@ def test_one_by_one_where_nothing_else_goes_and_the_log_says_so(caplog: pytest.L
     twin = hfopt.GaussNewton(lambda: F.mse_loss(outer(inner(X).sin()), Y), params)
     with caplog.at_level(logging.WARNING, logger="hfopt"):
         for _ in range(2):
-            assert relative(op.to_dense(), twin.to_dense()) < 1e-12
+            assert relative(op.to_dense(), twin.to_dense()) < SUMS
     assert [r.getMessage().partition(",")[0] for r in caplog.records] == ["vectors are multiplied one by one"]
     assert op.products == 2 * op.shape[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["double-backward", "checkpoint", "recompute"])
 def test_columns_go_through_in_pieces_that_fit(policy: str) -> None:
     """Eight times the columns, and the same memory: as much as the budget has, beside the vectors themselves."""

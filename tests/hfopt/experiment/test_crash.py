@@ -27,6 +27,7 @@ from tests.hfopt.tiny import OPTIMIZERS, experiment
 
 ROOT = Path(__file__).parents[3]
 STEPS = {"adam": 60, "hf": 25}
+pytestmark = pytest.mark.slow
 
 
 def build(folder: Path, optimizer: str) -> HF:

@@ -26,11 +26,21 @@ def rows(path: Path) -> dict[str, bytes]:
     return {name: steps[name].tobytes() for name in names}
 
 
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+WAYS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "stochastic": {"batches_per_step": 1, "test_freq": 3},
+    "growing": {"batches_per_step": Growth(1, 3, 8)},
+    "averaging": {"average": 0.8},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"batches_per_step": 1, "test_freq": 3}, {"batches_per_step": Growth(1, 3, 8)}, {"average": 0.8}],
-    ids=["all", "stochastic", "growing", "averaging"],
+    ("optimizer", "options"),
+    [  # each optimizer and each way once among the quick tests
+        pytest.param(optimizer, WAYS[way], id=f"{way}-{optimizer}", marks=[] if i == j else pytest.mark.slow)
+        for i, way in enumerate(WAYS)
+        for j, optimizer in enumerate(OPTIMIZERS)
+    ],
 )
 def test_resuming_gives_the_same_bits(tmp_path: Path, optimizer: str, options: dict[str, Any]) -> None:
     whole = experiment(tmp_path / "whole", optimizer=optimizer, save_freq=3, **options)

@@ -18,7 +18,7 @@ from hfopt.linalg.cg import CG
 from hfopt.linalg.cg_debiased import Quadratic
 from models import RNN
 from tests.hfopt.linalg.test_cg import Matrix, exact, phi
-from tests.hfopt.tools import dense_gauss_newton, mlp, randn, relative, spd, theta
+from tests.hfopt.tools import DENSE, SUMS, amplification, dense_gauss_newton, mlp, randn, relative, rounding, spd, theta
 
 N = 12
 A, B = (spd(torch.logspace(0, -2, N, dtype=torch.float64), seed=s) for s in (1, 2))
@@ -65,14 +65,26 @@ def test_steps_along_the_directions(slopes: str, preconditioned: bool, warm: boo
         x = reference(solution.iterations, x * 0 if x0 is None else x0, slopes, m)
     else:
         assert solution.iterations == k
-    assert relative(solution.x, x) < 1e-9
+    assert relative(solution.x, x) < DENSE
     assert solution.products == first.products + second.products
     assert solution.checks[-1].residual == pytest.approx(float((c - B @ solution.x).norm()), rel=1e-9)
     for iterate in solution.iterates:
         assert iterate.phi == pytest.approx(phi(B, c, iterate.x), rel=1e-9)
         assert relative(
             iterate.x, reference(iterate.iteration, torch.zeros_like(b) if x0 is None else x0, slopes, m)
-        ) < 1e-9  # fmt: skip
+        ) < DENSE  # fmt: skip
+
+
+class Changed(Matrix):
+    """Every product is changed by a function."""
+
+    def __init__(self, a: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(a)
+        self.change = change
+
+    def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        product = super().multiply(v, out)
+        return product.copy_(self.change(product))
 
 
 @pytest.mark.parametrize("slopes", ["iterate", "start"])
@@ -87,10 +99,14 @@ def test_the_same_batch_twice_is_conjugate_gradients(slopes: str, repair_every: 
     )
     assert (both.reason, both.iterations) == (plain.reason, plain.iterations)
     assert both.products == 2 * plain.products
-    assert relative(both.x, plain.x) < 1e-10
+    # Directions lose their conjugacy by rounding, in one route otherwise than in the other.
+    factor = amplification(lambda f: options.solve(Changed(A, f), b, x0, lambda r: torch.linalg.solve(M, r)).x)
+    bound = rounding(plain.iterations, factor)
+    assert bound < 1e-7
+    assert relative(both.x, plain.x) < bound
     for ours, theirs in zip(both.checks, plain.checks, strict=True):
-        assert ours.model == pytest.approx(theirs.model, rel=1e-9)
-        assert ours.norm == pytest.approx(theirs.norm, rel=1e-9)
+        assert ours.model == pytest.approx(theirs.model, rel=bound)
+        assert ours.norm == pytest.approx(theirs.norm, rel=bound)
     assert [i.iteration for i in both.iterates] == [i.iteration for i in plain.iterates]
 
 
@@ -111,10 +127,10 @@ def test_negative_curvature_of_either_batch() -> None:
     one = exact().solve(Matrix(A), b, second=Quadratic(Matrix(sick), c))
     step = (c @ b) / abs(float(b @ sick @ b)) * b
     assert (one.reason, one.iterations) == ("negative curvature", 1)
-    assert relative(one.x, step) < 1e-12
+    assert relative(one.x, step) < SUMS
     one = exact().solve(Matrix(-A), b, second=Quadratic(Matrix(B), c))
     assert (one.reason, one.iterations) == ("negative curvature", 1)
-    assert relative(one.x, (c @ b) / (b @ B @ b) * b) < 1e-12
+    assert relative(one.x, (c @ b) / (b @ B @ b) * b) < SUMS
     # Later on, the solve ends with what it has.
     d = reference(2, torch.zeros(N, dtype=torch.float64), "iterate") - reference(1, torch.zeros_like(b), "iterate")
     d = d / d.norm()
@@ -122,7 +138,7 @@ def test_negative_curvature_of_either_batch() -> None:
     assert b @ bent @ b > 0
     some = exact().solve(Matrix(A), b, second=Quadratic(Matrix(bent), c))
     assert (some.reason, some.iterations) == ("negative curvature", 1)
-    assert relative(some.x, reference(1, torch.zeros_like(b), "iterate", second=(bent, c))) < 1e-12
+    assert relative(some.x, reference(1, torch.zeros_like(b), "iterate", second=(bent, c))) < SUMS
 
 
 class Breaking(Matrix):
@@ -136,7 +152,7 @@ class Breaking(Matrix):
 def test_a_second_batch_that_overflows_ends_the_solve_where_all_was_finite() -> None:
     found = exact().solve(Matrix(A), b, second=Quadratic(Breaking(B), c))
     assert (found.reason, found.iterations) == ("not finite", 1)
-    assert relative(found.x, reference(1, torch.zeros_like(b), "iterate")) < 1e-12
+    assert relative(found.x, reference(1, torch.zeros_like(b), "iterate")) < SUMS
 
 
 def test_what_is_refused() -> None:
@@ -209,14 +225,14 @@ def test_a_step_is_that_of_the_dense_quadratics(slopes: str) -> None:
     s = optimizer.stats[-1]
     assert s.accepted
     assert s.step_length == 1.0
-    assert relative(theta(model) - before, x) < 1e-9
+    assert relative(theta(model) - before, x) < DENSE
     assert s.quadratic == pytest.approx(float(h @ x + x @ (H + decay * eye) @ x / 2), rel=1e-9)
-    assert s.gradient_norm == pytest.approx(float(g.norm()), rel=1e-12)
+    assert s.gradient_norm == pytest.approx(float(g.norm()), rel=SUMS)
     # The loss and the gradients that are handed back are the first batch's, the judgement is the second's.
     assert s.loss == float(loss)
     grads = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
-    assert relative(grads, g - decay * before) < 1e-12
-    assert s.new_loss == pytest.approx(value(mse(model, 1)), rel=1e-12)
+    assert relative(grads, g - decay * before) < SUMS
+    assert s.new_loss == pytest.approx(value(mse(model, 1)), rel=SUMS)
     change = s.new_loss - s.evaluation_loss + decay / 2 * float(theta(model).square().sum() - before.square().sum())
     assert s.rho == pytest.approx(change / s.quadratic, rel=1e-9)
     assert (s.gradients, s.products) == (2, 2 * k)
@@ -250,7 +266,7 @@ def test_who_judges() -> None:
 
         losses = [value(mse(model, 1)), value(judge)]
         optimizer.step(mse(model, 0), debias=mse(model, 1), evaluation=judge if given else None)
-        assert optimizer.stats[-1].evaluation_loss == pytest.approx(losses[given], rel=1e-12)
+        assert optimizer.stats[-1].evaluation_loss == pytest.approx(losses[given], rel=SUMS)
 
 
 @pytest.mark.parametrize(
@@ -364,4 +380,4 @@ def test_twenty_further_steps_are_the_same_bits() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_cuda_device_the_host_follows() -> None:
     found = exact(max_iterations=5).solve(Matrix(A.cuda()), b.cuda(), second=Quadratic(Matrix(B.cuda()), c.cuda()))
-    assert relative(found.x.cpu(), reference(5, torch.zeros_like(b), "iterate")) < 1e-9
+    assert relative(found.x.cpu(), reference(5, torch.zeros_like(b), "iterate")) < DENSE

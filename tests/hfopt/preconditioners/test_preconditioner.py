@@ -78,7 +78,7 @@ def test_it_changes_cg_but_not_the_solution() -> None:
             model.parameters(),
             preconditioner=preconditioner,
             damping=FixedDamping(1e-3),
-            cg=CG(max_iterations=3000, tolerance=0.0, residual=1e-10),
+            cg=CG(max_iterations=3000, tolerance=0.0, residual=1e-12),
             backtracking="none",
         )
         optimizer.step(lambda: F.mse_loss(model(x), y))  # noqa: B023 - used at once

@@ -27,7 +27,7 @@ from hfopt.preconditioners import (
 )
 from hfopt.preconditioners.kfac import drawn
 from tests.hfopt.preconditioners.preconditioned import N, convolutional, dense, gauss_newton, recurrent
-from tests.hfopt.tools import matrix, mlp, randn, relative
+from tests.hfopt.tools import DENSE, SUMS, matrix, mlp, randn, relative, rounding
 
 X, Y = randn(N, 3, seed=1), randn(N, 2, seed=2)
 EYE = torch.eye(26, dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_nystrom_is_its_dense_formula(decay: float | Tensor) -> None:
     m = Nystrom(rank=5)
     m.refresh(op, 0)
     u, values = m.eigenvectors, m.eigenvalues
-    assert relative(u.T @ u, torch.eye(5, dtype=torch.float64)) < 1e-12
+    assert relative(u.T @ u, torch.eye(5, dtype=torch.float64)) < SUMS
     # The approximation itself, without shift: G W (W'GW)^+ (GW)' depends on the span of W alone.
     omega = torch.randn(26, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     g = matrix(op)
@@ -72,7 +72,7 @@ def test_nystrom_is_its_dense_formula(decay: float | Tensor) -> None:
     d = decay if isinstance(decay, Tensor) else torch.full((26,), decay, dtype=torch.float64)
     least = values[-1]
     full = (u * values) @ u.T + least * (EYE - u @ u.T) + torch.diag(0.05 + d)
-    assert relative(dense(m, 26), torch.linalg.inv(full)) < 1e-9
+    assert relative(dense(m, 26), torch.linalg.inv(full)) < DENSE
 
 
 def test_nystrom_of_full_rank_is_the_inverse() -> None:
@@ -106,8 +106,8 @@ def test_kfac_is_the_kronecker_product_of_factors_by_loops() -> None:
     back = (w @ model[2].weight.detach()) * (1 - hidden.square())
     blocks = [layer_factors(x.unsqueeze(1), g.unsqueeze(1)) for x, g in ((X, back), (hidden, w))]
     for f, (a, g) in zip(m.factors, blocks, strict=True):
-        assert relative(f.a, a) < 1e-12
-        assert relative(f.g, g) < 1e-12
+        assert relative(f.a, a) < SUMS
+        assert relative(f.g, g) < SUMS
     m.damp(0.3, 0.1)
     inverse = dense(m, 26)
     starts = [0, 16]
@@ -120,7 +120,7 @@ def test_kfac_is_the_kronecker_product_of_factors_by_loops() -> None:
         order = [i * (k + 1) + j for i in range(o) for j in range(k)] + [i * (k + 1) + k for i in range(o)]
         size = o * (k + 1)
         block = inverse[start : start + size, start : start + size]
-        assert relative(block, torch.linalg.inv(full)[order][:, order]) < 1e-11
+        assert relative(block, torch.linalg.inv(full)[order][:, order]) < SUMS
         inverse[start : start + size, start : start + size] = 0
     assert float(inverse.abs().max()) == 0.0
 
@@ -136,7 +136,7 @@ def test_averaged_factors_are_the_running_average_of_the_single_ones() -> None:
         new = [t for f in single.factors for t in (f.a, f.g)]
         expected = [share * e + (1 - share) * t for e, t in zip(expected or new, new, strict=True)]
         for t, e in zip((t for f in averaged.factors for t in (f.a, f.g)), expected, strict=True):
-            assert relative(t, e) < 1e-12
+            assert relative(t, e) < SUMS
     model = mlp(3, 2, seed=1)
     op = gauss_newton(model, lambda net: F.mse_loss(net(X), Y))
     for m in (averaged, single):
@@ -151,8 +151,8 @@ def test_factors_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("hfopt.preconditioners.layers.BLOCK", 2 * (3 + 4))  # two cases of the first layer
     parts.refresh(op, 1)
     for one, other in zip(whole.factors, parts.factors, strict=True):
-        assert relative(other.a, one.a) < 1e-14
-        assert relative(other.g, one.g) < 1e-14
+        assert relative(other.a, one.a) < rounding(N)
+        assert relative(other.g, one.g) < rounding(N)
 
 
 def test_kfac_of_convolutions() -> None:
@@ -169,8 +169,8 @@ def test_kfac_of_convolutions() -> None:
     )
     a, g = layer_factors(patches, gy.flatten(2).transpose(1, 2))
     assert [f.bias for f in m.factors] == [1, -1, 4]
-    assert relative(m.factors[0].a, a) < 1e-12
-    assert relative(m.factors[0].g, g) < 1e-12
+    assert relative(m.factors[0].a, a) < SUMS
+    assert relative(m.factors[0].g, g) < SUMS
 
 
 def test_kfac_of_one_linear_layer_and_one_case_is_nearly_the_inverse() -> None:
@@ -297,12 +297,12 @@ def test_the_solution_is_the_same_and_the_seed_the_step(name: str) -> None:
 @pytest.mark.parametrize("name", ["kfac", "nystrom", "empirical-fisher", "lbfgs"])
 def test_it_saves_iterations(name: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 20), nn.Tanh(), nn.Linear(20, 3)).double()
-    x = randn(300, 40, seed=9) * torch.logspace(-1, 1, 40, dtype=torch.float64)
-    op = gauss_newton(model, lambda net: F.mse_loss(net(x), randn(300, 3, seed=10)))
+    model = nn.Sequential(nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+    x = randn(100, 20, seed=9) * torch.logspace(-1, 1, 20, dtype=torch.float64)
+    op = gauss_newton(model, lambda net: F.mse_loss(net(x), randn(100, 3, seed=10)))
     solver = CG(tolerance=0.0, max_iterations=2000, residual=1e-6)
     plain = solver.solve(op.damped(1e-4), -op.gradient).iterations
-    m = {"nystrom": Nystrom(rank=100), "lbfgs": LBFGS(pairs=60)}.get(name) or MADE[name]()
+    m = {"nystrom": Nystrom(rank=50), "lbfgs": LBFGS(pairs=60)}.get(name) or MADE[name]()
     counts = []
     for step in range(2):
         m.refresh(op, step)

@@ -15,7 +15,7 @@ import hfopt
 from hfopt.preconditioners import EmpiricalFisherDiagonal
 from models import GRU, LSTM, MRNN, RNN
 from tests.hfopt.preconditioners.preconditioned import N, Tied, convolutional, gauss_newton, per_case, recurrent
-from tests.hfopt.tools import mlp, randn, relative
+from tests.hfopt.tools import DENSE, SUMS, mlp, randn, relative
 
 Y = randn(N, 2, seed=2)
 
@@ -48,7 +48,7 @@ def test_feed_forward(name: str, squares: str, monkeypatch: pytest.MonkeyPatch) 
     model = build()
     m = EmpiricalFisherDiagonal(squares=squares)
     m.refresh(gauss_newton(model, lambda net: F.mse_loss(net(x), Y)), 0)
-    assert relative(m.diagonal, expected(model, x, Y).mean(0)) < 1e-11
+    assert relative(m.diagonal, expected(model, x, Y).mean(0)) < SUMS
     assert set(m.ways) == {"layers" if squares == "auto" else "cases"}
 
 
@@ -58,7 +58,7 @@ def test_linear_layers_before_the_cases_dimension() -> None:
     m = EmpiricalFisherDiagonal(batch_dim=1)
     m.refresh(gauss_newton(model, lambda net: F.mse_loss(net(x), y)), 0)
     losses = [F.mse_loss(model(x[:, n]), y[:, n]) for n in range(N)]
-    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < 1e-11
+    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < SUMS
     assert set(m.ways) == {"layers"}
 
 
@@ -88,7 +88,7 @@ def test_recurrences(kind: str, output: str, block: int, monkeypatch: pytest.Mon
     m = EmpiricalFisherDiagonal(batch_dim=1 if every else 0, most_cases=0)
     m.refresh(gauss_newton(model, lambda net: F.mse_loss(net(x), y)), 0)
     losses = [F.mse_loss(model(x[:, [n]]), y[:, [n]] if every else y[[n]]) for n in range(N)]
-    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < 1e-11
+    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < SUMS
     assert set(m.ways) == {"layers"}
 
 
@@ -108,7 +108,7 @@ def test_torchs_recurrent_layers_inside_a_step(layer: Any) -> None:
     optimizer = hfopt.HessianFree(model.parameters(), preconditioner=m)
     optimizer.step(lambda: F.mse_loss(outputs(x), y))
     assert set(m.ways) == {"layers"}
-    assert relative(m.diagonal, rows) < 1e-10
+    assert relative(m.diagonal, rows) < DENSE
 
 
 def test_a_recurrence_that_runs_twice() -> None:
@@ -122,7 +122,7 @@ def test_a_recurrence_that_runs_twice() -> None:
 
     m.refresh(hfopt.GaussNewton(lambda: F.mse_loss(outputs(x), y), model.parameters()), 0)
     losses = [F.mse_loss(outputs(x[:, [n]]), y[[n]]) for n in range(N)]
-    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < 1e-11
+    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < SUMS
     assert set(m.ways) == {"layers"}
 
 
@@ -140,7 +140,7 @@ def test_weights_that_are_computed() -> None:
     m = EmpiricalFisherDiagonal(most_cases=0)
     m.refresh(hfopt.GaussNewton(lambda: F.mse_loss(outputs(x), Y), model.parameters()), 0)
     losses = [F.mse_loss(outputs(x[[n]]), Y[[n]]) for n in range(N)]
-    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < 1e-11
+    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < SUMS
     assert set(m.ways) == {"layers"}
 
 
@@ -154,7 +154,7 @@ def test_coupled_cases_are_noticed() -> None:
     m.refresh(op, 0)
     z = model(x)
     rows = per_case(list(model.parameters()), [F.mse_loss(z[n], Y[n]) for n in range(N)])
-    assert relative(m.diagonal, rows.square().mean(0)) < 1e-10
+    assert relative(m.diagonal, rows.square().mean(0)) < DENSE
     assert m.ways == ["cases"] * 4 + ["layers"] * 2
 
 
@@ -168,7 +168,7 @@ def test_a_weight_that_is_used_elsewhere_is_noticed() -> None:
     m.refresh(gauss_newton(model, lambda net: F.mse_loss(outputs(net), Y)), 0)
     z = outputs(model)
     rows = per_case(list(model.parameters()), [F.mse_loss(z[n], Y[n]) for n in range(N)])
-    assert relative(m.diagonal, rows.square().mean(0)) < 1e-11
+    assert relative(m.diagonal, rows.square().mean(0)) < SUMS
     assert m.ways == ["cases", "layers"]
 
 
@@ -199,7 +199,7 @@ def test_several_outputs_and_batches_are_cases_of_their_own() -> None:
     m = EmpiricalFisherDiagonal()
     m.refresh(hfopt.GaussNewton(closure, model.parameters()), 0)
     rows = per_case(list(model.parameters()), [F.mse_loss(model(x[n]), y[n]) / N for n in range(N)]).square()
-    assert relative(m.diagonal, 2 * rows[:2].sum(0) + (N - 2) * rows[2:].sum(0)) < 1e-11
+    assert relative(m.diagonal, 2 * rows[:2].sum(0) + (N - 2) * rows[2:].sum(0)) < SUMS
     assert set(m.ways) == {"cases"}
 
 
@@ -209,7 +209,7 @@ def test_every_linearisation(linearisation: str) -> None:
     m = EmpiricalFisherDiagonal(squares="cases")
     m.refresh(gauss_newton(model, lambda net: F.mse_loss(net(x), y), linearisation=linearisation), 0)
     losses = [F.mse_loss(model(x[:, n : n + 1]), y[n : n + 1]) for n in range(N)]
-    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < 1e-11
+    assert relative(m.diagonal, per_case(list(model.parameters()), losses).square().mean(0)) < SUMS
 
 
 def test_bad_arguments() -> None:

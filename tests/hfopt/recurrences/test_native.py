@@ -241,7 +241,9 @@ PRODUCT = """
 import logging, torch
 logging.basicConfig(level=logging.INFO)
 from hfopt.recurrences import simple_rnn
+from hfopt.recurrences.native import build
 from hfopt.recurrences.native.build import library
+build.FLAGS = tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS)  # much sooner compiled
 torch.manual_seed(0)
 P, W = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
 simple_rnn(P, W, torch.zeros(4, dtype=torch.float64)).sum().backward()
@@ -249,6 +251,7 @@ print("compiled" if library() is not None else "torch", float(W.grad.sum()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
@@ -264,6 +267,7 @@ def test_without_compiled_passes_torch_does_the_work(environment: dict[str, str]
     assert said in out
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_passes_are_compiled_once_and_found_again(tmp_path: Path) -> None:
     first = in_a_fresh_process(PRODUCT, HFOPT_CACHE=str(tmp_path))
@@ -276,6 +280,7 @@ def test_passes_are_compiled_once_and_found_again(tmp_path: Path) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_code_is_not_loaded_from_where_others_can_write(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)

@@ -286,6 +286,7 @@ def peak(steps: int, policy: str, *, damping: float = 0.0, columns: int = 0) -> 
     return max(most, first), kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damping", "columns"), [(0.0, 0), (0.1, 0), (0.0, 3)])
 def test_memory_grows_like_the_square_root(damping: float, columns: int) -> None:
     """Sixteen times the steps: four times the memory, where a whole sequence takes sixteen times as much."""
@@ -298,6 +299,7 @@ def test_memory_grows_like_the_square_root(damping: float, columns: int) -> None
         assert long[1] < plain[1] / 8
 
 
+@pytest.mark.slow
 def test_evaluations_take_no_more() -> None:
     model = models.RNN(1, 32, 1, output="last")
 
@@ -309,6 +311,7 @@ def test_evaluations_take_no_more() -> None:
     assert run(1024) < 5.0 * run(64)
 
 
+@pytest.mark.slow
 def test_the_documented_recurrence() -> None:
     """The example of docs/linearisation.md: an LSTM with its readout."""
     text = (Path(__file__).parents[3] / "docs" / "linearisation.md").read_text(encoding="utf-8")

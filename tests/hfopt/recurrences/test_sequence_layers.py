@@ -191,6 +191,7 @@ def test_autocast(layer: str) -> None:
         assert (g - e).norm() <= 0.06 * e.norm()
 
 
+@pytest.mark.slow
 @LAYERS
 def test_compiled(layer: str) -> None:
     function, at = calls_of(layer, F64)

@@ -184,6 +184,7 @@ def test_nothing_is_marked_unless_asked_for() -> None:
     assert states == []
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     net, X = memory_net(), randn(T, B, V, seed=4)
     torch._dynamo.reset()

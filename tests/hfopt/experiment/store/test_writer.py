@@ -140,6 +140,7 @@ def test_a_row_replaces_all_of_its_step_and_later(tmp_path: Path) -> None:
         assert read_run(folder).steps["step"].tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_every_moment_of_a_save_is_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process killed at any of these moments would leave behind holds all acknowledged rows."""
     folder, moments, acknowledged = tmp_path / "run", [], [0]
