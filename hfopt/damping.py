@@ -1,4 +1,4 @@
-"""Damping: how far the quadratic model is trusted.
+"""Damping: trust in the quadratic model.
 
 ``A = G + lambda I`` (+ structural terms). A rule holds ``lambda`` and changes it by the reduction ratio
 
@@ -21,7 +21,7 @@ class Damping(ABC):
 
     @abstractmethod
     def start(self, value: float) -> None:
-        """Take over the lambda that the first step was calibrated to."""
+        """Set lambda to the value from the calibration of the first step."""
 
     @abstractmethod
     def update(self, rho: float, accepted: bool) -> None:
@@ -33,7 +33,7 @@ class Damping(ABC):
         return self.value is None
 
     def state_dict(self) -> dict[str, float | None]:
-        """All that the next update depends on."""
+        """Return everything that the next update depends on."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
@@ -52,10 +52,10 @@ class FixedDamping(Damping):
         self.value = self.constant
 
     def start(self, value: float) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def update(self, rho: float, accepted: bool) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ class LevenbergMarquardt(Damping):
         self.value = self._clamped(value)
 
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest lambda."""
+        """Return the smallest and the largest lambda."""
         reference = 1.0 if self._reference is None else self._reference
         low = 1e-10 * reference if self.minimum is None else self.minimum
         high = 1e10 * reference if self.maximum is None else self.maximum
@@ -110,7 +110,7 @@ class LevenbergMarquardt(Damping):
         return min(max(value, low), high)
 
     def update(self, rho: float, accepted: bool) -> None:
-        """See the class; a rejected step counts as bad whatever its rho."""
+        """Follow rho as the class describes; a rejected step counts as bad whatever its rho."""
         if self.value is None:
             return
         factor = 1.0
@@ -123,7 +123,7 @@ class LevenbergMarquardt(Damping):
         self.value = self._clamped(self.value * factor)
 
     def state_dict(self) -> dict[str, float | None]:
-        """lambda, and the reference of its bounds."""
+        """Return lambda and the reference of its bounds."""
         return {"value": self.value, "reference": self._reference}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
@@ -134,7 +134,7 @@ class LevenbergMarquardt(Damping):
 
 @dataclass
 class KrylovDamping(LevenbergMarquardt):
-    """Choose lambda by the loss at every step, all candidates from one solve.
+    """Choose lambda by the loss at every step, with all candidates from one solve.
 
     The candidates lie on a :class:`hfopt.linalg.krylov.DampingPath`.
 
@@ -168,15 +168,15 @@ class KrylovDamping(LevenbergMarquardt):
             )
 
     def kept(self, size: int) -> int:
-        """The number of directions, for vectors of ``size`` bytes."""
+        """Return the number of directions, for vectors of ``size`` bytes."""
         return max(8, min(64, _ROOM // (2 * size))) if self.directions is None else self.directions
 
     def choose(self, value: float) -> None:
-        """Go on with the lambda that the loss chose."""
+        """Continue with the lambda that the loss chose."""
         self.value = self._clamped(value)
 
     def ladder(self, value: float, up: bool) -> list[float]:
-        """The candidates above or below ``value``, the nearest first, within the bounds."""
+        """Return the candidates above or below ``value`` within the bounds, the nearest first."""
         factor = self.ratio if up else 1 / self.ratio
         found = [value * factor**k for k in range(1, self.most + 1)]
         if self._reference is not None:
@@ -192,7 +192,7 @@ def _check(**numbers: float | None) -> None:
 
 
 def as_damping(damping: float | Damping | None) -> Damping:
-    """A rule from what a user gives.
+    """Return the rule for the ``damping`` argument of the optimizer.
 
     None: lambda is chosen by the loss; a number: lambda of the first step, which then follows rho; or a rule.
     """
@@ -235,18 +235,18 @@ class AverageRatio(LevenbergMarquardt):
         self._average, self._refused = 0.5 * (self.low + self.high), 0.0
 
     def update(self, rho: float, accepted: bool) -> None:
-        """See the class."""
+        """Follow the average of rho as the class describes."""
         self._refused = 0.0 if accepted else self._refused + 1.0
         seen = min(max(rho, -1.0), 2.0) if accepted and math.isfinite(rho) else -1.0
         self._average = self.smoothing * self._average + (1 - self.smoothing) * seen
         super().update(self._average, self._refused < 2.0)
 
     def state_dict(self) -> dict[str, float | None]:
-        """lambda, the reference of its bounds, the average, and how many steps in a row were not taken."""
+        """Return lambda, the reference of its bounds, the average, and the number of consecutive rejected steps."""
         return {**super().state_dict(), "average": self._average, "refused": self._refused}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Restore :meth:`state_dict`; that of a rule without an average begins it anew."""
+        """Restore :meth:`state_dict`; the average starts again if the saved rule had none."""
         super().load_state_dict(state)
         average, refused = state.get("average"), state.get("refused")
         self._average = 0.5 * (self.low + self.high) if average is None else average

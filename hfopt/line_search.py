@@ -1,4 +1,4 @@
-"""Line search: the last net under a step."""
+"""Line search: the last safeguard of a step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LineSearch:
             )
 
     def search(self, f: Callable[[float], float], f0: float, slope: float, full: float) -> LineSearchResult:
-        """The first s of 1, shrink, shrink^2, ... that meets the condition, else 0.
+        """Return the first s of 1, shrink, shrink^2, ... that meets the condition, else 0.
 
         Args:
             f: the loss at ``theta + s p`` (may be NaN or infinite).
@@ -58,7 +58,7 @@ class LineSearch:
         return LineSearchResult(0.0, f0, self.max_tries)
 
     def state_dict(self) -> dict[str, float | None]:
-        """All that the next search depends on: nothing here, as other rules may have."""
+        """Return everything that the next search depends on: nothing for this rule."""
         return {}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
@@ -67,7 +67,7 @@ class LineSearch:
 
 @dataclass
 class FullStep(LineSearch):
-    """The full step or none: none if the loss rises by much, or if this batch asks for a step out of all proportion.
+    """The full step or none: none if the loss rises by much, or if the step is far larger than usual.
 
     With ``s = |g'p|``, twice the decrease that the model promises or so, and its average m over the steps before::
 
@@ -96,7 +96,7 @@ class FullStep(LineSearch):
         self._usual: float | None = None
 
     def search(self, f: Callable[[float], float], f0: float, slope: float, full: float) -> LineSearchResult:
-        """1 or 0, without another evaluation; ``slope`` is ``g'p``."""
+        """Return 1 or 0, without another evaluation; ``slope`` is ``g'p``."""
         size, usual = abs(slope), self._usual
         bound = math.inf if usual is None else self.outlier * usual
         taken = size <= bound and full <= f0 + self.rise * abs(f0) and math.isfinite(full)
@@ -105,9 +105,9 @@ class FullStep(LineSearch):
         return LineSearchResult(1.0, full, 1) if taken else LineSearchResult(0.0, f0, 1)
 
     def state_dict(self) -> dict[str, float | None]:
-        """The usual ``|g'p|``."""
+        """Return the usual ``|g'p|``."""
         return {"usual": self._usual}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Restore :meth:`state_dict`; that of another line search begins anew."""
+        """Restore :meth:`state_dict`; start again from that of another line search."""
         self._usual = state.get("usual")

@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients for ``A x = b``, made for truncated Newton steps.
+"""Preconditioned conjugate gradients for ``A x = b``, designed for truncated Newton steps.
 
 Minimises the quadratic model ``phi(x) = x'Ax/2 - b'x`` and stops where its decrease per product is largest, or on
 little relative progress (Martens, "Deep learning via Hessian-free optimization", ICML 2010, section 4.4), keeping
@@ -62,7 +62,7 @@ class CG(StoppingRules):
             raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}, but must be 'auto', True or False")
 
     def decay_after(self, steps: int) -> float | None:
-        """The multiple of the last solution that a step starts at, ``steps`` having been done before.
+        """Return the multiple of the last solution at which a step starts, after ``steps`` steps.
 
         None where the model chooses it.
 
@@ -87,7 +87,7 @@ class CG(StoppingRules):
         augment: Tensor | None = None,
         second: Quadratic | None = None,
     ) -> Solution:
-        """Minimise ``phi`` from ``x0``, or along ``augment`` and what is conjugate to it.
+        """Minimise ``phi`` from ``x0``, or along ``augment`` and directions conjugate to it.
 
         On a direction of negative or zero curvature the iteration ends; if it is the first direction, and nothing
         better is known, the answer is that direction with the step its curvature's absolute value would give.
@@ -162,6 +162,6 @@ class RisingDecay:
             )
 
     def __call__(self, t: int) -> float:
-        """The decay after t steps."""
+        """Return the decay after t steps."""
         share = min(t / self.steps, 1.0)
         return float(1 - (1 - self.first) * ((1 - self.last) / (1 - self.first)) ** share)

@@ -67,7 +67,7 @@ class DebiasedCG(HostCG):
         self.at: Tensor | None = None
 
     def prepare(self) -> None:
-        """The start of both quadratics."""
+        """Compute the start of both quadratics."""
         if not self.from_zero:
             self.products += 1
             self.rest -= self.second.op.multiply(self.first_x, self.product)
@@ -97,14 +97,14 @@ class DebiasedCG(HostCG):
         return None
 
     def residual_from_scratch(self) -> None:
-        """``r = b - A x`` in both quadratics."""
+        """Compute ``r = b - A x`` in both quadratics."""
         torch.sub(self.b, self.multiply(self.first_x), out=self.r)
         if self.moved:
             self.products += 1
             torch.sub(self.second.b, self.second.op.multiply(self.x, self.product), out=self.rest)
 
     def phi(self) -> float:
-        """The second model's value."""
+        """Return the second model's value."""
         return -0.5 * (dot(self.second.b, self.x) + dot(self.rest, self.x))
 
     def check(self, i: int) -> None:
@@ -112,5 +112,5 @@ class DebiasedCG(HostCG):
         self.checks.append(CGCheck(i, self.history[-1], norm(self.rest), norm(self.x)))
 
     def carries(self, i: int) -> bool:
-        """Phi is not carried along by what is known of the first quadratic."""
+        """Return False: phi of the second quadratic does not follow from the first."""
         return False

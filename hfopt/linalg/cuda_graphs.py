@@ -37,7 +37,7 @@ Work = Callable[[], None]
 _SYNCHRONISES = "called a synchronizing CUDA operation"
 _PROTOTYPE = "Synchronization debug mode is a prototype"
 
-# Pools of recordings that became invalid: torch takes it amiss if one ends while it counts a recording in it.
+# Pools of recordings that became invalid: torch raises an error if one ends while it counts a recording in it.
 _lost: list[torch.cuda.MemPool] = []
 
 # Streams of recordings, one for each thread and device: what other threads launched on one would be recorded, too.
@@ -71,7 +71,7 @@ def side_stream(device: torch.device, wanted: bool = True) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an operator's graph was built.
+    """The place where an operator's graph was built.
 
     Attributes:
         stream: the stream's handle.
@@ -85,19 +85,19 @@ class Origin:
 
 
 def origin(params: Sequence[Tensor]) -> Origin | None:
-    """The :class:`Origin` of a graph over ``params`` that is built next; None for devices other than CUDA's."""
+    """Return the :class:`Origin` of a graph over ``params`` that is built next; None if the device is not CUDA."""
     if params[0].device.type != "cuda":
         return None
     return nodes_of(params, torch.cuda.current_stream(params[0].device).cuda_stream)
 
 
 def _marks(node: Node) -> dict[str, object]:
-    """What Python code has attached to a node; gone with the node."""
+    """Return the attributes that Python code attached to a node; they vanish with the node."""
     return cast("dict[str, object]", node.metadata)  # torch's stubs call it a method
 
 
 def nodes_of(params: Sequence[Tensor], stream: int) -> Origin:
-    """Take hold of the nodes of those of ``params`` that are leaves, and mark them with the stream."""
+    """Keep references to the nodes of those of ``params`` that are leaves, and mark them with the stream."""
     leaves = [p for p in params if p.requires_grad and p.grad_fn is None]
     for p in leaves:
         # A node lives as long as a graph uses it, and remembers the stream it was made on. A mark that is still there
@@ -114,14 +114,14 @@ def nodes_of(params: Sequence[Tensor], stream: int) -> Origin:
 
 
 def innermost(op: object) -> object:
-    """The operator to which damping was added."""
+    """Return the operator to which damping was added."""
     while (base := getattr(op, "base", None)) is not None:
         op = base
     return op
 
 
 def obstacle(op: object) -> str | None:
-    """Why products with ``op`` cannot be recorded on the current stream, as far as that shows beforehand."""
+    """Return why products with ``op`` cannot be recorded on the current stream, as far as known beforehand."""
     if getattr(op, "watched", False):
         return "the preconditioner learns from the products, one by one"
     op = innermost(op)
@@ -144,7 +144,7 @@ def obstacle(op: object) -> str | None:
 
 @dataclass
 class Attempts:
-    """What is known from earlier solves, so that nothing is tried in vain or said twice.
+    """Results of earlier solves, so that nothing is tried in vain or reported twice.
 
     Attributes:
         refused: why recording was given up.
@@ -190,7 +190,7 @@ class Recording:
         return self._kind in self._attempts.proven
 
     def prove(self) -> None:
-        """Note that recordings of this kind need no comparison."""
+        """Record that recordings of this kind need no comparison."""
         self._attempts.proven.add(self._kind)
 
     def watch(self, work: Work) -> None:
@@ -216,7 +216,7 @@ class Recording:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def record(self, work: Work) -> Work | None:
-        """What does ``work`` again at one launch, without having done it; None where it cannot be recorded."""
+        """Return a function that repeats ``work`` in one launch, without running it; None if it cannot be recorded."""
         if self._unfit is not None:
             self.refuse(self._unfit)
             return None
@@ -278,7 +278,7 @@ def _end(graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool) -> None:
 
 @contextmanager
 def recording(op: object, b: Tensor, option: bool | str, attempts: Attempts) -> Iterator[Recording | None]:
-    """The block in which a system with ``op`` and right-hand side ``b`` is solved; None where nothing is recorded.
+    """Set up recording while a system with ``op`` and ``b`` is solved; yields None if nothing is recorded.
 
     Raises:
         RuntimeError: with ``option=True`` where a recording is known to be impossible.

@@ -28,7 +28,7 @@ _EXACT, _BLOCK = 1 << 16, 1 << 13
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:
-    """``a b'`` (m, n) of rows a (m, P) and b (n, P).
+    """Return ``a b'`` (m, n) of rows a (m, P) and b (n, P).
 
     Summed in float64 a block of columns at a time; within the blocks of long vectors, in the vectors' own precision, as
     :func:`hfopt.linalg.vector.dot` does.
@@ -88,11 +88,11 @@ class DampingPath:
         return self._b / (self.values.abs() + damping)
 
     def solution(self, damping: float) -> Tensor:
-        """``p(lambda)`` (P,)."""
+        """Return ``p(lambda)`` (P,)."""
         y = self.columns @ self._coordinates(damping)
         return torch.mv(self.s.t(), y.to(self.s))
 
     def model(self, damping: float) -> tuple[float, float]:
-        """``(b'p, p'Bp)`` of ``p(lambda)``, without its damping."""
+        """Return ``(b'p, p'Bp)`` of ``p(lambda)``, without its damping."""
         y = self._coordinates(damping)
         return float(self._b @ y), float(self.values @ y.square())

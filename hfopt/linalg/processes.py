@@ -32,12 +32,12 @@ class Processes:
         self.rank = dist.get_rank(group)
 
     def mean_(self, t: Tensor) -> Tensor:
-        """The mean over processes, in place; ``t`` is contiguous and has the same shape in all of them."""
+        """Average over processes, in place; ``t`` is contiguous and has the same shape in all of them."""
         dist.all_reduce(t, group=self._group)
         return t.div_(self.size)
 
     def mean(self, value: float) -> float:
-        """The mean over processes of a number."""
+        """Return the mean over processes of a number."""
         return float(self.mean_(torch.tensor([value], dtype=torch.float64, device=self._device)))
 
     def agree(self, **numbers: float) -> None:
@@ -65,7 +65,7 @@ class Processes:
 
 
 def processes_of(group: Any, device: torch.device) -> Processes | None:
-    """The processes of what a user gives as ``process_group``; None where there is only this one.
+    """Return the processes for the optimizer's ``process_group``; None if there is only this one.
 
     Raises:
         ValueError: neither ``"auto"``, None nor a group that this process belongs to.
