@@ -64,10 +64,10 @@ class LevenbergMarquardt(Damping):
 
     Args:
         initial: lambda of the first step; None: the first step finds it, starting from the curvature along the
-            gradient, so that it need not be chosen and scales with the loss.
+            gradient, so that you need not choose it and it scales with the loss.
         increase, decrease: the two factors.
         low, high: the two thresholds of rho.
-        rejected: the factor after a step that was not taken. More than ``increase``, so that a wrong start or one bad
+        rejected: the factor after a rejected step. It exceeds ``increase``, so that a wrong start or one bad
             batch costs few steps.
         minimum, maximum: bounds of lambda; None: 1e-10 and 1e10 times the first step's.
     """
@@ -138,18 +138,18 @@ class KrylovDamping(LevenbergMarquardt):
 
     The candidates lie on a :class:`hfopt.linalg.krylov.DampingPath`.
 
-    The loss is evaluated at ``p(lambda)`` for the lambda of the step before, then for ``ratio^k`` times it: first
-    downwards if rho was more than 1/2 and upwards otherwise, on as long as the loss falls, and if it did not, to the
-    other side. The best one is the step's lambda and the next step's first. ``backtracking`` says how: ``"walk"`` like
-    that, ``"smallest"`` all of them, ``"none"`` only the first, lambda then following rho as in
-    :class:`LevenbergMarquardt`; CG's earlier iterates are not looked at. Structural damping has the weight that belongs
-    to the first lambda. On the first step the candidates start at the curvature along the gradient.
+    The rule evaluates the loss at ``p(lambda)`` for the lambda of the previous step, then for ``ratio^k`` times it:
+    downwards if rho was above 1/2 and upwards otherwise, as long as the loss falls, and in the other direction if it
+    did not fall. The best one is the lambda of this step and the first candidate of the next. ``backtracking`` selects
+    the candidates: ``"walk"`` as described, ``"smallest"`` all of them, ``"none"`` only the first, with lambda
+    following rho as in :class:`LevenbergMarquardt`. Earlier iterates of CG are not evaluated. The weight of structural
+    damping belongs to the first lambda. In the first step, the candidates start at the curvature along the gradient.
 
     Args:
-        ratio: between neighbouring candidates.
-        most: candidates at most on either side.
-        directions: of CG that are kept, with two vectors (P,) each; of longer solves these and the solution. None: 64,
-            or as many as go into 1 GiB, but 8 at least.
+        ratio: factor between neighbouring candidates.
+        most: maximum number of candidates on either side.
+        directions: number of CG directions to keep, with two vectors (P,) each; longer solves keep these and the
+            solution. None: 64, or as many as fit into 1 GiB, but at least 8.
 
     The other arguments are those of :class:`LevenbergMarquardt`.
     """
@@ -207,14 +207,14 @@ def as_damping(damping: float | Damping | None) -> Damping:
 class AverageRatio(LevenbergMarquardt):
     """Levenberg-Marquardt on the average of rho over steps: ``m <- s m + (1 - s) rho``, rho being cut to [-1, 2].
 
-    lambda is multiplied by ``increase`` if ``m < low`` and by ``decrease`` if ``m > high``. A step that was not taken,
-    or whose rho is not a number, counts as rho = -1: one bad batch moves lambda by no more than a few small factors.
-    Several in a row are no matter of batches: from the second one on, each multiplies lambda by ``rejected``.
-    The thresholds are lower than those for a rho of the batch that the step was made for, as they are meant for one of
-    another batch: where the gradient's noise is as large as the gradient, half of a step is lost on other data.
+    lambda is multiplied by ``increase`` if ``m < low`` and by ``decrease`` if ``m > high``. A rejected step, or one
+    whose rho is NaN, counts as rho = -1, so one bad batch changes lambda only by a few small factors. Several in a row
+    are not due to bad batches: from the second one on, each multiplies lambda by ``rejected``.
+    The thresholds are lower than for a rho measured on the step's own batch, because they are meant for another batch:
+    if the noise of the gradient is as large as the gradient, half of a step is lost on other data.
 
     Args:
-        smoothing: s, the weight of what was before: ``1 / (1 - s)`` steps decide.
+        smoothing: s, the weight of earlier steps; the average extends over ``1 / (1 - s)`` steps.
 
     The other arguments are those of :class:`hfopt.LevenbergMarquardt`.
 

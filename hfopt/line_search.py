@@ -22,7 +22,7 @@ class LineSearch:
     8.8).
 
     Args:
-        c: share of the predicted decrease that is asked for; 0: any decrease.
+        c: required share of the predicted decrease; 0: any decrease.
         shrink: s is multiplied by this until the condition holds.
         max_tries: give up after so many evaluations; 1: the full step or none.
     """
@@ -69,16 +69,16 @@ class LineSearch:
 class FullStep(LineSearch):
     """The full step or none: none if the loss rises by much, or if the step is far larger than usual.
 
-    With ``s = |g'p|``, twice the decrease that the model promises or so, and its average m over the steps before::
+    With ``s = |g'p|``, about twice the predicted decrease, and its average m over the previous steps::
 
         taken:   f(theta + p) <= f(theta) + rise |f(theta)|   and   s <= outlier m
         m <- 0.9 m + 0.1 min(s, outlier m)
 
-    so that one batch with broken targets or inputs moves nothing, and a real change of scale is followed in some steps.
+    so that one batch with broken targets or inputs changes nothing, and a real change of scale takes a few steps.
 
     Args:
-        rise: how much the loss may rise, as a share of itself; as batches differ, some rise is no sign of a bad step.
-        outlier: how many times the usual ``|g'p|`` is still believed.
+        rise: allowed increase of the loss, relative to it; since batches differ, an increase need not be a bad step.
+        outlier: largest accepted multiple of the usual ``|g'p|``.
 
     Raises:
         ValueError: a negative ``rise``, or an ``outlier`` that is not above 1.
