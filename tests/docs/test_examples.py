@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,12 +52,19 @@ PAGES = {path.relative_to(ROOT).as_posix(): blocks(path) for path in FILES}
 
 
 @pytest.fixture
-def log() -> Iterator[None]:
-    """Restore the log's level, which a page may change."""
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Restore what a page may change for the whole process: the log's level, and the state of accelerate."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     logger = logging.getLogger("hfopt")
     before = logger.level
     yield
     logger.setLevel(before)
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, PartialState
+
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
 
 
 def a_run() -> dict[str, Any]:
@@ -71,8 +80,7 @@ def a_run() -> dict[str, Any]:
 GIVEN = {"docs/run_format.md": a_run}
 
 
-@pytest.mark.usefixtures("log")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
+@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("name", sorted(n for n, found in PAGES.items() if found))
 def test_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -80,8 +88,11 @@ def test_blocks_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     namespace: dict[str, Any] = {"__name__": name, **GIVEN.get(name, dict)()}
     for block in PAGES[name]:
         if block.runs:
-            # Empty lines before it give tracebacks the page's own numbers.
-            exec(compile("\n" * block.line + block.code, str(ROOT / name), "exec"), namespace)
+            with warnings.catch_warnings():
+                if block.comment:  # other packages warn of loaders and hardware
+                    warnings.simplefilter("ignore")
+                # Empty lines before it give tracebacks the page's own numbers.
+                exec(compile("\n" * block.line + block.code, str(ROOT / name), "exec"), namespace)
 
 
 def test_few_blocks_are_left_out() -> None:
