@@ -5,8 +5,8 @@ distance ``D`` between the hidden states before and after a step,
 
     S = J_a' D'' J_a,      a = pre-activations of the hidden units, J_a = da/dtheta,
 
-so a model has to say where its hidden states are. A recurrence calls :func:`mark` while its forward pass runs; nothing
-happens unless an optimizer that uses structural damping is looking (:func:`wanted`).
+so a model has to mark its hidden states. A recurrence calls :func:`mark` during its forward pass; the call has no
+effect unless an optimizer with structural damping collects them (:func:`wanted`).
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Replace torch's recurrent layers by hfopt's recurrences while a closure runs inside a step.
 
 ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU`` end in one call of ``torch.rnn_tanh``, ``rnn_relu``, ``lstm`` or ``gru``, which
-the ``TorchFunctionMode`` of a closure sees. Here that call is computed by the operators of :mod:`hfopt.recurrences` on
-the same weights: all layers, both directions, packed sequences, dropout between layers. Both are the same function to
-rounding error. What changes is its derivatives: cuDNN has no second one, the LSTM of CPUs no forward mode, and the rest
-of torch's go through one small operation after the other at every step of time, while ours are one operator each. With
-them come the marks for structural damping.
+the ``TorchFunctionMode`` of a closure intercepts. The operators of :mod:`hfopt.recurrences` compute that call on the
+same weights: all layers, both directions, packed sequences, dropout between layers. Both are the same function up to
+rounding errors, but their derivatives differ: cuDNN has no second derivative, the LSTM of CPUs has no forward mode, and
+torch's other layers run many small operations at every time step, while each layer here is one operator. The operators
+also mark hidden states for structural damping.
 
-Calls that are not understood in every detail (projections, other kinds of tensors, wrong shapes) stay with torch, whose
-error messages these are; so do sequences that are too short to gain anything. On CUDA they do without cuDNN then: its
-layers cannot be differentiated twice, and round their inputs to TF32.
+torch still computes calls that are not understood in every detail (projections, other kinds of tensors, wrong shapes),
+so that its own error messages appear, and sequences that are too short to gain anything. On CUDA, these run without
+cuDNN, whose layers cannot be differentiated twice and round their inputs to TF32.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """CUDA graphs: the kernels of one CG iteration, recorded once and launched together from then on.
 
 A launch takes the host some microseconds, and a product with a curvature matrix is hundreds of small kernels. Recorded
-into a graph they are one launch, and the host is out of the way until it reads something.
+in a graph, they are one launch, and the host is not involved until it reads a result.
 
-What a recording asks for, and where it is seen to:
+A recording has these requirements:
 
-- Nothing waits for the device. An iteration is watched before (:meth:`Recording.watch`), since a recording that breaks
-  off leaves more to tidy up than one that is not begun.
+- Nothing waits for the device. An iteration is checked before it is recorded (:meth:`Recording.watch`), since a failed
+  recording needs more clean-up than one that was not started.
 - All work is on one stream, not the default one. A backward pass runs on the stream on which its graph was built, so
-  that a whole step runs on :func:`side_stream`, and operators note where they were built (:func:`origin`).
-- Memory stays where it was. What outlives an iteration is allocated before; what an iteration allocates comes from a
-  pool of its own, which goes back to the device when the recorder is closed.
-- No random draws and no buffers put back around a product: linearisations that run the model again are not recorded.
+  a whole step runs on :func:`side_stream`, and operators record where they were built (:func:`origin`).
+- Memory does not move. Tensors that outlive an iteration are allocated before; an iteration allocates from a pool of
+  its own, which is returned to the device when the recorder is closed.
+- There are no random draws, and no buffers to restore around a product: linearisations that run the model again are not
+  recorded.
 """
 
 from __future__ import annotations

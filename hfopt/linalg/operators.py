@@ -18,7 +18,7 @@ class Operator(ABC):
     """A symmetric linear map on parameter space.
 
     ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the
-    parameters, and answers in kind. ``products`` counts the vectors multiplied so far.
+    parameters, and returns the same kind. ``products`` counts the vectors multiplied so far.
     """
 
     has_structural = False
