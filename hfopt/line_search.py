@@ -22,7 +22,7 @@ class LineSearch:
     8.8).
 
     Args:
-        c: required share of the predicted decrease; 0: any decrease.
+        c: share of the predicted decrease that is asked for; 0: any decrease.
         shrink: s is multiplied by this until the condition holds.
         max_tries: give up after so many evaluations; 1: the full step or none.
     """

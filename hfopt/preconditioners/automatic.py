@@ -107,7 +107,7 @@ class Automatic(Preconditioner):
 
 
 def pays(op: GaussNewton, batch_dim: int) -> bool:
-    """Return whether K-FAC would be used for this operator; see :class:`Automatic`."""
+    """Whether K-FAC would be taken for this operator; see :class:`Automatic`."""
     if any(distributions(part.space) is None for part in op.parts):
         return False
     covered: set[int] = set()
