@@ -202,17 +202,17 @@ def section(data: str, seconds: float, about: dict[str, str], runs: list[Run], p
         rate = "-" if own[0].rate is None else f"{own[0].rate:g}"
         lines.append(f"| {NAMES[name]} | {rate} | {' | '.join(cells)} | {statistics.median(r.steps for r in own):g} |")
     count, first = len({r.seed for r in runs}), runs[0].seed
-    lines += ["", f"Least training errors up to a time, medians over {count} seed{'s' * (count > 1)}."]
+    lines += ["", f"Lowest training errors up to each time, medians over {count} seed{'s' * (count > 1)}."]
     for name, title in NAMES.items():
         tried = {(r.rate, r.budget) for r in runs if r.optimizer == name and r.rate is not None and r.seed == first}
         budget = min((b for _, b in tried), default=0.0)
         rates = ", ".join(f"{rate:g}" for rate, b in sorted(tried) if b == budget)
-        lines[-1] += f" Rates tried with {title}, for {budget:g} s each: {rates}." if tried else ""
+        lines[-1] += f" Rates tried with {title} for {budget:g} s each: {rates}." if tried else ""
     if data in PUBLISHED:
         published, source = PUBLISHED[data]
         times = {NAMES[n]: statistics.median(r.reached(published) for r in own) for n, own in chosen.items()}
-        words = [f"{title} " + (f"{t:.0f} s" if t < math.inf else "not in this time") for title, t in times.items()]
-        lines += ["", f"{source}. First tested at {published:.2f} or less: {', '.join(words)}."]
+        words = [f"{title} " + (f"{t:.0f} s" if t < math.inf else "not within this time") for title, t in times.items()]
+        lines += ["", f"{source}. First test at {published:.2f} or less: {', '.join(words)}."]
     lines += ["", f"![Training error over seconds](images/{picture})", ""]
     lines += [f"- `{own[0].command}`" for own in chosen.values()]
     keys = ("date", "processor", "threads", "torch", "hfopt")
@@ -240,13 +240,13 @@ def plot(data: str, runs: list[Run], seconds: float, path: Path, threads: str) -
     plt.close(figure)
 
 
-HEAD = """# Deep autoencoders in the same time
+HEAD = """# Deep autoencoders in equal time
 
-Written by `python -m benchmarks.autoencoders` (for MNIST `python -m benchmarks.autoencoders mnist`), which runs the
-commands below and ends each when its optimizer has had the seconds. HF has the settings of its preset; the others get
-several learning rates each for the first seed, the best one for all seeds. On MNIST, tests are of running averages of
-the parameters. The error is the squared one on the training images, summed over pixels and averaged over images;
-seconds are those inside of the optimizers' steps.
+`python -m benchmarks.autoencoders` (for MNIST `python -m benchmarks.autoencoders mnist`) generates this page. It runs
+the commands below and stops each when its optimizer has used the given seconds. HF uses the settings of its preset. The
+others try several learning rates on the first seed and use the best one for all seeds. On MNIST, tests use running
+averages of the parameters. The error is the squared error on the training images, summed over pixels and averaged over
+images. Seconds are those spent inside the steps of the optimizers.
 
 """
 

@@ -184,38 +184,39 @@ def plot(results: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
-PAGE = """# Defaults beside Adam, LBFGS and SGD
+PAGE = """# Defaults compared with Adam, LBFGS and SGD
 
-Eight small problems, each trained on all its data at once, from the same first parameters and for the same time.
-`HessianFree(model.parameters())` gets no further argument. Adam, SGD (Nesterov momentum 0.9) and LBFGS (without line
-search, and with strong Wolfe's) get six learning rates each; for the first of {seeds} seeds all are run, for the others
-the best one. A loss is the least that was seen up to a time, of the rivals at every evaluation. All is float32, and
-losses that differ by less than 8 of its roundings count as equal; times are those inside of `step`.
+This page compares optimizers on eight small problems. On each problem, all of them train on all the data at once, from
+the same initial parameters and for the same time. `HessianFree(model.parameters())` runs with default settings. Adam,
+SGD (Nesterov momentum 0.9) and LBFGS (without line search, and with strong Wolfe line search) try six learning rates on
+the first of {seeds} seeds and use the best one for the others. A loss is the lowest value up to a given time; for the
+rivals, every evaluation counts. All computations are in float32, and losses that differ by less than 8 rounding units
+count as equal. Times are those spent inside `step`.
 
-`python -m benchmarks.defaults` runs it all and writes this page, the picture, and the numbers in
-`benchmarks/results/defaults`; `--page-only` makes the page from the numbers.
+`python -m benchmarks.defaults` runs the comparison and writes this page, the figure, and the numbers in
+`benchmarks/results/defaults`. With `--page-only` it regenerates the page from the numbers.
 
-HessianFree reaches the loss of the best rival in the same time on {wins} of {count} problems (in bold):
+HessianFree reaches the loss of the best rival in the same time on {wins} of {count} problems (bold):
 
 {table}
-*Ratio* is HessianFree's loss divided by the best rival's, medians over seeds; *reached after* the time at which
-HessianFree had the loss that the best rival ended with; *seeds* those of which HessianFree's loss is not above any
-rival's.
+*Ratio* is the loss of HessianFree divided by that of the best rival, both medians over seeds. *Reached after* is the
+time at which HessianFree reached the final loss of the best rival. *Seeds* counts the seeds for which the loss of
+HessianFree is no higher than that of any rival.
 
 ![Loss against time on every problem](images/{picture})
 
-The picture shows every optimizer at its best learning rate, the first seed in bold and the others thin.
+The figure shows every optimizer at its best learning rate, bold for the first seed and thin for the others.
 
-## Every rival
+## All rivals
 
-Losses at the end, medians over seeds, and in brackets the learning rates:
+The table shows final losses (medians over seeds), with the learning rates in brackets:
 
 {rivals}
 ## The problems
 
 {problems}
 
-## Where it was measured
+## Machine
 
 {machine}
 """

@@ -1,4 +1,4 @@
-"""Damping: how far the quadratic model is trusted.
+"""Damping: trust in the quadratic model.
 
 ``A = G + lambda I`` (+ structural terms). A rule holds ``lambda`` and changes it by the reduction ratio
 
@@ -21,7 +21,7 @@ class Damping(ABC):
 
     @abstractmethod
     def start(self, value: float) -> None:
-        """Take over the lambda that the first step was calibrated to."""
+        """Set lambda to the value from the calibration of the first step."""
 
     @abstractmethod
     def update(self, rho: float, accepted: bool) -> None:
@@ -33,7 +33,7 @@ class Damping(ABC):
         return self.value is None
 
     def state_dict(self) -> dict[str, float | None]:
-        """All that the next update depends on."""
+        """Return everything that the next update depends on."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
@@ -52,10 +52,10 @@ class FixedDamping(Damping):
         self.value = self.constant
 
     def start(self, value: float) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def update(self, rho: float, accepted: bool) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 @dataclass
@@ -64,10 +64,10 @@ class LevenbergMarquardt(Damping):
 
     Args:
         initial: lambda of the first step; None: the first step finds it, starting from the curvature along the
-            gradient, so that it need not be chosen and scales with the loss.
+            gradient, so that you need not choose it and it scales with the loss.
         increase, decrease: the two factors.
         low, high: the two thresholds of rho.
-        rejected: the factor after a step that was not taken. More than ``increase``, so that a wrong start or one bad
+        rejected: the factor after a rejected step. It exceeds ``increase``, so that a wrong start or one bad
             batch costs few steps.
         minimum, maximum: bounds of lambda; None: 1e-10 and 1e10 times the first step's.
     """
@@ -99,7 +99,7 @@ class LevenbergMarquardt(Damping):
         self.value = self._clamped(value)
 
     def bounds(self) -> tuple[float, float]:
-        """The least and the largest lambda."""
+        """Return the smallest and the largest lambda."""
         reference = 1.0 if self._reference is None else self._reference
         low = 1e-10 * reference if self.minimum is None else self.minimum
         high = 1e10 * reference if self.maximum is None else self.maximum
@@ -110,7 +110,7 @@ class LevenbergMarquardt(Damping):
         return min(max(value, low), high)
 
     def update(self, rho: float, accepted: bool) -> None:
-        """See the class; a rejected step counts as bad whatever its rho."""
+        """Follow rho as the class describes; a rejected step counts as bad whatever its rho."""
         if self.value is None:
             return
         factor = 1.0
@@ -123,7 +123,7 @@ class LevenbergMarquardt(Damping):
         self.value = self._clamped(self.value * factor)
 
     def state_dict(self) -> dict[str, float | None]:
-        """lambda, and the reference of its bounds."""
+        """Return lambda and the reference of its bounds."""
         return {"value": self.value, "reference": self._reference}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
@@ -134,22 +134,22 @@ class LevenbergMarquardt(Damping):
 
 @dataclass
 class KrylovDamping(LevenbergMarquardt):
-    """Choose lambda by the loss at every step, all candidates from one solve.
+    """Choose lambda by the loss at every step, with all candidates from one solve.
 
     The candidates lie on a :class:`hfopt.linalg.krylov.DampingPath`.
 
-    The loss is evaluated at ``p(lambda)`` for the lambda of the step before, then for ``ratio^k`` times it: first
-    downwards if rho was more than 1/2 and upwards otherwise, on as long as the loss falls, and if it did not, to the
-    other side. The best one is the step's lambda and the next step's first. ``backtracking`` says how: ``"walk"`` like
-    that, ``"smallest"`` all of them, ``"none"`` only the first, lambda then following rho as in
-    :class:`LevenbergMarquardt`; CG's earlier iterates are not looked at. Structural damping has the weight that belongs
-    to the first lambda. On the first step the candidates start at the curvature along the gradient.
+    The rule evaluates the loss at ``p(lambda)`` for the lambda of the previous step, then for ``ratio^k`` times it:
+    downwards if rho was above 1/2 and upwards otherwise, as long as the loss falls, and in the other direction if it
+    did not fall. The best one is the lambda of this step and the first candidate of the next. ``backtracking`` selects
+    the candidates: ``"walk"`` as described, ``"smallest"`` all of them, ``"none"`` only the first, with lambda
+    following rho as in :class:`LevenbergMarquardt`. Earlier iterates of CG are not evaluated. The weight of structural
+    damping belongs to the first lambda. In the first step, the candidates start at the curvature along the gradient.
 
     Args:
-        ratio: between neighbouring candidates.
-        most: candidates at most on either side.
-        directions: of CG that are kept, with two vectors (P,) each; of longer solves these and the solution. None: 64,
-            or as many as go into 1 GiB, but 8 at least.
+        ratio: factor between neighbouring candidates.
+        most: maximum number of candidates on either side.
+        directions: number of CG directions to keep, with two vectors (P,) each; longer solves keep these and the
+            solution. None: 64, or as many as fit into 1 GiB, but at least 8.
 
     The other arguments are those of :class:`LevenbergMarquardt`.
     """
@@ -168,15 +168,15 @@ class KrylovDamping(LevenbergMarquardt):
             )
 
     def kept(self, size: int) -> int:
-        """The number of directions, for vectors of ``size`` bytes."""
+        """Return the number of directions, for vectors of ``size`` bytes."""
         return max(8, min(64, _ROOM // (2 * size))) if self.directions is None else self.directions
 
     def choose(self, value: float) -> None:
-        """Go on with the lambda that the loss chose."""
+        """Continue with the lambda that the loss chose."""
         self.value = self._clamped(value)
 
     def ladder(self, value: float, up: bool) -> list[float]:
-        """The candidates above or below ``value``, the nearest first, within the bounds."""
+        """Return the candidates above or below ``value`` within the bounds, the nearest first."""
         factor = self.ratio if up else 1 / self.ratio
         found = [value * factor**k for k in range(1, self.most + 1)]
         if self._reference is not None:
@@ -192,7 +192,7 @@ def _check(**numbers: float | None) -> None:
 
 
 def as_damping(damping: float | Damping | None) -> Damping:
-    """A rule from what a user gives.
+    """Return the rule for the ``damping`` argument of the optimizer.
 
     None: lambda is chosen by the loss; a number: lambda of the first step, which then follows rho; or a rule.
     """
@@ -207,14 +207,14 @@ def as_damping(damping: float | Damping | None) -> Damping:
 class AverageRatio(LevenbergMarquardt):
     """Levenberg-Marquardt on the average of rho over steps: ``m <- s m + (1 - s) rho``, rho being cut to [-1, 2].
 
-    lambda is multiplied by ``increase`` if ``m < low`` and by ``decrease`` if ``m > high``. A step that was not taken,
-    or whose rho is not a number, counts as rho = -1: one bad batch moves lambda by no more than a few small factors.
-    Several in a row are no matter of batches: from the second one on, each multiplies lambda by ``rejected``.
-    The thresholds are lower than those for a rho of the batch that the step was made for, as they are meant for one of
-    another batch: where the gradient's noise is as large as the gradient, half of a step is lost on other data.
+    lambda is multiplied by ``increase`` if ``m < low`` and by ``decrease`` if ``m > high``. A rejected step, or one
+    whose rho is NaN, counts as rho = -1, so one bad batch changes lambda only by a few small factors. Several in a row
+    are not due to bad batches: from the second one on, each multiplies lambda by ``rejected``.
+    The thresholds are lower than for a rho measured on the step's own batch, because they are meant for another batch:
+    if the noise of the gradient is as large as the gradient, half of a step is lost on other data.
 
     Args:
-        smoothing: s, the weight of what was before: ``1 / (1 - s)`` steps decide.
+        smoothing: s, the weight of earlier steps; the average extends over ``1 / (1 - s)`` steps.
 
     The other arguments are those of :class:`hfopt.LevenbergMarquardt`.
 
@@ -235,18 +235,18 @@ class AverageRatio(LevenbergMarquardt):
         self._average, self._refused = 0.5 * (self.low + self.high), 0.0
 
     def update(self, rho: float, accepted: bool) -> None:
-        """See the class."""
+        """Follow the average of rho as the class describes."""
         self._refused = 0.0 if accepted else self._refused + 1.0
         seen = min(max(rho, -1.0), 2.0) if accepted and math.isfinite(rho) else -1.0
         self._average = self.smoothing * self._average + (1 - self.smoothing) * seen
         super().update(self._average, self._refused < 2.0)
 
     def state_dict(self) -> dict[str, float | None]:
-        """lambda, the reference of its bounds, the average, and how many steps in a row were not taken."""
+        """Return lambda, the reference of its bounds, the average, and the number of consecutive rejected steps."""
         return {**super().state_dict(), "average": self._average, "refused": self._refused}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Restore :meth:`state_dict`; that of a rule without an average begins it anew."""
+        """Restore :meth:`state_dict`; the average starts again if the saved rule had none."""
         super().load_state_dict(state)
         average, refused = state.get("average"), state.get("refused")
         self._average = 0.5 * (self.low + self.high) if average is None else average

@@ -1,4 +1,4 @@
-"""What the package tells its user beside results: errors, warnings at the user's own line, and a log."""
+"""Messages to the user apart from results: errors, warnings at the user's own line, and a log."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class HfoptError(Exception):
 
 
 class ClosureError(HfoptError):
-    """The closure could not be understood; the message says what was found and which keyword solves it."""
+    """The closure could not be understood; the message gives the reason and the keyword that solves it."""
 
 
 class NotDifferentiable(HfoptError):
-    """No way of linearising the model worked; the message lists what was tried and what each attempt said."""
+    """The model could not be linearised; the message lists all attempts and their errors."""
 
 
 class CheckFailed(HfoptError):
-    """A self-check (``check=True``) failed; the message says what was found and what to do about it."""
+    """A self-check (``check=True``) failed; the message describes the problem and what to do."""
 
 
 def warn(message: str) -> None:
@@ -39,7 +39,7 @@ def warn(message: str) -> None:
 
 
 def size(count: int) -> str:
-    """A number of bytes for people: "3.2 MiB"."""
+    """Format a number of bytes, as in "3.2 MiB"."""
     value = float(count)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:

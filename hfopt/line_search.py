@@ -1,4 +1,4 @@
-"""Line search: the last net under a step."""
+"""Line search: the last safeguard of a step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LineSearch:
             )
 
     def search(self, f: Callable[[float], float], f0: float, slope: float, full: float) -> LineSearchResult:
-        """The first s of 1, shrink, shrink^2, ... that meets the condition, else 0.
+        """Return the first s of 1, shrink, shrink^2, ... that meets the condition, else 0.
 
         Args:
             f: the loss at ``theta + s p`` (may be NaN or infinite).
@@ -58,7 +58,7 @@ class LineSearch:
         return LineSearchResult(0.0, f0, self.max_tries)
 
     def state_dict(self) -> dict[str, float | None]:
-        """All that the next search depends on: nothing here, as other rules may have."""
+        """Return everything that the next search depends on: nothing for this rule."""
         return {}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
@@ -67,18 +67,18 @@ class LineSearch:
 
 @dataclass
 class FullStep(LineSearch):
-    """The full step or none: none if the loss rises by much, or if this batch asks for a step out of all proportion.
+    """The full step or none: none if the loss rises by much, or if the step is far larger than usual.
 
-    With ``s = |g'p|``, twice the decrease that the model promises or so, and its average m over the steps before::
+    With ``s = |g'p|``, about twice the predicted decrease, and its average m over the previous steps::
 
         taken:   f(theta + p) <= f(theta) + rise |f(theta)|   and   s <= outlier m
         m <- 0.9 m + 0.1 min(s, outlier m)
 
-    so that one batch with broken targets or inputs moves nothing, and a real change of scale is followed in some steps.
+    so that one batch with broken targets or inputs changes nothing, and a real change of scale takes a few steps.
 
     Args:
-        rise: how much the loss may rise, as a share of itself; as batches differ, some rise is no sign of a bad step.
-        outlier: how many times the usual ``|g'p|`` is still believed.
+        rise: allowed increase of the loss, relative to it; since batches differ, an increase need not be a bad step.
+        outlier: largest accepted multiple of the usual ``|g'p|``.
 
     Raises:
         ValueError: a negative ``rise``, or an ``outlier`` that is not above 1.
@@ -96,7 +96,7 @@ class FullStep(LineSearch):
         self._usual: float | None = None
 
     def search(self, f: Callable[[float], float], f0: float, slope: float, full: float) -> LineSearchResult:
-        """1 or 0, without another evaluation; ``slope`` is ``g'p``."""
+        """Return 1 or 0, without another evaluation; ``slope`` is ``g'p``."""
         size, usual = abs(slope), self._usual
         bound = math.inf if usual is None else self.outlier * usual
         taken = size <= bound and full <= f0 + self.rise * abs(f0) and math.isfinite(full)
@@ -105,9 +105,9 @@ class FullStep(LineSearch):
         return LineSearchResult(1.0, full, 1) if taken else LineSearchResult(0.0, f0, 1)
 
     def state_dict(self) -> dict[str, float | None]:
-        """The usual ``|g'p|``."""
+        """Return the usual ``|g'p|``."""
         return {"usual": self._usual}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Restore :meth:`state_dict`; that of another line search begins anew."""
+        """Restore :meth:`state_dict`; start again from that of another line search."""
         self._usual = state.get("usual")

@@ -1,4 +1,4 @@
-"""Losses in output space: for every criterion of torch.nn.functional the curvature that matches it.
+"""Losses in output space: the matching curvature of every criterion of torch.nn.functional.
 
 The Gauss-Newton product ``G v = J' H_L J v`` needs the Hessian of the loss in the network's outputs ``z``. With the
 loss a weighted sum of criteria, ``L = sum_k <c_k, l_k(z_k)>``, each criterion contributes a block that is diagonal or
@@ -30,7 +30,7 @@ class OutputCurvature(Protocol):
     """One block of ``H_L``: a symmetric matrix that acts on tensors of the outputs' shape."""
 
     def product(self, u: Tensor) -> Tensor:
-        """``H u`` for ``u`` of the shape of the outputs."""
+        """Return ``H u`` for ``u`` of the shape of the outputs."""
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
         """A random ``g`` of the shape of the outputs with mean zero and ``E[g g'] = H``."""
@@ -44,7 +44,7 @@ class Diagonal:
     shape: torch.Size
 
     def product(self, u: Tensor) -> Tensor:
-        """``weight * u``."""
+        """Return ``weight * u``."""
         return u * self.weight
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
@@ -62,7 +62,7 @@ class Softmax:
     dim: int
 
     def product(self, u: Tensor) -> Tensor:
-        """``s p (u - p'u)``."""
+        """Return ``s p (u - p'u)``."""
         return (self.s * self.p) * (u - (self.p * u).sum(self.dim, keepdim=True))
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
@@ -83,7 +83,7 @@ class Call:
 
     @classmethod
     def bind(cls, function: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any], factor: Tensor) -> Call:
-        """Name the arguments and bring the reduction into its present spelling."""
+        """Name the arguments and convert the reduction to its current spelling."""
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         a = dict(bound.arguments)
@@ -92,7 +92,7 @@ class Call:
         return cls(function, a, factor)
 
     def elementwise(self, denominator: Tensor | float) -> Tensor:
-        """The factor of each unreduced loss value, ``denominator`` being what reduction="mean" divides by."""
+        """Return the factor of each unreduced loss value; ``denominator`` is the divisor of reduction="mean"."""
         if self.arguments["reduction"] == "mean":
             return self.factor / denominator
         return self.factor
@@ -251,7 +251,7 @@ CRITERIA: dict[Callable[..., Any], Builder] = {
 
 
 def matching_curvature(call: Call) -> OutputCurvature | None:
-    """The closed form of ``H_L`` for one criterion call, or None where it is left to automatic differentiation.
+    """Return ``H_L`` of one criterion call in closed form, or None to leave it to automatic differentiation.
 
     Raises:
         ClosureError: for a criterion without curvature, or log-probabilities that are not normalised.

@@ -1,12 +1,12 @@
-"""Hidden states that structural damping acts on.
+"""Hidden states for structural damping.
 
 Structural damping (Martens & Sutskever, ICML 2011, section 3) adds to the curvature matrix the Gauss-Newton matrix of a
 distance ``D`` between the hidden states before and after a step,
 
     S = J_a' D'' J_a,      a = pre-activations of the hidden units, J_a = da/dtheta,
 
-so a model has to say where its hidden states are. A recurrence calls :func:`mark` while its forward pass runs; nothing
-happens unless an optimizer that uses structural damping is looking (:func:`wanted`).
+so a model has to mark its hidden states. A recurrence calls :func:`mark` during its forward pass; the call has no
+effect unless an optimizer with structural damping collects them (:func:`wanted`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _collected: ContextVar[list[HiddenState] | None] = ContextVar("hfopt_hidden_stat
 
 
 def wanted() -> bool:
-    """Whether a pass is running that wants hidden states, so that a recurrence should yield its pre-activations."""
+    """Return whether a running pass collects hidden states, so that a recurrence should yield pre-activations."""
     return _collected.get() is not None
 
 
@@ -68,7 +68,7 @@ def mark(preactivations: Tensor, curvature: Tensor, *, batch_dim: int = 1, mask:
 
 @contextmanager
 def collecting(enabled: bool = True) -> Iterator[list[HiddenState]]:
-    """Collect every state that is marked inside the block; with ``enabled=False`` none is wanted."""
+    """Collect every state that is marked inside the block; with ``enabled=False`` collect none."""
     states: list[HiddenState] = []
     token = _collected.set(states if enabled else None)
     try:
@@ -78,5 +78,5 @@ def collecting(enabled: bool = True) -> Iterator[list[HiddenState]]:
 
 
 def tanh_distance(hidden: Tensor) -> Tensor:
-    """``D'' = 1 - h**2``: Hessian, in the pre-activation, of the cross-entropy between ``(1 + h)/2`` of two states."""
+    """Return ``D'' = 1 - h**2``: Hessian, in the pre-activation, of the cross-entropy of two ``(1 + h)/2``."""
     return torch.addcmul(torch.ones((), dtype=hidden.dtype, device=hidden.device), hidden, hidden, value=-1.0)

@@ -21,12 +21,12 @@ from runs.tables import Row, Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INTRODUCTION = """# Published results, repeated
+INTRODUCTION = """# Published results, reproduced
 
-Written by `python -m runs.reproduce` from the files of the runs; every run can be repeated with the command in its
-line. Seconds are of the processor (all threads together, tests included) for runs on a CPU, and of the clock for runs
-on a GPU; a product is one multiplication of a vector by the curvature matrix. Medians are those of the seeds that
-solved the problem. A run that is *unfinished* was stopped before it had made all of its steps, and can go on.
+`python -m runs.reproduce` generates this page from the files of the runs. The command in each row repeats the run.
+Seconds are processor seconds (of all threads, including tests) for runs on a CPU, and wall-clock seconds for runs on a
+GPU. A product is one multiplication of a vector by the curvature matrix. Medians are taken over the seeds that solved
+the problem. An *unfinished* run was stopped before its last step and can be continued.
 """
 
 
@@ -77,7 +77,7 @@ def write_document(tables: Mapping[str, Table], folder: Path, document: Path) ->
         if inside:
             parts.append(show(inside[0], folder, images, table.shown or ""))
     if len(parts) == 1:
-        parts.append("No run of any table is there yet.\n")
+        parts.append("There are no runs yet.\n")
     parts.insert(1, "".join(f"Ran on: {machine}.\n" for machine in sorted(machines)))
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text("\n".join(part for part in parts if part), encoding="utf-8")
@@ -92,10 +92,10 @@ def show(cell: Cell, folder: Path, images: Path, title: str) -> str:
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment())
     return "\n".join(
         [
-            f"### A solved run from inside: {title}",
+            f"### Inside a solved run: {title}",
             "",
-            f"`{cell.command}`: losses, errors, damping and CG iterations; below, its hidden units on a test sequence.",
-            "Seconds are those of the clock, whatever else the machine did meanwhile.",
+            f"`{cell.command}`: losses, errors, damping, CG iterations, and the hidden units on a test sequence.",
+            "Seconds are wall-clock seconds, including time that the machine spent on other work.",
             "",
             f"![Losses, share of wrong sequences, lambda, rho and CG iterations](images/{curves.name})",
             "",
@@ -124,7 +124,7 @@ def section(name: str, table: Table, found: list[Entry], figure: str) -> str:
         "",
         table.text,
         "",
-        f"{solved} of {tried} runs solved. `python -m runs.reproduce {name}` runs what is missing.",
+        f"{solved} of {tried} runs solved. `python -m runs.reproduce {name}` executes the missing runs.",
         "",
         *_markdown(
             ("row", "published", "solved", "steps", "CG iterations", "products", "seconds"), map(overview, found)

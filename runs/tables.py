@@ -89,32 +89,32 @@ def _times(*lengths: int) -> tuple[Row, ...]:
 TABLES = {
     "pathological": Table(
         "The pathological problems at T = 30 and T = 50",
-        "Nets of 100 tanh units, the problems in the form of the paper. A problem counts as solved when fewer than 1% "
-        "of 10,000 test sequences are answered wrongly: numbers by more than 0.04, bits and classes by the wrong sign "
-        "or the wrong maximum, the random permutation at its last step, memorization at any step. "
-        "Weight decay is 2e-5, for multiplication, XOR and 20-bit memorization 1e-6.",
+        "The networks have 100 tanh units, and the problems are those of the paper. A problem counts as solved when "
+        "fewer than 1% of 10,000 test sequences are answered wrongly: numbers are off by more than 0.04, bits have the "
+        "wrong sign, classes the wrong maximum. The random permutation is scored at its last step, memorization at all "
+        "steps. Weight decay is 1e-6 for multiplication, XOR and 20-bit memorization, and 2e-5 otherwise.",
         _problems(30, 50, xor=30),
     ),
     "pathological-long": Table(
         "The pathological problems at T = 100 and T = 200",
-        "The same nets, settings and measure of success; one seed unless more are listed.",
+        "Networks, settings and the measure of success are the same as above, with one seed unless more are listed.",
         _problems(100, 200, xor=100),
         seeds=1,
         shown="multiplication, T = 100",
     ),
     "memorization-damping": Table(
         "Memorization at T = 100 with and without structural damping",
-        "The published claim is that structural damping is essential at long lags (above about 50). Everything but mu "
-        "is the same in both rows of a problem.",
+        "The paper claims that structural damping is essential at long lags (above about 50). The two rows of each "
+        "problem differ only in mu.",
         _damping(100),
     ),
     "time-to-solution": Table(
         "Time to solution",
-        "Settings of this project against those of 2011 (gradient of 10,000 sequences, curvature of 1,000, at most "
-        "300 CG iterations, lambda 0.1 at the start, mu = 1/30, weight decay 2e-5) in the same program, so that the "
-        "difference is that of the settings alone, not that of faster products. What differs is batches of 4,000 and "
-        "500, at most 30 iterations, lambda found at the first step, and weight decay 1e-6: the published one shrinks "
-        "the recurrent weights before anything is learned.",
+        "The table compares the settings of this project with those of 2011 (gradient of 10,000 sequences, "
+        "curvature of 1,000, at most 300 CG iterations, lambda 0.1 at the start, mu = 1/30, weight decay 2e-5). "
+        "Both run in the same program, so differences are due to the settings and not to faster products. This "
+        "project uses batches of 4,000 and 500, at most 30 iterations, a lambda found at the first step, and weight "
+        "decay 1e-6. The published weight decay shrinks the recurrent weights before anything is learned.",
         _times(30, 100),
     ),
 }

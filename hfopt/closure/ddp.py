@@ -12,7 +12,7 @@ from hfopt.closure.patch import Method, Patch
 
 
 def _share_alone(plain: Method) -> Method:
-    """A ``forward`` that prepares no reduction: that would wait for hooks that ``autograd.grad`` never calls."""
+    """Run a ``forward`` that prepares no reduction: that would wait for hooks that ``autograd.grad`` never calls."""
 
     def forward(module: Any, *inputs: Any, **kwargs: Any) -> Any:
         asked = module.find_unused_parameters, module.static_graph
@@ -30,5 +30,5 @@ _patch = Patch(torch.nn.parallel.DistributedDataParallel, "forward", _share_alon
 
 
 def without_reductions() -> AbstractContextManager[None]:
-    """The block in which modules wrapped in ``DistributedDataParallel`` compute their own share alone."""
+    """Let modules wrapped in ``DistributedDataParallel`` compute only their own share inside the block."""
     return _patch.block() if dist.is_available() and dist.is_initialized() else nullcontext()

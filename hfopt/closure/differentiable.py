@@ -1,4 +1,4 @@
-"""The block in which a closure runs: every operation in the form that can be differentiated twice.
+"""Run a closure with every operation in a form that can be differentiated twice.
 
 - Attention: of the forms of scaled dot-product attention, only the plain one has second derivatives.
 - What ``torch.compile`` has compiled runs as it was written: what the default backend makes of it has first derivatives

@@ -33,7 +33,7 @@ class _Buffer:
     before: Tensor
 
     def changed(self) -> bool:
-        """Whether the buffer may hold another value than before the first run."""
+        """Return whether the buffer may hold another value than before the first run."""
         if (
             _put_back_unseen(self.tensor)
             or self.module._buffers.get(self.name) is not self.tensor
@@ -78,7 +78,7 @@ class Frozen:
         self.drew = False  # whether any run so far has drawn random numbers
 
     def run(self) -> AbstractContextManager[None]:
-        """The context of the next run of a closure: :meth:`first` for the first one, :meth:`again` for all others."""
+        """Return the context of the next run of a closure: :meth:`first`, and :meth:`again` for all later runs."""
         return self.again() if self._started else self.first()
 
     def _random_state(self) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +122,7 @@ class Frozen:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """The run whose draws and buffer updates stay."""
+        """Run the block and keep its draws and buffer updates."""
         self._started = True
         with _own_casts(), self._watching():
             yield
@@ -130,7 +130,7 @@ class Frozen:
 
     @contextmanager
     def again(self, watch: bool = True) -> Iterator[None]:
-        """A further run: starts from the state before the first one, and leaves no trace.
+        """Run the block from the state before the first run, and restore everything afterwards.
 
         ``watch=False`` for runs of a traced graph, whose constants are no buffers of the model: among them are the
         parameters.

@@ -20,7 +20,7 @@ from hfopt.closure.patch import Method, Patch
 
 @dataclass
 class Scaling:
-    """What was seen of scaling: ``scaler`` is None, and ``factor`` 1, where ``scale()`` was not called."""
+    """Record of a scaler: ``scaler`` is None and ``factor`` is 1 if ``scale()`` was not called."""
 
     scaler: GradScaler | None = None
     factor: float = 1.0
@@ -49,7 +49,7 @@ _patch = Patch(GradScaler, "scale", _noting)
 
 @contextmanager
 def watching() -> Iterator[Scaling]:
-    """The block in which closures are run, all for one purpose; afterwards its :class:`Scaling` tells what they did."""
+    """Record, in the returned :class:`Scaling`, how the closures run inside the block scale their losses."""
     token = _seen.set(seen := Scaling())
     try:
         with _patch.block():

@@ -1,15 +1,15 @@
-"""torch's recurrent layers by hfopt's recurrences, while a closure runs inside a step.
+"""Replace torch's recurrent layers by hfopt's recurrences while a closure runs inside a step.
 
 ``nn.RNN``, ``nn.LSTM`` and ``nn.GRU`` end in one call of ``torch.rnn_tanh``, ``rnn_relu``, ``lstm`` or ``gru``, which
-the ``TorchFunctionMode`` of a closure sees. Here that call is computed by the operators of :mod:`hfopt.recurrences` on
-the same weights: all layers, both directions, packed sequences, dropout between layers. Both are the same function to
-rounding error. What changes is its derivatives: cuDNN has no second one, the LSTM of CPUs no forward mode, and the rest
-of torch's go through one small operation after the other at every step of time, while ours are one operator each. With
-them come the marks for structural damping.
+the ``TorchFunctionMode`` of a closure intercepts. The operators of :mod:`hfopt.recurrences` compute that call on the
+same weights: all layers, both directions, packed sequences, dropout between layers. Both are the same function up to
+rounding errors, but their derivatives differ: cuDNN has no second derivative, the LSTM of CPUs has no forward mode, and
+torch's other layers run many small operations at every time step, while each layer here is one operator. The operators
+also mark hidden states for structural damping.
 
-Calls that are not understood in every detail (projections, other kinds of tensors, wrong shapes) stay with torch, whose
-error messages these are; so do sequences that are too short to gain anything. On CUDA they do without cuDNN then: its
-layers cannot be differentiated twice, and round their inputs to TF32.
+torch still computes calls that are not understood in every detail (projections, other kinds of tensors, wrong shapes),
+so that its own error messages appear, and sequences that are too short to gain anything. On CUDA, these run without
+cuDNN, whose layers cannot be differentiated twice and round their inputs to TF32.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _told: set[str] = set()
 
 @contextmanager
 def replacing(enabled: bool) -> Iterator[None]:
-    """Whether torch's recurrent layers are replaced in closures that run inside the block."""
+    """Set whether torch's recurrent layers are replaced in closures that run inside the block."""
     token = _enabled.set(enabled)
     try:
         yield
@@ -51,7 +51,7 @@ def replacing(enabled: bool) -> Iterator[None]:
 
 
 class Layout(Protocol):
-    """How a call's rows of data stand in time."""
+    """The order in time of the rows of data of a call."""
 
     @property
     def lengths(self) -> Tensor | None:
@@ -62,13 +62,13 @@ class Layout(Protocol):
         """(T, B) bool, False beyond a sequence's end; None where there is no such step."""
 
     def spread(self, x: Tensor, reverse: bool) -> Tensor:
-        """Data as (T, B, V), each sequence beginning at t = 0; ``reverse``: with its last step."""
+        """Return data as (T, B, V), each sequence beginning at t = 0; ``reverse``: with its last step."""
 
     def collect(self, H: Tensor, reverse: bool) -> Tensor:
-        """The inverse of :meth:`spread`, for H (T, B, h)."""
+        """Invert :meth:`spread`, for H (T, B, h)."""
 
     def last(self, H: Tensor) -> Tensor:
-        """H (B, h) after the last step of each sequence, H (T, B, h) as :meth:`spread` gave it."""
+        """Return H (B, h) after the last step of each sequence, for H (T, B, h) from :meth:`spread`."""
 
 
 class Equal:
@@ -77,15 +77,15 @@ class Equal:
     lengths = mask = None
 
     def spread(self, x: Tensor, reverse: bool) -> Tensor:
-        """In the order of time, or against it."""
+        """Return the data in the order of time, or reversed."""
         return x.flip(0) if reverse else x
 
     def collect(self, H: Tensor, reverse: bool) -> Tensor:
-        """In the order of time."""
+        """Return the states in the order of time."""
         return H.flip(0) if reverse else H
 
     def last(self, H: Tensor) -> Tensor:
-        """The last step's."""
+        """Return the states after the last step."""
         return H[-1]
 
 
@@ -105,16 +105,16 @@ class Packed:
         self.mask = torch.from_numpy(mask).to(device)
 
     def spread(self, x: Tensor, reverse: bool) -> Tensor:
-        """Zero beyond a sequence's end."""
+        """Return the data with zeros beyond the end of a sequence."""
         everything = x.new_zeros(self.steps * self.batch, x.shape[1])
         return everything.index_copy(0, self._place(reverse), x).view(self.steps, self.batch, -1)
 
     def collect(self, H: Tensor, reverse: bool) -> Tensor:
-        """Without the steps beyond a sequence's end."""
+        """Return the states without the steps beyond the end of a sequence."""
         return H.flatten(0, 1).index_select(0, self._place(reverse))
 
     def last(self, H: Tensor) -> Tensor:
-        """At the sequence's own length."""
+        """Return the states at the length of each sequence."""
         return H.flatten(0, 1).index_select(0, self._last)
 
     def _place(self, reverse: bool) -> Tensor:
@@ -153,7 +153,7 @@ class Call:
         return len(self.batch_sizes) if self.batch_sizes is not None else self.data.shape[1 if self.batch_first else 0]
 
     def group(self, i: int) -> Sequence[Tensor]:
-        """The weights of the i-th layer and direction."""
+        """Return the weights of the i-th layer and direction."""
         n = 4 if self.biases else 2
         return self.weights[i * n : (i + 1) * n]
 
@@ -165,7 +165,7 @@ Layer = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Layout], tuple[Ten
 
 @dataclass(frozen=True)
 class Replacement:
-    """What stands for one of torch's functions.
+    """The replacement of one of torch's functions.
 
     Attributes:
         layer: a layer in one direction.
@@ -223,7 +223,7 @@ RECURRENT = {getattr(torch._C._VariableFunctions, name): name for name in ("lstm
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], purpose: Purpose) -> Any:
-    """The result of ``func(*args, **kwargs)``, one of :data:`RECURRENT`, with derivatives fit for the ``purpose``."""
+    """Return ``func(*args, **kwargs)`` for one of :data:`RECURRENT`, with derivatives fit for ``purpose``."""
     if _enabled.get():
         found = understood(RECURRENT[func], args, kwargs)
         if found is not None and worthwhile(found, purpose):
@@ -236,7 +236,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def worthwhile(c: Call, purpose: Purpose) -> bool:
-    """Whether hfopt's recurrences serve the ``purpose`` better than torch's layer (that without cuDNN, on CUDA)."""
+    """Return whether hfopt's recurrences serve ``purpose`` better than torch's layer (without cuDNN, on CUDA)."""
     differentiated = torch.is_grad_enabled()
     if differentiated and structural.wanted():
         return True  # torch's layers mark no hidden states
@@ -246,7 +246,7 @@ def worthwhile(c: Call, purpose: Purpose) -> bool:
 
 
 def understood(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """The call's parts, or None for one that :func:`compute` would not compute in every detail as torch does."""
+    """Return the parts of the call, or None for one that :func:`compute` would not compute exactly as torch does."""
     if name not in REPLACEMENTS or kwargs or len(args) != 9:
         return None
     if isinstance(args[3], bool):
@@ -307,7 +307,7 @@ def _shapes_fit(c: Call) -> bool:
 
 
 def compute(c: Call) -> tuple[Tensor, ...]:
-    """Outputs and final states, as torch returns them: (T, B, h) or packed (N, h), and (layers * directions, B, h)."""
+    """Return outputs and final states like torch: (T, B, h) or packed (N, h), and (layers * directions, B, h)."""
     own = REPLACEMENTS[c.name]
     layout: Layout = Equal() if c.batch_sizes is None else Packed(c.batch_sizes, c.data.device)
     x = c.data.transpose(0, 1) if c.batch_first else c.data

@@ -1,4 +1,4 @@
-"""The closure, seen as a function of the parameters: theta -> outputs z -> loss.
+"""Trace the closure as a function of the parameters: theta -> outputs z -> loss.
 
 An ordinary LBFGS closure computes outputs, calls a criterion, calls ``backward()`` and returns the loss. While it runs
 under a ``TorchFunctionMode``, every call of a criterion is cut twice: the criterion gets a detached copy ``z'`` of the
@@ -53,7 +53,7 @@ class CriterionCall:
 
 @dataclass
 class Trace:
-    """What one run of the closure showed.
+    """Result of one run of the closure.
 
     ``total`` is the loss (the sum of what ``backward()`` was called on, or the returned loss); ``result`` is what
     ``step`` returns; exactly one of ``calls`` (criteria found) or ``outputs`` (declared outputs, with their leaf
@@ -147,7 +147,7 @@ class _Cuts:
     flat: list[list[Any]] = field(default_factory=list)  # everything that passed, flattened
 
     def tree(self, tree: Any) -> Any:
-        """Note the tensors of ``tree``, and put cut copies in their place if ``cut``."""
+        """Record the tensors of ``tree``, and replace them by cut copies if ``cut``."""
         number = len(self.flat)
         flat, spec = tree_flatten(tree)
         self.flat.append(list(flat))
@@ -348,7 +348,7 @@ def outputs_again(
 
 
 def _public(result: Any, total: Tensor) -> Any:
-    """What ``step`` returns for a closure's result: the loss, detached if it is a tensor."""
+    """Return the result of ``step`` for a closure's result: the loss, detached if it is a tensor."""
     _, loss = loss_of_result(result)
     if loss is not None:
         return loss.detach()
@@ -356,7 +356,7 @@ def _public(result: Any, total: Tensor) -> Any:
 
 
 def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, differentiates: bool = False) -> Tensor:
-    """The loss alone, as a detached 0-dim tensor: no graph, and ``backward()`` calls are passed over.
+    """Return only the loss, as a detached 0-dim tensor, without a graph; ``backward()`` calls are ignored.
 
     ``differentiates`` keeps gradients enabled for closures that call ``torch.autograd.grad`` on their own.
     """
@@ -382,7 +382,7 @@ def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, dif
 def differentiate(
     closure: Closure, params: Sequence[Tensor], *, loss: Callable[..., Tensor] | None = None
 ) -> tuple[Tensor, Any]:
-    """Loss and gradient with ordinary backward passes: no graph outlives its ``backward()``.
+    """Return loss and gradient by ordinary backward passes; no graph outlives its ``backward()``.
 
     Leaves the gradient in ``p.grad`` and returns (loss as a detached 0-dim tensor, what ``step`` returns).
     """

@@ -138,7 +138,7 @@ class GaussNewton(ClosureOperator):
 
     @property
     def outputs(self) -> int:
-        """How many numbers the outputs are."""
+        """The number of output values."""
         return sum(z.numel() for part in self.parts for z in part.space.outputs)
 
     def _check_point(self) -> None:
@@ -146,7 +146,7 @@ class GaussNewton(ClosureOperator):
             raise RuntimeError("a parameter has changed since the operator was built; build another at the new point")
 
     def _flat(self, shares: Iterable[Maybe], out: Tensor | None = None) -> Tensor:
-        """The sum of what the parts contribute, flat (P,)."""
+        """Return the sum of the contributions of the parts, flat (P,)."""
         out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
         first = True
         for share in shares:
@@ -167,7 +167,7 @@ class GaussNewton(ClosureOperator):
 
     @explained
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
-        """``G v + structural * S v`` in one tangent and one adjoint pass."""
+        """Return ``G v + structural * S v`` in one tangent and one adjoint pass."""
         self._check_point()
         self.products += 1
         vs = self.vector.cast_views(v)
@@ -176,7 +176,7 @@ class GaussNewton(ClosureOperator):
 
     @explained
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
-        """``G V`` for ``V (P, k)`` in batched tangent and adjoint passes, of as many columns as fit into memory.
+        """Return ``G V`` for ``V (P, k)`` in batched passes of as many columns as fit into memory.
 
         Where an operation of the model has no batching rule, the columns are multiplied one by one, and the log says
         so.
@@ -207,7 +207,7 @@ class GaussNewton(ClosureOperator):
         return self._of_all(total).t()
 
     def _shares(self, product: Callable[[int, Linearisation], list[Maybe]]) -> Iterable[Maybe]:
-        """What every part contributes: those that are kept, then the others from another run of the closure."""
+        """Yield the contribution of every part: first those that are kept, then the others from another run."""
         missing = False
         for i, part in enumerate(self.parts):
             missing |= part.linearisation is None and bool(part.space.outputs)
@@ -234,7 +234,7 @@ class GaussNewton(ClosureOperator):
     def _product(
         self, i: int, lin: Linearisation, v: Sequence[Tensor], structural: float, batched: bool = False
     ) -> list[Maybe]:
-        """What part i contributes to ``(G + structural S) v``."""
+        """Return the contribution of part i to ``(G + structural S) v``."""
         u = lin.jvp(v, batched)
         count = self.parts[i].count
         w, direct = self.output_product(i, u[:count], v, batched)
@@ -252,7 +252,7 @@ class GaussNewton(ClosureOperator):
         return [None if t is None else t * w * structural for t, w in zip(u, self.parts[i].hidden, strict=True)]
 
     def structural_product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``S v = J_a' D'' J_a v``, hidden states' part alone."""
+        """Return the product of the hidden states' part alone, ``S v = J_a' D'' J_a v``."""
         self.products += 1
         vs = self.vector.cast_views(v)
 
@@ -265,7 +265,7 @@ class GaussNewton(ClosureOperator):
         return out if self.processes is None else self.processes.mean_(out)
 
     def structural_quadratic(self, v: Tensor) -> float:
-        """``v' S v = sum D'' (J_a v)^2``."""
+        """Return ``v' S v = sum D'' (J_a v)^2``."""
         if any(part.linearisation is None or part.linearisation.name == "checkpoint" for part in self.parts):
             return dot(v, self.structural_product(v))
         vs, total = self.vector.cast_views(v), 0.0
@@ -277,7 +277,7 @@ class GaussNewton(ClosureOperator):
         return total if self.processes is None else self.processes.mean(total)
 
     def pull(self, cotangents: Sequence[Tensor]) -> Tensor:
-        """``J' w`` for one tensor per output of this process, flat (P,)."""
+        """Return ``J' w`` for one tensor per output of this process, flat (P,)."""
         left = list(cotangents)
         given = [[left.pop(0) for _ in range(part.count)] for part in self.parts]
 
@@ -287,7 +287,7 @@ class GaussNewton(ClosureOperator):
         return self._flat(self._shares(product))
 
     def pull_many(self, cotangents: Sequence[Tensor | None]) -> Tensor:
-        """``J' W`` for k cotangents along a new first dimension of one tensor per output (None: zero), (P, k)."""
+        """Return ``J' W (P, k)`` for k cotangents along a new first dimension of each output's tensor (None: zero)."""
         left = list(cotangents)
         given = [[left.pop(0) for _ in range(part.count)] for part in self.parts]
         k = next(len(t) for t in cotangents if t is not None)
@@ -313,18 +313,18 @@ class GaussNewton(ClosureOperator):
             again(self.closure, self.parts, each, everything=True)
 
     def outputs_again(self) -> list[Tensor] | None:
-        """The outputs from another run of the closure, in a graph of their own; None where a sum is taken in parts."""
+        """Return the outputs of another run in a new graph, or None if a sum is split into parts."""
         return None if self._again is None else self._again()[: self.parts[0].count]
 
 
 def rows(vector: ParameterVector, v: Tensor) -> list[Tensor]:
-    """The columns of ``v (P, k)`` in the shapes and dtypes of the parameters, along a new first dimension."""
+    """Return the columns of ``v (P, k)`` in shapes and dtypes of the parameters, along a new first dimension."""
     pieces = torch.split(v.t(), vector.sizes, dim=1)
     return [x.reshape(len(x), *p.shape).to(p.dtype) for x, p in zip(pieces, vector.params, strict=True)]
 
 
 def columns(vector: ParameterVector, like: Sequence[Tensor], parts: Maybe) -> Tensor:
-    """The other way round, (P, k); None is zero."""
+    """Invert :func:`rows`: (P, k); None is zero."""
     full = [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(like, parts, strict=True)]
     return torch.cat([g.reshape(len(g), -1).to(vector.dtype) for g in full], 1).t()
 
@@ -339,24 +339,24 @@ class NoOutputs:
         self._params = params
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
-        """No outputs."""
+        """Return no outputs."""
         return []
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
-        """Zero."""
+        """Return zero."""
         return [None] * self._params
 
     def column_bytes(self) -> int:
-        """Nothing."""
+        """Return zero."""
         return 0
 
     def kept_bytes(self) -> int:
-        """Nothing."""
+        """Return zero."""
         return 0
 
 
 def columns_at_once(column: int, size: int, budget: int | None, device: torch.device) -> int:
-    """How many vectors (P,) a batched pass takes at a time, at ``column`` bytes each beside the vectors themselves."""
+    """Return the number of vectors (P,) per batched pass, at ``column`` bytes each in addition to the vectors."""
     given = int(0.8 * available_bytes(device)) if budget is None else budget
     return max(1, min(MANY, given // (column + 4 * 8 * size)))
 
@@ -369,7 +369,7 @@ def cannot_batch(error: Exception) -> bool:
 
 
 def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """A gradient that is nowhere defined means another model's parameters, most often a copy's."""
+    """Refuse a gradient that is undefined everywhere: the loss uses the parameters of another model, often a copy."""
     if params and all(g is None for g in grads):
         raise ClosureError(
             "the closure's loss does not depend on any of the parameters given: check that they are those of the model "
@@ -417,7 +417,7 @@ class Hessian(ClosureOperator):
 
     @explained
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
-        """``H v = d<grad L, v>/dtheta``.
+        """Return ``H v = d<grad L, v>/dtheta``.
 
         Raises:
             ValueError: for ``structural``, which a Hessian does not have.
@@ -435,7 +435,7 @@ class Hessian(ClosureOperator):
 
     @explained
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
-        """``H V`` for ``V (P, k)`` in batched passes, of as many columns as fit into memory.
+        """Return ``H V`` for ``V (P, k)`` in batched passes, of as many columns as fit into memory.
 
         Raises:
             ValueError: for ``structural``, which a Hessian does not have.

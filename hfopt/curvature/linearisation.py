@@ -56,7 +56,7 @@ Maybe = list["Tensor | None"]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a linearisation was found to cost when it was chosen.
+    """Measured cost of a linearisation at the time it was chosen.
 
     Attributes:
         kept: bytes that stay allocated between products (an estimate for "linearize").
@@ -90,20 +90,20 @@ class Linearisation(Protocol):
     cost: Cost | None
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
-        """``J v``: one tensor (or None for zero) per output."""
+        """Return ``J v``: one tensor (or None for zero) per output."""
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
-        """``J' w``: one tensor (or None for zero) per parameter.
+        """Return ``J' w``: one tensor (or None for zero) per parameter.
 
         ``structural`` adds that multiple of ``S v`` of the hidden states that the linearisation keeps to itself, for
         the v of the last :meth:`jvp`.
         """
 
     def column_bytes(self) -> int:
-        """About what one more vector of a batched product takes while it is computed."""
+        """Return the approximate memory that one more vector of a batched product needs while it is computed."""
 
     def kept_bytes(self) -> int:
-        """What stays allocated between products."""
+        """Return the bytes that stay allocated between products."""
 
 
 def pull_back(
@@ -141,7 +141,7 @@ class DoubleBackward:
         self.gradient: Maybe = [None if g is None else g.detach() for g in pulled]
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
-        """``J v = d<J'u, v>/du``; ``batched``: k tangents at once, along a new first dimension."""
+        """Return ``J v = d<J'u, v>/du``; ``batched``: k tangents at once, along a new first dimension."""
         return graph.gradients([g for _, g in self._pulled], self._u, [v[i] for i, _ in self._pulled], batched)
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
@@ -149,11 +149,11 @@ class DoubleBackward:
         return pull_back(self.outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
-        """A tangent and a cotangent of everything that the forward graph keeps."""
+        """Return the bytes of a tangent and a cotangent of everything that the forward graph keeps."""
         return 2 * graph.saved_bytes(self.outputs, self.params)
 
     def kept_bytes(self) -> int:
-        """The tensors that both graphs keep."""
+        """Return the bytes of the tensors that both graphs keep."""
         return graph.saved_bytes([*self.outputs, *(g for _, g in self._pulled)], self.params)
 
 
@@ -179,12 +179,12 @@ class Checkpoint(DoubleBackward):
             super().__init__(outputs, params, at)
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
-        """``J v``, segment by segment."""
+        """Return ``J v``, segment by segment."""
         with self._around():
             return super().jvp(v, batched)
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
-        """``J' w``, and the structural damping of the checkpointed hidden states in the same pass."""
+        """Return ``J' w``, and the structural damping of the checkpointed hidden states in the same pass."""
         try:
             for s in self._sequences:
                 s.structural = structural
@@ -195,11 +195,11 @@ class Checkpoint(DoubleBackward):
                 s.structural = 0.0
 
     def column_bytes(self) -> int:
-        """As for the graph as a whole and for the largest segment."""
+        """Return the bytes for the graph as a whole and for the largest segment."""
         return super().column_bytes() + 2 * max(s.bytes_of_one for s in self._sequences)
 
     def kept_bytes(self) -> int:
-        """The graphs and the borders."""
+        """Return the bytes of the graphs and the segment boundaries."""
         borders = {id(x): x for s in self._sequences for states in s.borders for x in states}
         return super().kept_bytes() + sum(x.numel() * x.element_size() for x in borders.values())
 
@@ -293,13 +293,13 @@ class Linearize:
             self._jvp = forward
 
     def _repeats(self) -> bool:
-        """Whether two products with the same vector are the same."""
+        """Return whether two products with the same vector are equal."""
         v = [torch.linspace(0.5, 1.5, p.numel(), dtype=p.dtype, device=p.device).view(p.shape) for p in self.params]
         first = [t.clone() for t in self.jvp(v) if t is not None]
         return all(torch.equal(a, b) for a, b in zip(first, self.jvp(v), strict=True) if b is not None)
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
-        """``J v`` by the traced tangent graph."""
+        """Return ``J v`` by the traced tangent graph."""
         with self._around():
             return list((torch.vmap(self._jvp, randomness="same") if batched else self._jvp)(*v))
 
@@ -308,11 +308,11 @@ class Linearize:
         return pull_back(self.outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
-        """A tangent and a cotangent of everything that the forward graph keeps."""
+        """Return the bytes of a tangent and a cotangent of everything that the forward graph keeps."""
         return 2 * graph.saved_bytes(self.outputs, self.params)
 
     def kept_bytes(self) -> int:
-        """About what both graphs keep; the constants of the tangent graph are folded in the first product."""
+        """Return about the bytes of both graphs; constants of the tangent graph are folded in the first product."""
         return int(LINEARIZE_MEMORY * graph.saved_bytes(self.outputs, self.params))
 
 
@@ -329,25 +329,25 @@ class Recompute:
         self._column = 0
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
-        """``J v`` on a fresh graph, which the next :meth:`vjp` uses up."""
+        """Return ``J v`` on a fresh graph, which the next :meth:`vjp` uses up."""
         outputs = self._run()
         self._fresh = DoubleBackward(outputs, self.params, [torch.zeros_like(z) for z in outputs])
         return self._fresh.jvp(v, batched)
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
-        """``J' w`` on the graph of the preceding :meth:`jvp`, or on one of its own."""
+        """Return ``J' w`` on the graph of the preceding :meth:`jvp`, or on one of its own."""
         fresh, self._fresh = self._fresh, None
         outputs = fresh.outputs if fresh is not None else self._run()
         return pull_back(outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
-        """As with a cached graph; found by one run of the model."""
+        """Return the same as with a cached graph, from one run of the model."""
         if self._column == 0:
             self._column = 2 * graph.saved_bytes(self._run(), self.params)
         return self._column
 
     def kept_bytes(self) -> int:
-        """Nothing."""
+        """Return zero."""
         return 0
 
 
@@ -368,7 +368,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def not_differentiable(attempts: dict[str, Exception]) -> NotDifferentiable:
-    """The error for a model that no policy could linearise."""
+    """Return the error for a model that no policy could linearise."""
     told = "; ".join(f"{name}: {str(e).strip().splitlines()[0][:200]}" for name, e in attempts.items())
     return NotDifferentiable(
         f"the model could not be linearised ({told}). Replace the operation that is named by one with a second "
@@ -377,7 +377,7 @@ def not_differentiable(attempts: dict[str, Exception]) -> NotDifferentiable:
 
 
 def explained(product: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
-    """A product that says which operation lacks a derivative, where only the product itself finds that out."""
+    """Wrap a product so that it names the operation without a derivative, if only the product reveals it."""
 
     @functools.wraps(product)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:

@@ -1,4 +1,4 @@
-"""From outputs to loss: gradient ``dL/dz`` and products with ``H_L``, for all outputs of a closure together.
+"""Gradient ``dL/dz`` and products with ``H_L``, from outputs to loss, for all outputs of a closure together.
 
 Two cases. :class:`Matching`: the loss is ``sum_k <c_k, l_k(z_k)> + R(theta)`` with known criteria ``l_k`` and a
 regulariser R. :class:`Joint`: any twice differentiable function of declared outputs and, possibly, parameters; its
@@ -51,7 +51,7 @@ def _add(parts: Maybe, i: int, t: Tensor | None) -> None:
 
 @dataclass
 class Block:
-    """One criterion: where its inputs stand among the outputs, and its curvature.
+    """One criterion: the positions of its inputs among the outputs, and its curvature.
 
     ``closed`` is the closed form if there is one (a single output then); otherwise ``gradients`` are ``c dl/dz`` with
     the graph over the cut ``inputs``, to be differentiated once more.
@@ -63,7 +63,7 @@ class Block:
     gradients: Maybe
 
     def product(self, u: Sequence[Tensor | None], batched: bool = False) -> Maybe:
-        """This block times the tangents of its own outputs (None: zero), in the order of ``where``."""
+        """Multiply the tangents of its own outputs (None: zero) by this block, in the order of ``where``."""
         if self.closed is not None:
             product = torch.vmap(self.closed.product) if batched else self.closed.product
             return [None if u[0] is None else product(u[0])]
@@ -158,7 +158,7 @@ class Matching:
             )
 
     def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
-        """Block by block in output space; the regulariser's exact Hessian in parameter space.
+        """Multiply block by block in output space, and by the regulariser's exact Hessian in parameter space.
 
         ``batched``: for k vectors, along the first dimension of every tensor.
         """
@@ -171,7 +171,7 @@ class Matching:
 
 
 class Joint:
-    """Any function of declared outputs (and of parameters beside them), by differentiating it twice."""
+    """Any function of declared outputs (and directly of parameters), differentiated twice."""
 
     def __init__(self, trace: Trace, params: Sequence[Tensor]) -> None:
         """Differentiate the loss once, in the outputs and in the parameters at fixed outputs.
@@ -249,7 +249,7 @@ class Joint:
                 hook.remove()
 
     def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
-        """``[[L_zz, L_zt], [L_tz, L_tt]]`` times ``(u, v)``; ``batched`` as for :class:`Matching`."""
+        """Return ``[[L_zz, L_zt], [L_tz, L_tt]]`` times ``(u, v)``; ``batched`` as for :class:`Matching`."""
         heads = [(g, t) for g, t in zip(self._dz, u, strict=True) if g is not None and t is not None]
         if self._has_direct:
             heads += [(g, t) for g, t in zip(self.direct, v, strict=True) if g is not None]

@@ -1,4 +1,4 @@
-"""A loss of several batches as a sum: one part for every ``backward()`` that a closure calls.
+"""A loss of several batches as a sum, with one part for every ``backward()`` that a closure calls.
 
 As long as the graphs of all batches fit into memory, one linearisation serves them together. When they stop to, while
 the closure still runs, each ``backward()`` closes a part: the part is linearised and kept if there is room for it;
@@ -33,7 +33,7 @@ DOUBLE_BACKWARD_MEMORY = 2.9
 
 @dataclass(eq=False)
 class Part:
-    """One batch's loss, taken apart.
+    """The loss of one batch, split into network and criterion.
 
     Attributes:
         space: outputs, dL/dz and products with H_L.
@@ -52,7 +52,7 @@ class Part:
 
     @classmethod
     def of(cls, seen: Trace, params: Sequence[Tensor], space: Matching | Joint | None = None) -> Part:
-        """Take the loss of a trace apart."""
+        """Split the loss of a trace."""
         space = output_space(seen, params) if space is None else space
         marked = [i for i, h in enumerate(seen.hidden) if h.preactivations.requires_grad]
         heads = [*space.outputs, *(seen.hidden[i].preactivations for i in marked)]
@@ -70,7 +70,7 @@ class Part:
         return [*self.space.cotangents, *(torch.zeros_like(w) for w in self.hidden)]
 
     def release_graph(self) -> None:
-        """Keep no graph but the one from outputs to loss."""
+        """Release every graph except the one from outputs to loss."""
         self.heads = []
         if isinstance(self.space, Matching):
             self.space.outputs = [z.detach() for z in self.space.outputs]
@@ -94,21 +94,21 @@ class SumOfParts:
 
     @property
     def name(self) -> str:
-        """As a policy."""
+        """The name of the policy."""
         return "partial" if self.kept else "recompute"
 
     def column_bytes(self) -> int:
-        """A tangent and a cotangent of everything that the largest part's forward graph keeps."""
+        """Return the bytes of a tangent and a cotangent of all that the largest forward graph of a part keeps."""
         return 2 * self.largest
 
     def kept_bytes(self) -> int:
-        """What the kept parts keep."""
+        """Return the bytes of the kept parts."""
         return sum(p.linearisation.kept_bytes() for p in self.parts if p.linearisation is not None)
 
 
 @dataclass
 class PartCollector:
-    """Looks on while a closure runs, and goes over to parts when memory asks for it.
+    """Watches a closure run, and splits it into parts once memory requires it.
 
     Args:
         params: the parameters.
@@ -203,7 +203,7 @@ class PartCollector:
 
 
 class Replay(OutputCollector):
-    """Hands over the heads of every part when its ``backward()`` is called."""
+    """Passes on the heads of every part when its ``backward()`` is called."""
 
     def __init__(self, parts: list[Part], use: Callable[[Part, list[Tensor]], None], everything: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which linearisation a model gets: the first that it allows and that fits into memory, in the order of their costs.
+"""Choose a linearisation: the cheapest that the model supports and that fits into memory.
 
 The forward graph is measured: F bytes, counted over the distinct tensors that it saves. Cached double backward is tried
 where 2.9 F fit into the budget, and measured again; then a checkpointed graph is made and measured, if the model has
@@ -37,7 +37,7 @@ from hfopt.errors import ClosureError, logger, size, warn
 from hfopt.linalg import graph
 from hfopt.recurrences.segments import Run, checkpointing
 
-# A choice that lack of memory forced is made anew for batches smaller than this share of those it was made for.
+# A choice forced by a lack of memory is made again for batches smaller than this share of the original ones.
 SMALLER = 0.8
 
 FORCED = ("checkpoint", "partial", "recompute")
@@ -47,7 +47,7 @@ PreviousChoice = tuple[str, int]
 
 @dataclass
 class ClosureRunner:
-    """A closure, and all that belongs to running it.
+    """A closure with everything that is needed to run it.
 
     ``budget``: bytes for what is kept; None: 80% of what is free when the closure is run.
     """
@@ -61,7 +61,7 @@ class ClosureRunner:
     budget: int | None = None
 
     def run(self, *, checkpoint: bool = False, watch: Any = None) -> tuple[Trace, Run]:
-        """Run the closure for what it shows, checkpointing its recurrences if asked."""
+        """Run and trace the closure, checkpointing its recurrences if asked."""
         with self.frozen.run(), twice_differentiable(), checkpointing(checkpoint) as run:
             seen = trace(self.closure, loss=self.loss, outputs=self.outputs, hidden=self.structural, watch=watch)
         return seen, run
@@ -76,7 +76,7 @@ class ClosureRunner:
 def _heads_again(
     closure: Closure, frozen: Frozen, kind: str, sites: list[Site], module: nn.Module | None, marked: list[int]
 ) -> list[Tensor]:
-    """The outputs at ``sites`` and the ``marked`` ones of the hidden states, from another run of the closure."""
+    """Return the outputs at ``sites`` and the ``marked`` hidden states from another run of the closure."""
     with frozen.again(), torch.enable_grad(), twice_differentiable(), checkpointing(False):
         heads = outputs_again(closure, kind, sites, module=module, hidden=bool(marked))
     return [*heads[: len(sites)], *(heads[len(sites) + i] for i in marked)]
@@ -93,7 +93,7 @@ class LinearisedLoss:
 
 
 def still_holds(known: PreviousChoice | None, outputs: int) -> bool:
-    """Whether a choice that was made for so many outputs holds for these: memory allows it, or still forces it."""
+    """Return whether an earlier choice holds for so many outputs: memory still allows, or still forces it."""
     if known is None:
         return False
     name, before = known
@@ -111,13 +111,13 @@ def build(model: ClosureRunner, policy: str, known: PreviousChoice | None = None
 
 
 def lacks_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed; torch has an exception of its own for that on devices alone."""
+    """Return whether an allocation failed; torch has a special exception for that only on devices."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclass
 class LinearisationChooser:
-    """Choose a linearisation by what the model allows and what fits into memory."""
+    """Chooses a linearisation by model and memory."""
 
     model: ClosureRunner
     policy: str
@@ -155,7 +155,7 @@ class LinearisationChooser:
         return self._choose()
 
     def _look(self, checkpoint: bool, watch: PartCollector | None = None) -> None:
-        """Run the closure; a graph that is there already is let go before."""
+        """Run the closure, after releasing an existing graph."""
         self.seen = self.part = self.run = None  # type: ignore[assignment]
         start = self._now()
         self.seen, self.run = self.model.run(checkpoint=checkpoint, watch=watch)
@@ -164,7 +164,7 @@ class LinearisationChooser:
             self.part = Part.of(self.seen, self.model.params)
 
     def _now(self) -> float:
-        """Seconds, when all work that was given to a device is done."""
+        """Return the time in seconds after all work on the device is done."""
         if self.model.params[0].device.type == "cuda":
             torch.cuda.synchronize(self.model.params[0].device)
         return time.perf_counter()
@@ -210,7 +210,7 @@ class LinearisationChooser:
             return None
 
     def _if_memory_lasts(self, make: Callable[[], T | None]) -> T | None:
-        """What ``make`` makes of the present graph; None if memory ran out over it, with the plain graph anew."""
+        """Return ``make`` of the present graph, or None if memory ran out, after rebuilding the plain graph."""
         try:
             return make()
         except RuntimeError as error:
@@ -243,7 +243,7 @@ class LinearisationChooser:
     # -- the choice ------------------------------------------------------------------------------------------------
 
     def _choose(self) -> LinearisedLoss:
-        """The first policy that works and fits."""
+        """Return the first policy that works and fits."""
         need = int(DOUBLE_BACKWARD_MEMORY * graph.saved_bytes(self.part.heads, self.model.params))
         fits = need <= self.budget and not self.ran_out
         if fits and (found := self._if_memory_lasts(lambda: self._measured("double-backward"))):
@@ -270,7 +270,7 @@ class LinearisationChooser:
         raise not_differentiable(self.attempts)
 
     def _checkpointed(self, need: int) -> LinearisedLoss | None:
-        """By checkpointing, if that fits; otherwise the plain graph is there again."""
+        """Return the checkpointed linearisation if it fits; otherwise rebuild the plain graph."""
         self._look(True)
         if self.run.checkpointed and (found := self._if_memory_lasts(lambda: self._measured("checkpoint"))):
             assert found.linearisation.cost is not None
@@ -307,7 +307,7 @@ class LinearisationChooser:
         return self._built(lin, gradient)
 
     def _tell(self, name: str, need: int, consequence: str) -> None:
-        """Warn of a slower way, unless it is the one that was taken before."""
+        """Warn of a slower policy, unless it was used before."""
         if self.known is not None and self.known[0] == name:
             return
         if self.ran_out:
@@ -322,7 +322,7 @@ class LinearisationChooser:
             )
 
     def _summed(self, batches: PartCollector) -> LinearisedLoss:
-        """The sum of parts that the closure's batches were taken apart into."""
+        """Return the sum of the parts of the closure's batches."""
         summed = SumOfParts(batches.parts, batches.largest)
         if self.policy == "auto" and (self.known is None or self.known[0] != summed.name):
             many = f"{summed.kept} of {len(summed.parts)} batches are kept, the others computed again in every product"

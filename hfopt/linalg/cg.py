@@ -1,10 +1,10 @@
-"""Preconditioned conjugate gradients for ``A x = b``, made for truncated Newton steps.
+"""Preconditioned conjugate gradients for ``A x = b``, designed for truncated Newton steps.
 
-Minimises the quadratic model ``phi(x) = x'Ax/2 - b'x`` and stops where its decrease per product is largest, or on
-little relative progress (Martens, "Deep learning via Hessian-free optimization", ICML 2010, section 4.4), keeping
-iterates on the way for backtracking (section 4.6), and directions for solutions with other dampings
+Minimises the quadratic model ``phi(x) = x'Ax/2 - b'x`` and stops when its decrease per product is largest, or on
+small relative progress (Martens, "Deep learning via Hessian-free optimization", ICML 2010, section 4.4), keeping
+iterates along the way for backtracking (section 4.6), and directions for solutions with other dampings
 (:mod:`hfopt.linalg.krylov`).
-On a CUDA device the same iterations are made without waiting for it: :mod:`hfopt.linalg.cg_device`.
+On a CUDA device the same iterations run without host synchronisation: :mod:`hfopt.linalg.cg_device`.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class CG(StoppingRules):
     """Settings of the solver.
 
     Args:
-        max_iterations: at most this many iterations a solve (Martens 2010: 250).
-        min_iterations: the progress rule is not applied before this many.
+        max_iterations: maximum number of iterations per solve (Martens 2010: 250).
+        min_iterations: number of iterations before the progress rule applies.
         tolerance: eps of the progress rule: stop when ``phi_i < 0`` and ``(phi_i - phi_{i-k}) / phi_i < k eps`` with
             ``k = max(10, ceil(0.1 i))`` (Martens 2010: 5e-4); 0 switches the rule off. None: eps is
-            ``1 / (overhead + i)`` and ``k = max(5, ceil(0.1 i))``, which is to stop when ``-phi_i / (overhead + i)``,
+            ``1 / (overhead + i)`` and ``k = max(5, ceil(0.1 i))``, which stops when ``-phi_i / (overhead + i)``,
             the model's decrease per product, is less than it was k iterations before.
-        overhead: what a step costs besides its iterations, in products: the gradient, what is made ready for
-            products, the evaluations of the loss. Not used where ``tolerance`` is a number.
+        overhead: cost of a step apart from its iterations, in products: the gradient, the set-up for
+            products, the evaluations of the loss. Not used if ``tolerance`` is a number.
         residual: stop when ``|b - A x| <= residual |b|``.
         decay: a step starts CG at this multiple of the last CG solution (Martens' code: 0.95); 0 starts at zero. Or a
             schedule: a function of the number of steps done so far, such as :class:`hfopt.RisingDecay`. None: the last
-            solution is one more direction, whose length the model chooses, at the one product that a start costs, too;
-            solves with two batches (``debias=``) start at zero then.
+            solution is one more direction, whose length the model chooses, at one product, the cost of any start;
+            solves with two batches (``debias=``) then start at zero.
         growth: iterates are kept at ``ceil(5 growth^j)`` and at the end (Martens 2010, section 4.6: 1.3).
         check_every: iterations between rows of the table of checks.
         repair_every: recompute ``r = b - A x`` from scratch every so many iterations, at one product each; 0: never.
-        cuda_graphs: on a CUDA device, record an iteration and launch it as one: ``"auto"`` where that is possible, True
-            (an error where it is not), or False. It changes no result.
+        cuda_graphs: on a CUDA device, record an iteration as a CUDA graph: ``"auto"`` if that is possible, True
+            (an error if it is not), or False. Results do not change.
     """
 
     decay: float | Callable[[int], float] | None = None
@@ -62,9 +62,9 @@ class CG(StoppingRules):
             raise ValueError(f"cuda_graphs is {self.cuda_graphs!r}, but must be 'auto', True or False")
 
     def decay_after(self, steps: int) -> float | None:
-        """The multiple of the last solution that a step starts at, ``steps`` having been done before.
+        """Return the multiple of the last solution at which a step starts, after ``steps`` steps.
 
-        None where the model chooses it.
+        None if the model chooses it.
 
         Raises:
             ValueError: a schedule gave a number outside [0, 1].
@@ -87,10 +87,10 @@ class CG(StoppingRules):
         augment: Tensor | None = None,
         second: Quadratic | None = None,
     ) -> Solution:
-        """Minimise ``phi`` from ``x0``, or along ``augment`` and what is conjugate to it.
+        """Minimise ``phi`` from ``x0``, or along ``augment`` and directions conjugate to it.
 
-        On a direction of negative or zero curvature the iteration ends; if it is the first direction, and nothing
-        better is known, the answer is that direction with the step its curvature's absolute value would give.
+        The iteration ends at a direction of negative or zero curvature. If it is the first direction, and nothing
+        better is known, the result is that direction with the step for the absolute value of its curvature.
 
         Args:
             op: A (P, P), symmetric.
@@ -98,8 +98,8 @@ class CG(StoppingRules):
             x0: start (P,); None: zero.
             preconditioner: ``z = M^-1 r`` for a fixed symmetric positive definite M; None: identity.
             stop: called at every check with (iteration, x, phi); True ends the solve ("stopped").
-            directions: how many directions are kept, with their products: two vectors each.
-            augment: u (P,), one more direction, in place of ``x0``; without effect where ``u'Au`` is not clearly
+            directions: number of directions to keep with their products, two vectors each.
+            augment: u (P,), one more direction, in place of ``x0``; it has no effect unless ``u'Au`` is clearly
                 positive.
             second: take step lengths from this quadratic, at one more product an iteration (see
                 :mod:`hfopt.linalg.cg_debiased`). Iterates have its phi and its residual, and its progress ends the
@@ -108,7 +108,7 @@ class CG(StoppingRules):
 
         Raises:
             ValueError: vectors of different shapes, both ``x0`` and ``augment``, a right-hand side that is not finite,
-                ``directions`` or ``augment`` with a second quadratic, or graphs that are required where nothing can be
+                ``directions`` or ``augment`` with a second quadratic, or required graphs if nothing can be
                 recorded.
             RuntimeError: graphs are required, but the system cannot be recorded.
         """
@@ -162,6 +162,6 @@ class RisingDecay:
             )
 
     def __call__(self, t: int) -> float:
-        """The decay after t steps."""
+        """Return the decay after t steps."""
         share = min(t / self.steps, 1.0)
         return float(1 - (1 - self.first) * ((1 - self.last) / (1 - self.first)) ** share)

@@ -1,17 +1,17 @@
 """Conjugate gradients with directions from one batch and step lengths from another.
 
-A batch's quadratic is biased along the directions that conjugate gradients find in it: they are those in which this
-batch, of all batches, is steep and curved, so that slope and curvature along them are other than on new data. A second
-batch did not choose the directions and is free of that. Let ``d_0, d_1, ...`` be the directions for ``A x = b``, of the
-first batch and damped as usual, and ``B``, ``c`` the same of the second one. The step along each direction is to the
-minimum that the second quadratic has there,
+The quadratic of a batch is biased along the directions that conjugate gradients find in it: this batch happens to be
+steep or curved there, so slope and curvature along them differ from those on new data. A second batch, on which the
+directions do not depend, has no such bias. Let ``d_0, d_1, ...`` be the directions for ``A x = b``, of the first batch
+and damped as usual, and ``B``, ``c`` the same for the second one. The step along each direction goes to the minimum of
+the second quadratic along it,
 
     x_{i+1} = x_i + a_i d_i,     a_i = (c - B x_i)'d_i / d_i'B d_i      slopes at the iterate
                                  a_i = (c - B x_0)'d_i / d_i'B d_i      slopes at the start
 
-Where both batches are the same, the directions are conjugate in B, and both forms are CG's iterates. Otherwise the
-directions are not conjugate in B, and the steps of the second form, each taken as if it were the only one, add up to
-ever more the more of them there are; those of the first form cannot raise the second quadratic.
+If both batches are the same, the directions are conjugate in B, and both forms are CG's iterates. Otherwise the
+directions are not conjugate in B. The steps of the second form ignore each other, so their sum overshoots, increasingly
+with every direction; those of the first form cannot increase the second quadratic.
 
 Source: Tatzel, Mucsanyi, Hackel & Hennig, "Debiasing mini-batch quadratics for applications in deep learning",
 arXiv:2410.14325, 2024, for directions of one batch and slopes and curvatures of another.
@@ -67,7 +67,7 @@ class DebiasedCG(HostCG):
         self.at: Tensor | None = None
 
     def prepare(self) -> None:
-        """The start of both quadratics."""
+        """Compute the start of both quadratics."""
         if not self.from_zero:
             self.products += 1
             self.rest -= self.second.op.multiply(self.first_x, self.product)
@@ -97,14 +97,14 @@ class DebiasedCG(HostCG):
         return None
 
     def residual_from_scratch(self) -> None:
-        """``r = b - A x`` in both quadratics."""
+        """Compute ``r = b - A x`` in both quadratics."""
         torch.sub(self.b, self.multiply(self.first_x), out=self.r)
         if self.moved:
             self.products += 1
             torch.sub(self.second.b, self.second.op.multiply(self.x, self.product), out=self.rest)
 
     def phi(self) -> float:
-        """The second model's value."""
+        """Return the second model's value."""
         return -0.5 * (dot(self.second.b, self.x) + dot(self.rest, self.x))
 
     def check(self, i: int) -> None:
@@ -112,5 +112,5 @@ class DebiasedCG(HostCG):
         self.checks.append(CGCheck(i, self.history[-1], norm(self.rest), norm(self.x)))
 
     def carries(self, i: int) -> bool:
-        """Phi is not carried along by what is known of the first quadratic."""
+        """Return False: phi of the second quadratic does not follow from the first."""
         return False

@@ -1,4 +1,4 @@
-"""Conjugate gradients on a device that computes while the host goes on: nothing waits for it between checks.
+"""Conjugate gradients on a device, without host synchronisation between checks.
 
 The iterates are those of :mod:`hfopt.linalg.cg`, and so are the iteration at which a solve ends and the reason; only
 when the host learns of it differs. All scalars live on the device. Each iteration decides there whether the solve goes
@@ -32,20 +32,20 @@ _AGREEMENT = 1e-3
 
 
 class Recorder(Protocol):
-    """What records an iteration, see :class:`hfopt.linalg.cuda_graphs.Recording`."""
+    """Interface of recordings of an iteration; see :class:`hfopt.linalg.cuda_graphs.Recording`."""
 
     @property
     def proven(self) -> bool:
         """Whether a recording need not be compared with the work."""
 
     def prove(self) -> None:
-        """Note that from now on recordings need no comparison."""
+        """Record that recordings need no comparison from now on."""
 
     def watch(self, work: Callable[[], None]) -> None:
         """Do ``work``, and find out whether it can be recorded."""
 
     def record(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        """What repeats ``work``, which itself is not done now; None where that fails."""
+        """Return a function that repeats ``work``, without running it now; None if recording fails."""
 
     def refuse(self, reason: str) -> None:
         """Give up recording."""
@@ -53,7 +53,7 @@ class Recorder(Protocol):
 
 @runtime_checkable
 class Counter(Protocol):
-    """What counts the products that it makes."""
+    """Interface of operators that count their products."""
 
     products: int
 
@@ -121,21 +121,21 @@ class DeviceCG(HostCG):
         self.pending: list[tuple[int, Tensor]] = []
 
     def prepare(self) -> None:
-        """The start, and the model's value there."""
+        """Compute the start, and the model's value there."""
         super().prepare()
         self.value.fill_(self.history[0])
 
     # -- one iteration: nothing below reads from the device --------------------------------------------------------
 
     def dot_into(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """``a'b`` in float64."""
+        """Compute ``a'b`` in float64."""
         if self.wide:
             wide = self.wide[0].copy_(a)
             a, b = wide, wide if b is a else self.wide[1].copy_(b)
         torch.dot(a, b, out=out)
 
     def look_back(self) -> None:
-        """The progress rule at the present iteration."""
+        """Apply the progress rule to the present iteration."""
         value, share = self.line[:, PHI], self.line[:, SHARE]
         torch.index_select(self.back, 0, self.i, out=self.there)
         torch.index_select(self.log[:, PHI], 0, self.there, out=self.then)
@@ -148,7 +148,7 @@ class DeviceCG(HostCG):
         self.progress.logical_not_()
 
     def measure(self) -> Tensor:
-        """``z = M^-1 r``, with ``r'z`` and ``|r|``."""
+        """Compute ``z = M^-1 r``, with ``r'z`` and ``|r|``."""
         z = self.r if self.precondition is None else self.precondition(self.r)
         self.dot_into(self.r, z, self.rz)
         if self.precondition is None:
@@ -160,14 +160,14 @@ class DeviceCG(HostCG):
         return z
 
     def conjugate(self, d: Tensor, z: Tensor) -> None:
-        """``d -= u (Au)'z``."""
+        """Compute ``d -= u (Au)'z``."""
         if self.u is not None:
             self.dot_into(z, self.au, self.along_u)
             self.length.copy_(self.along_u)
             d.addcmul_(self.u, self.length, value=-1.0)
 
     def correct(self) -> None:
-        """To the minimum along u, unless the solve has ended."""
+        """Move to the minimum along u, unless the solve has ended."""
         if self.u is not None:
             self.dot_into(self.r, self.u, self.along_u)
             self.along_u.masked_fill_(self.dead, 0.0)
@@ -176,7 +176,7 @@ class DeviceCG(HostCG):
             self.r.addcmul_(self.au, self.length, value=-1.0)
 
     def curve(self) -> None:
-        """``A d`` and ``d'A d``."""
+        """Compute ``A d`` and ``d'A d``."""
         product = self.multiply(self.d)
         if product is not self.scratch:
             self.scratch.copy_(product)
@@ -187,7 +187,7 @@ class DeviceCG(HostCG):
         self.dot_into(self.d, self.scratch, self.curvature)
 
     def judge(self) -> None:
-        """Whether to go on; if not, ``d`` and ``A d`` become zero, so that nothing moves whatever they were."""
+        """Decide whether to continue; if not, set ``d`` and ``A d`` to zero, so that nothing moves."""
         torch.gt(self.judged, self.bounds, out=self.large)
         torch.lt(self.judged, math.inf, out=self.finite)
         torch.all(self.flags, 0, out=self.alive)
@@ -197,7 +197,7 @@ class DeviceCG(HostCG):
         self.scratch.masked_fill_(self.dead, 0.0)
 
     def move(self) -> None:
-        """``x += alpha d``, ``r -= alpha A d`` and ``phi -= alpha r'z / 2``; writes the log."""
+        """Update ``x += alpha d``, ``r -= alpha A d`` and ``phi -= alpha r'z / 2``, and write the log."""
         torch.div(self.rz, self.curvature, out=self.alpha)
         self.alpha.masked_fill_(self.dead, 0.0)
         self.step_length.copy_(self.alpha)
@@ -211,7 +211,7 @@ class DeviceCG(HostCG):
         self.i.add_(1)
 
     def iteration(self) -> None:
-        """All of an iteration that is the same every time."""
+        """Run everything of an iteration that is the same every time."""
         if self.o.tolerance != 0:
             self.look_back()
         z = self.measure()
@@ -223,7 +223,7 @@ class DeviceCG(HostCG):
         self.move()
 
     def advance(self, i: int) -> None:
-        """Iteration ``i``, counted from 0: launched piece by piece twice, recorded, and repeated from then on."""
+        """Run iteration ``i``, counted from 0: twice without a recording, then recorded, then repeated."""
         recorder = self.recorder
         if self.repeat is not None:
             self.replay()
@@ -236,7 +236,7 @@ class DeviceCG(HostCG):
             self.advance(i)
 
     def replay(self) -> None:
-        """The recorded iteration, which counts no products."""
+        """Run the recorded iteration, which counts no products."""
         assert self.repeat is not None
         self.repeat()
         self.products += 1
@@ -244,7 +244,7 @@ class DeviceCG(HostCG):
             c.products += 1
 
     def recorded(self, recorder: Recorder) -> Callable[[], None] | None:
-        """The recorded iteration; if it is the first of its kind, only after it was seen to do what it should."""
+        """Return the recorded iteration; verify it first if it is the first of its kind."""
         counters = [self, *self.counters]
         made = [c.products for c in counters]
         repeat = recorder.record(self.iteration)
@@ -271,7 +271,7 @@ class DeviceCG(HostCG):
         return repeat
 
     def settle(self, i: int) -> None:
-        """What only some iterations do: a residual from scratch, phi from scratch, an iterate kept."""
+        """Run the occasional parts of an iteration: residual or phi from scratch, storing an iterate."""
         o = self.o
         if o.repair_every and i % o.repair_every == 0:
             torch.sub(self.b, self.multiply(self.x), out=self.scratch)
@@ -287,37 +287,37 @@ class DeviceCG(HostCG):
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def read(self, start: int, stop: int) -> list[list[float]]:
-        """The lines of iterations ``start`` to ``stop - 1`` and the present one: the one place where the host waits."""
+        """Read the rows from ``start`` to ``stop - 1`` and the present one: the only place where the host waits."""
         self.log[stop : stop + 1].copy_(self.line)
         lines: list[list[float]] = self.log[start : stop + 1].tolist()
         return lines
 
     def ended(self, i: int, line: list[float]) -> str | None:
-        """The reason to end before the step of iteration ``i``, in the order in which the host would find one."""
+        """Return the reason to end before the step of iteration ``i``, in the order in which the host checks."""
         if line[PHI] < 0 and line[SHARE] < self.limits[i]:
             return "progress"
         return before_product(line[RZ], line[RESIDUAL], self.bound) or after_product(line[CURVATURE])
 
     def end(self, reason: str, i: int) -> Solution:
-        """Forget what came after iteration ``i``; x and r have stayed as they were there."""
+        """Discard everything after iteration ``i``; x and r have not moved since."""
         del self.history[i + 1 :]
         self.collect(i)
         self.carried = self.carries(i)
         return super().end(reason, i)
 
     def collect(self, i: int) -> None:
-        """Iterates kept up to ``i``, with their phi."""
+        """Collect the iterates kept up to ``i``, with their phi."""
         self.kept += [Iterate(j, x, self.history[j]) for j, x in self.pending if j <= i]
         self.pending.clear()
 
     def seen(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """``S`` and ``A S``."""
+        """Return ``S`` and ``A S``."""
         if self.directions:
             self.pairs += zip(self.kept_d[:-1], self.kept_ad[:-1], strict=True)
         return super().seen(i)
 
     def first(self) -> Solution | None:
-        """The first iteration, which the host follows step by step; the solution if it ends there."""
+        """Run the first iteration with the host following each step; return the solution if it ends there."""
         z = self.measure()
         self.d.copy_(z)
         self.conjugate(self.d, z)

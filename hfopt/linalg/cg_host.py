@@ -1,4 +1,4 @@
-"""Conjugate gradients where the host follows every iteration: on the CPU, where reading a number costs nothing."""
+"""Conjugate gradients with host synchronisation in every iteration: on the CPU, where reading a number is free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hfopt.linalg.vector import dot, norm
 
 
 class HostCG:
-    """One solve where reading a number costs nothing; its vectors are updated in place, allocated once."""
+    """One solve where reading numbers is free; its vectors are allocated once and updated in place."""
 
     def __init__(
         self,
@@ -68,34 +68,34 @@ class HostCG:
         self.correct()
 
     def correct(self) -> None:
-        """To the minimum along u, where rounding would lead away from it."""
+        """Move to the minimum along u, to correct rounding errors."""
         if self.u is not None:
             length = dot(self.u, self.r)
             self.x.add_(self.u, alpha=length)
             self.r.add_(self.au, alpha=-length)
 
     def conjugate(self, d: Tensor, z: Tensor) -> None:
-        """Take out of d what makes z not conjugate to u."""
+        """Remove the component of d that makes z not conjugate to u."""
         if self.u is not None:
             d.add_(self.u, alpha=-dot(z, self.au))
 
     def multiply(self, v: Tensor) -> Tensor:
-        """``A v`` in ``scratch``."""
+        """Compute ``A v`` in ``scratch``."""
         self.products += 1
         return self.op.multiply(v, self.scratch)
 
     def along(self, d: Tensor, ad: Tensor, alpha: float) -> str | None:
-        """Move by ``alpha d``, given ``A d``; a reason not to is given back."""
+        """Move by ``alpha d``, given ``A d``; return a reason not to, if there is one."""
         self.x.add_(d, alpha=alpha)
         self.r.add_(ad, alpha=-alpha)
         return None
 
     def residual_from_scratch(self) -> None:
-        """``r = b - A x``."""
+        """Compute ``r = b - A x``."""
         torch.sub(self.b, self.multiply(self.x), out=self.r)
 
     def phi(self) -> float:
-        """``-(b + r)'x / 2``: the model's value without another product.
+        """Return ``-(b + r)'x / 2``: the model's value without another product.
 
         Between the iterates that are kept or shown, phi is carried along by ``-alpha r'z / 2``, which costs nothing:
         on wide networks inner products over (P,) would be a large part of a solve.
@@ -103,7 +103,7 @@ class HostCG:
         return -0.5 * (dot(self.b, self.x) + dot(self.r, self.x))
 
     def carries(self, i: int) -> bool:
-        """Whether phi after ``i`` iterations is the one before, carried along."""
+        """Return whether phi after ``i`` iterations follows from its previous value."""
         o = self.o
         repaired = o.repair_every and i % o.repair_every == 0
         return not repaired and i not in self.stored and i % o.check_every != 0
@@ -118,7 +118,7 @@ class HostCG:
             self.kept.append(Iterate(i, self.x.clone(), self.history[-1]))
 
     def done(self, reason: str, i: int) -> Solution:
-        """The solution, at the present iterate."""
+        """Return the solution at the present iterate."""
         if self.carried:
             self.history[-1], self.carried = self.phi(), False
         self.keep(i)
@@ -127,7 +127,7 @@ class HostCG:
         return Solution(self.x, self.kept, reason, i, self.products, self.checks, self.seen(i))
 
     def seen(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """``S`` and ``A S`` after ``i`` iterations; what was multiplied after them is left out."""
+        """Return ``S`` and ``A S`` after ``i`` iterations, without later products."""
         if not self.directions:
             return None
         del self.pairs[self.warm + i :]
@@ -142,7 +142,7 @@ class HostCG:
         return self.unmixed(first, torch.stack(a))
 
     def unmixed(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """The same space, by directions at right angles to u, of which conjugate ones can contain far more than else.
+        """Return the same space in directions orthogonal to u; conjugate ones can consist almost entirely of u.
 
         Where u has little curvature, they would be taken for dependent ones.
         """

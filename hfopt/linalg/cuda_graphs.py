@@ -1,17 +1,18 @@
 """CUDA graphs: the kernels of one CG iteration, recorded once and launched together from then on.
 
 A launch takes the host some microseconds, and a product with a curvature matrix is hundreds of small kernels. Recorded
-into a graph they are one launch, and the host is out of the way until it reads something.
+in a graph, they are one launch, and the host is not involved until it reads a result.
 
-What a recording asks for, and where it is seen to:
+A recording has these requirements:
 
-- Nothing waits for the device. An iteration is watched before (:meth:`Recording.watch`), since a recording that breaks
-  off leaves more to tidy up than one that is not begun.
+- Nothing waits for the device. An iteration is checked before it is recorded (:meth:`Recording.watch`), since a failed
+  recording needs more clean-up than one that was not started.
 - All work is on one stream, not the default one. A backward pass runs on the stream on which its graph was built, so
-  that a whole step runs on :func:`side_stream`, and operators note where they were built (:func:`origin`).
-- Memory stays where it was. What outlives an iteration is allocated before; what an iteration allocates comes from a
-  pool of its own, which goes back to the device when the recorder is closed.
-- No random draws and no buffers put back around a product: linearisations that run the model again are not recorded.
+  a whole step runs on :func:`side_stream`, and operators record where they were built (:func:`origin`).
+- Memory does not move. Tensors that outlive an iteration are allocated before; an iteration allocates from a pool of
+  its own, which is returned to the device when the recorder is closed.
+- There are no random draws, and no buffers to restore around a product: linearisations that run the model again are not
+  recorded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Work = Callable[[], None]
 _SYNCHRONISES = "called a synchronizing CUDA operation"
 _PROTOTYPE = "Synchronization debug mode is a prototype"
 
-# Pools of recordings that became invalid: torch takes it amiss if one ends while it counts a recording in it.
+# Pools of recordings that became invalid: torch raises an error if one ends while it counts a recording in it.
 _lost: list[torch.cuda.MemPool] = []
 
 # Streams of recordings, one for each thread and device: what other threads launched on one would be recorded, too.
@@ -71,7 +72,7 @@ def side_stream(device: torch.device, wanted: bool = True) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an operator's graph was built.
+    """The place where an operator's graph was built.
 
     Attributes:
         stream: the stream's handle.
@@ -85,19 +86,19 @@ class Origin:
 
 
 def origin(params: Sequence[Tensor]) -> Origin | None:
-    """The :class:`Origin` of a graph over ``params`` that is built next; None for devices other than CUDA's."""
+    """Return the :class:`Origin` of a graph over ``params`` that is built next; None if the device is not CUDA."""
     if params[0].device.type != "cuda":
         return None
     return nodes_of(params, torch.cuda.current_stream(params[0].device).cuda_stream)
 
 
 def _marks(node: Node) -> dict[str, object]:
-    """What Python code has attached to a node; gone with the node."""
+    """Return the attributes that Python code attached to a node; they vanish with the node."""
     return cast("dict[str, object]", node.metadata)  # torch's stubs call it a method
 
 
 def nodes_of(params: Sequence[Tensor], stream: int) -> Origin:
-    """Take hold of the nodes of those of ``params`` that are leaves, and mark them with the stream."""
+    """Keep references to the nodes of those of ``params`` that are leaves, and mark them with the stream."""
     leaves = [p for p in params if p.requires_grad and p.grad_fn is None]
     for p in leaves:
         # A node lives as long as a graph uses it, and remembers the stream it was made on. A mark that is still there
@@ -114,14 +115,14 @@ def nodes_of(params: Sequence[Tensor], stream: int) -> Origin:
 
 
 def innermost(op: object) -> object:
-    """The operator to which damping was added."""
+    """Return the operator to which damping was added."""
     while (base := getattr(op, "base", None)) is not None:
         op = base
     return op
 
 
 def obstacle(op: object) -> str | None:
-    """Why products with ``op`` cannot be recorded on the current stream, as far as that shows beforehand."""
+    """Return why products with ``op`` cannot be recorded on the current stream, as far as known beforehand."""
     if getattr(op, "watched", False):
         return "the preconditioner learns from the products, one by one"
     op = innermost(op)
@@ -144,7 +145,7 @@ def obstacle(op: object) -> str | None:
 
 @dataclass
 class Attempts:
-    """What is known from earlier solves, so that nothing is tried in vain or said twice.
+    """Results of earlier solves, so that nothing is tried in vain or reported twice.
 
     Attributes:
         refused: why recording was given up.
@@ -190,7 +191,7 @@ class Recording:
         return self._kind in self._attempts.proven
 
     def prove(self) -> None:
-        """Note that recordings of this kind need no comparison."""
+        """Record that recordings of this kind need no comparison."""
         self._attempts.proven.add(self._kind)
 
     def watch(self, work: Work) -> None:
@@ -216,7 +217,7 @@ class Recording:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def record(self, work: Work) -> Work | None:
-        """What does ``work`` again at one launch, without having done it; None where it cannot be recorded."""
+        """Return a function that repeats ``work`` in one launch, without running it; None if it cannot be recorded."""
         if self._unfit is not None:
             self.refuse(self._unfit)
             return None
@@ -278,7 +279,7 @@ def _end(graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool) -> None:
 
 @contextmanager
 def recording(op: object, b: Tensor, option: bool | str, attempts: Attempts) -> Iterator[Recording | None]:
-    """The block in which a system with ``op`` and right-hand side ``b`` is solved; None where nothing is recorded.
+    """Set up recording while a system with ``op`` and ``b`` is solved; yields None if nothing is recorded.
 
     Raises:
         RuntimeError: with ``option=True`` where a recording is known to be impossible.

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 def gradients(
     heads: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool = False
 ) -> list[Tensor | None]:
-    """``autograd.grad`` on a graph that is kept; None for an input that ``heads`` do not depend on.
+    """Return ``autograd.grad`` and keep the graph; None for an input that ``heads`` do not depend on.
 
     ``batched``: k cotangents at once, along a new first dimension of each, and so the results. This is torch.func's
     vmap, which the operators of hfopt have rules for; ``is_grads_batched`` would call them k times.
@@ -37,7 +37,7 @@ def gradients(
 
 
 def nodes(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> Iterator[Node]:
-    """Every node from which ``roots`` were computed, without passing beyond the nodes of ``stop`` (not yielded)."""
+    """Yield every node from which ``roots`` were computed, without passing the nodes of ``stop`` (not yielded)."""
     seen: set[Node] = set(stop)
     stack = [t.grad_fn for t in roots if t.grad_fn is not None]
     while stack:
@@ -50,12 +50,12 @@ def nodes(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> Iterator[Node
 
 
 def is_leaf_node(node: Node) -> bool:
-    """Whether ``node`` stands for a leaf tensor (a parameter) and not for an operation."""
+    """Return whether ``node`` stands for a leaf tensor (a parameter) and not for an operation."""
     return hasattr(node, "variable")
 
 
 def reached_leaves(roots: Iterable[Tensor], stop: Collection[Node] = ()) -> set[int]:
-    """Identities of the leaf tensors that ``roots`` depend on other than through ``stop``."""
+    """Return identities of the leaf tensors that ``roots`` depend on other than through ``stop``."""
     return {id(n.variable) for n in nodes(roots, stop) if hasattr(n, "variable")}
 
 
@@ -81,7 +81,7 @@ def has_custom_backward(roots: Iterable[Tensor]) -> bool:
 
 
 def directly_used(roots: Iterable[Tensor], among: Sequence[Tensor]) -> list[Tensor]:
-    """Those of ``among`` that ``roots`` are computed from other than through another one of them; all leaves."""
+    """Return those of ``among`` that ``roots`` use other than through another one of them; all are leaves."""
     roots = list(roots)
     used = {(t.grad_fn, t.output_nr) for t in roots}
     for node in nodes(roots, {t.grad_fn for t in among if t.grad_fn is not None}):
@@ -90,7 +90,7 @@ def directly_used(roots: Iterable[Tensor], among: Sequence[Tensor]) -> list[Tens
 
 
 def saved_bytes(roots: Iterable[Tensor], ignore: Iterable[Tensor]) -> int:
-    """Bytes of the distinct dense tensors that the graph of ``roots`` keeps for backward, less those of ``ignore``."""
+    """Return the bytes of distinct dense tensors that the graph of ``roots`` saves, less those of ``ignore``."""
     storages = {t.untyped_storage().data_ptr() for t in ignore}
     total = 0
     for node in nodes(roots):

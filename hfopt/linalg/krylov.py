@@ -1,20 +1,20 @@
 """Solutions for every damping from the directions of one solve.
 
-Conjugate gradients on ``(B + lambda W) x = b`` leave behind a space spanned by columns S, and the products with it. In
-that space the system of any other lambda is one of some tens of unknowns,
+Conjugate gradients on ``(B + lambda W) x = b`` produce a space spanned by columns S, and the products with it. In this
+space, the system for any other lambda has only some tens of unknowns,
 
     (S'BS + lambda S'WS) y = S'b,      p(lambda) = S y,
 
-and with ``V = S C`` such that ``V'WV = I`` and ``V'BV = diag(t)`` one of none at all:
+and with ``V = S C`` such that ``V'WV = I`` and ``V'BV = diag(t)``, its solution is explicit:
 
     p(lambda) = V (t + lambda)^-1 V'b.
 
-From a zero start and without a preconditioner (``W = I``) the space is the Krylov space of B and b whatever lambda is,
-and ``p(lambda)`` is what as many iterations with that lambda would have found.
+From a zero start and without a preconditioner (``W = I``), the space is the Krylov space of B and b for every lambda,
+and ``p(lambda)`` equals the iterate after the same number of iterations with that lambda.
 
 Sources: Lanczos, J. Res. Nat. Bur. Standards 1952, section 2, for the projection; Jegerlehner, arXiv:hep-lat/9612014,
-for shifted systems in one space. Where a curvature t is negative, its absolute value stands for it in ``p``, as in
-Dauphin et al., arXiv:1406.2572, so that every p leads downhill.
+for shifted systems in one space. If a curvature t is negative, ``p`` uses its absolute value, as in
+Dauphin et al., arXiv:1406.2572, so that every p is a descent direction.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EXACT, _BLOCK = 1 << 16, 1 << 13
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:
-    """``a b'`` (m, n) of rows a (m, P) and b (n, P).
+    """Return ``a b'`` (m, n) of rows a (m, P) and b (n, P).
 
     Summed in float64 a block of columns at a time; within the blocks of long vectors, in the vectors' own precision, as
     :func:`hfopt.linalg.vector.dot` does.
@@ -88,11 +88,11 @@ class DampingPath:
         return self._b / (self.values.abs() + damping)
 
     def solution(self, damping: float) -> Tensor:
-        """``p(lambda)`` (P,)."""
+        """Return ``p(lambda)`` (P,)."""
         y = self.columns @ self._coordinates(damping)
         return torch.mv(self.s.t(), y.to(self.s))
 
     def model(self, damping: float) -> tuple[float, float]:
-        """``(b'p, p'Bp)`` of ``p(lambda)``, without its damping."""
+        """Return ``(b'p, p'Bp)`` of ``p(lambda)``, without its damping."""
         y = self._coordinates(damping)
         return float(self._b @ y), float(self.values @ y.square())

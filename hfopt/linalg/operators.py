@@ -1,4 +1,4 @@
-"""Symmetric linear maps on parameter space: what every curvature matrix offers, and damping added to one."""
+"""Symmetric linear maps on parameter space: the interface of every curvature matrix, and added damping."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Operator(ABC):
     """A symmetric linear map on parameter space.
 
     ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the
-    parameters, and answers in kind. ``products`` counts the vectors multiplied so far.
+    parameters, and returns the same kind. ``products`` counts the vectors multiplied so far.
     """
 
     has_structural = False
@@ -44,14 +44,14 @@ class Operator(ABC):
 
     @abstractmethod
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
-        """The product with one flat vector (P,), written to ``out`` if that is given.
+        """Return the product with one flat vector (P,), written to ``out`` if given.
 
         ``structural`` adds that multiple of the structural-damping matrix S, for operators that have one
         (``has_structural``).
         """
 
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
-        """The products with the columns of ``v (P, k)``, one by one unless the operator has a better way."""
+        """Return the products with the columns of ``v (P, k)``, one by one unless the operator can batch them."""
         return torch.stack([self.multiply(column, structural=structural) for column in v.unbind(1)], 1)
 
     @overload
@@ -59,7 +59,7 @@ class Operator(ABC):
     @overload
     def __matmul__(self, v: Sequence[Tensor]) -> list[Tensor]: ...
     def __matmul__(self, v: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """``op v``.
+        """Return ``op v``.
 
         Raises:
             ValueError: another shape, dtype or device than the parameters'.
@@ -84,11 +84,11 @@ class Operator(ABC):
             raise ValueError(f"v is {v.dtype} on {v.device}, but the parameters are {self.dtype} on {self.device}")
 
     def to_dense(self) -> Tensor:
-        """The matrix (P, P), by P products; for tests and tiny models."""
+        """Return the matrix (P, P), by P products; for tests and tiny models."""
         return self @ torch.eye(self.vector.size, dtype=self.dtype, device=self.device)
 
     def damped(self, damping: float, structural: float = 0.0, decay: float | Tensor = 0.0) -> Damped:
-        """``op + damping (I + structural S) + decay``; see :class:`Damped`."""
+        """Return ``op + damping (I + structural S) + decay``; see :class:`Damped`."""
         return Damped(self, damping, structural, decay)
 
 
@@ -118,13 +118,13 @@ class Damped(Operator):
         return f"Damped({self.base!r}, damping={self.damping}, structural={self.structural}, decay={decay})"
 
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
-        """``B v + lambda v + lambda mu S v + c v``."""
+        """Return ``B v + lambda v + lambda mu S v + c v``."""
         self.products += 1
         out = self.base.multiply(v, out, structural=structural + self.damping * self.structural)
         return self._add_diagonal(v, out)
 
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
-        """The same for the columns of ``v (P, k)``, in one pass where the base operator has one."""
+        """Return the same for the columns of ``v (P, k)``, in one pass where the base operator has one."""
         self.products += v.shape[1]
         out = self.base.multiply_many(v, structural=structural + self.damping * self.structural)
         return self._add_diagonal(v, out)
@@ -137,7 +137,7 @@ class Damped(Operator):
 
 
 class ClosureOperator(Operator):
-    """What operators built from a closure share: parameters, the loss and its gradient at the point."""
+    """Common part of operators built from a closure: parameters, the loss and its gradient at the point."""
 
     loss: Tensor  # 0-dim, detached
     gradient: Tensor  # flat (P,)
@@ -165,7 +165,7 @@ class ClosureOperator(Operator):
         return torch.tensor(value, dtype=torch.float64, device=self.device)
 
     def _of_all(self, share: Tensor) -> Tensor:
-        """What belongs to the loss of all processes, given this one's share of it; in place."""
+        """Reduce a contribution of this process to the loss of all processes, in place."""
         if self.unit != 1.0:
             share.mul_(self.unit)
         return share if self.processes is None else self.processes.mean_(share)

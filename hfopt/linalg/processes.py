@@ -1,13 +1,13 @@
 """Several processes that train one model together, each on data of its own.
 
-With ``F_w`` the loss that the closure computes in process w, the loss of all is their mean ``F = (1/W) sum_w F_w``, as
+If ``F_w`` is the loss that the closure computes in process w, the total loss is their mean ``F = (1/W) sum_w F_w``, as
 for gradients under ``DistributedDataParallel``. Gradient and products with G (or H, or a Fisher matrix) are means as
-well, so each process computes its own share and one all-reduce makes the result the same, to the bit, in all of
-them:
+well, so each process computes its own share, and one all-reduce makes the result the same in all of them, bit for
+bit:
 
     g = (1/W) sum_w g_w,     G v = (1/W) sum_w G_w v.
 
-Everything else in a step, from conjugate gradients to lambda, is computed from these in every process alike. The model
+Every process computes the rest of a step, from conjugate gradients to lambda, from these in the same way. The model
 may be plain or wrapped in ``DistributedDataParallel``, whose own reductions know only one ``backward()`` and are
 switched off inside a step.
 """
@@ -32,12 +32,12 @@ class Processes:
         self.rank = dist.get_rank(group)
 
     def mean_(self, t: Tensor) -> Tensor:
-        """The mean over processes, in place; ``t`` is contiguous and has the same shape in all of them."""
+        """Average over processes, in place; ``t`` is contiguous and has the same shape in all of them."""
         dist.all_reduce(t, group=self._group)
         return t.div_(self.size)
 
     def mean(self, value: float) -> float:
-        """The mean over processes of a number."""
+        """Return the mean over processes of a number."""
         return float(self.mean_(torch.tensor([value], dtype=torch.float64, device=self._device)))
 
     def agree(self, **numbers: float) -> None:
@@ -65,7 +65,7 @@ class Processes:
 
 
 def processes_of(group: Any, device: torch.device) -> Processes | None:
-    """The processes of what a user gives as ``process_group``; None where there is only this one.
+    """Return the processes for the optimizer's ``process_group``; None if there is only this one.
 
     Raises:
         ValueError: neither ``"auto"``, None nor a group that this process belongs to.

@@ -1,4 +1,4 @@
-"""When conjugate gradients stop, and which iterates they keep: the same rules wherever the iterations run.
+"""Stopping rules of conjugate gradients, and which iterates to store: the same wherever iterations run.
 
 Martens, "Deep learning via Hessian-free optimization", ICML 2010: relative progress in section 4.4, iterates for
 backtracking in section 4.6.
@@ -44,7 +44,7 @@ class StoppingRules:
             )
 
     def stored_iterations(self) -> set[int]:
-        """``ceil(5 growth^j)`` up to the largest number of iterations."""
+        """Return ``ceil(5 growth^j)`` up to the largest number of iterations."""
         kept, value = set(), 5.0
         while math.ceil(value) <= self.max_iterations:
             kept.add(math.ceil(value))
@@ -52,19 +52,19 @@ class StoppingRules:
         return kept
 
     def window(self, i: int) -> int | None:
-        """``k`` of the progress rule after ``i`` iterations; None where it is not applied."""
+        """Return ``k`` of the progress rule after ``i`` iterations; None if the rule does not apply."""
         k = max(5 if self.tolerance is None else 10, math.ceil(0.1 * i))
         return None if self.tolerance == 0 or i <= k or i < self.min_iterations else k
 
     def least_share(self, i: int) -> float:
-        """``k eps`` of the progress rule after ``i`` iterations; minus infinity where the rule is not applied."""
+        """Return ``k eps`` of the progress rule after ``i`` iterations; minus infinity if the rule does not apply."""
         k = self.window(i)
         if k is None:
             return -math.inf
         return k / (self.overhead + i) if self.tolerance is None else k * self.tolerance
 
     def progress_is_little(self, history: list[float]) -> bool:
-        """The progress rule on ``phi_0, ..., phi_i``."""
+        """Apply the progress rule to ``phi_0, ..., phi_i``."""
         i = len(history) - 1
         k = self.window(i)
         if k is None:

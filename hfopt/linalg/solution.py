@@ -12,7 +12,7 @@ class LinearMap(Protocol):
     """Anything with a product: ``multiply(v, out)`` writes ``A v`` to ``out`` and returns it."""
 
     def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``A v``."""
+        """Write ``A v`` to ``out`` and return it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Iterate:
 
 @dataclass
 class Solution:
-    """What a solve found.
+    """Result of a solve.
 
     Attributes:
         x: the last iterate, (P,).

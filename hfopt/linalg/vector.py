@@ -19,7 +19,7 @@ _FAITHFUL = 1e-25
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """``a'b`` of two flat vectors (P,), summed in float64."""
+    """Return ``a'b`` of two flat vectors (P,), summed in float64."""
     if a.dtype == torch.float64:
         return float(torch.dot(a, b))
     if a.device.type == "cpu" and a.numel() > _EXACT:
@@ -31,7 +31,7 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 
 def norm(a: Tensor) -> float:
-    """Euclidean length of a flat vector (P,), summed in float64."""
+    """Return the Euclidean length of a flat vector (P,), summed in float64."""
     return float(dot(a, a) ** 0.5)
 
 
@@ -97,15 +97,15 @@ class ParameterVector:
         return out
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The pieces of ``flat`` (P,) in the shapes of the parameters, without copying."""
+        """Return the pieces of ``flat`` (P,) in the shapes of the parameters, without copying."""
         return [piece.view(p.shape) for piece, p in zip(torch.split(flat, self.sizes), self.params, strict=True)]
 
     def cast_views(self, flat: Tensor) -> list[Tensor]:
-        """Like :meth:`views`, each piece in its parameter's dtype."""
+        """Return the pieces like :meth:`views`, each in its parameter's dtype."""
         return [v if v.dtype == p.dtype else v.to(p.dtype) for v, p in zip(self.views(flat), self.params, strict=True)]
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of the parameters, to be given back to :meth:`restore`."""
+        """Return copies of the parameters for :meth:`restore`."""
         return [p.detach().clone() for p in self.params]
 
     def restore(self, saved: Sequence[Tensor]) -> None:

@@ -37,7 +37,7 @@ __all__ = [
 
 
 def as_preconditioner(preconditioner: str | Preconditioner | None, batch_dim: int = 0) -> Preconditioner | None:
-    """A preconditioner from what a user gives; ``batch_dim`` is for one given by name.
+    """Return the optimizer's ``preconditioner`` argument as an object; ``batch_dim`` is for one given by name.
 
     Raises:
         ValueError: an unknown name.

@@ -1,4 +1,4 @@
-"""The preconditioner that is taken where none is named: K-FAC where it pays, otherwise none."""
+"""The default preconditioner: K-FAC where it pays off, otherwise none."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Automatic(Preconditioner):
         return self._taken
 
     def refresh(self, op: Operator, step: int) -> None:
-        """Choose, on the first step; then find K-FAC's factors, if that was chosen."""
+        """Choose, on the first step; then compute K-FAC's factors, if chosen."""
         self._taken, self.runs = False, 0
         if not isinstance(op, GaussNewton) or not self._has_cases(op):
             return
@@ -85,23 +85,23 @@ class Automatic(Preconditioner):
         return True
 
     def damp(self, damping: float, decay: float | Tensor) -> None:
-        """As K-FAC does for lambda alone."""
+        """Damp as K-FAC does for lambda alone."""
         self.kfac.damp(damping, 0.0)
 
     def apply(self, r: Tensor) -> Tensor:
-        """As K-FAC does."""
+        """Apply K-FAC."""
         return self.kfac.apply(r)
 
     def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
-        """As K-FAC does."""
+        """Apply K-FAC, in ``out``."""
         return self.kfac.apply_into(r, out)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was chosen."""
+        """Return the choice."""
         return {} if self.chosen is None else {"chosen": self.chosen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; that of another preconditioner lets the next step choose."""
+        """Restore :meth:`state_dict`; after that of another preconditioner, the next step chooses."""
         chosen = state.get("chosen")
         self.chosen = None if chosen is None else bool(chosen)
 

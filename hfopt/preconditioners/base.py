@@ -1,4 +1,4 @@
-"""What every preconditioner offers: ``z = M^-1 r`` with M symmetric, positive definite and cheap to invert."""
+"""Interface of preconditioners: ``z = M^-1 r`` with M symmetric, positive definite and cheap to invert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class System(Protocol):
     """The damped system that conjugate gradients solve."""
 
     def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``A v``."""
+        """Return ``A v``."""
 
 
 class Preconditioner(ABC):
@@ -29,23 +29,23 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def refresh(self, op: Operator, step: int) -> None:
-        """Take the new point from ``op``; ``step`` seeds whatever is drawn."""
+        """Move to the point of ``op``; ``step`` seeds random draws."""
 
     @abstractmethod
     def damp(self, damping: float, decay: float | Tensor) -> None:
-        """Set the lambda and the weight decay c (a number or (P,)) of the system that is solved next."""
+        """Set lambda and the weight decay c (a number or (P,)) of the next system."""
 
     @abstractmethod
     def apply(self, r: Tensor) -> Tensor:
-        """``M^-1 r`` for ``r (P,)``."""
+        """Return ``M^-1 r`` for ``r (P,)``."""
 
     def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
-        """``M^-1 r``, in ``out (P,)`` where the preconditioner can do that; other tensors may be returned."""
+        """Return ``M^-1 r``, in ``out (P,)`` if the preconditioner supports it; other tensors may be returned."""
         return self.apply(r)
 
     @property
     def active(self) -> bool:
-        """Whether M is there after :meth:`refresh`; where it is not, the step goes on without a preconditioner."""
+        """Whether M exists after :meth:`refresh`; otherwise the step continues without a preconditioner."""
         return True
 
     runs = 0
@@ -54,7 +54,7 @@ class Preconditioner(ABC):
     _z: Tensor | None = None
 
     def __call__(self, r: Tensor) -> Tensor:
-        """``M^-1 r`` for ``r (P,)``, which on a CPU the next call may overwrite: fresh memory is dear there."""
+        """Return ``M^-1 r`` for ``r (P,)``; on a CPU the next call may overwrite it, as fresh memory is expensive."""
         if r.device.type != "cpu":
             return self.apply(r)
         if self._z is None or self._z.shape != r.shape or self._z.dtype != r.dtype:
@@ -66,15 +66,15 @@ class Preconditioner(ABC):
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: everything but what every call makes anew."""
+        """Return everything except buffers that every call recreates, for copy and pickle."""
         return {name: value for name, value in self.__dict__.items() if name != "_z"}
 
     def watch(self, system: System) -> System:
-        """The system as conjugate gradients are to see it, for preconditioners that learn from its products."""
+        """Return the system to pass to CG, for preconditioners that learn from its products."""
         return system
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step needs of those before; empty for a preconditioner that every step makes anew."""
+        """Return the state that the next step needs; empty if every step rebuilds the preconditioner."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - nothing to restore by default
@@ -82,7 +82,7 @@ class Preconditioner(ABC):
 
 
 def with_outputs(op: Operator, name: str, batch_dim: int) -> GaussNewton:
-    """``op``, if it has outputs with cases along ``batch_dim``.
+    """Return ``op`` if it has outputs with cases along ``batch_dim``.
 
     Raises:
         TypeError: for an operator without outputs (the Hessian of a loss).
@@ -98,7 +98,7 @@ def with_outputs(op: Operator, name: str, batch_dim: int) -> GaussNewton:
 
 
 def ready(value: Tensor | None, before: str, now: str) -> Tensor:
-    """``value``, which ``before`` sets.
+    """Return ``value``, which ``before`` sets.
 
     Raises:
         RuntimeError: it is not there.
@@ -109,10 +109,10 @@ def ready(value: Tensor | None, before: str, now: str) -> Tensor:
 
 
 def mean_decay(decay: float | Tensor) -> float:
-    """One number for the weight decay, where M has room for a multiple of the identity alone."""
+    """Return the weight decay as one number, for M that can only include a multiple of the identity."""
     return float(decay.mean()) if isinstance(decay, Tensor) else decay
 
 
 def generator(op: Operator, seed: int) -> torch.Generator:
-    """Draws of a step, the same in every process and after a resumption; the user's generator is left alone."""
+    """Return a step's generator, the same in every process and after a resumption."""
     return torch.Generator(device=op.device).manual_seed(seed)

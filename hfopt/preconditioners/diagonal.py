@@ -32,26 +32,26 @@ class Diagonal(Preconditioner):
 
     @property
     def diagonal(self) -> Tensor:
-        """What the last :meth:`refresh` found, (P,)."""
+        """The diagonal (P,) from the last :meth:`refresh`."""
         return ready(self._diagonal, "refresh()", "diagonal")
 
     @abstractmethod
     def refresh(self, op: Operator, step: int) -> None:
-        """Set the diagonal (P,), not negative."""
+        """Set the non-negative diagonal (P,)."""
 
     def damp(self, damping: float, decay: float | Tensor) -> None:
-        """``M = (diag + lambda + c)^exponent``."""
+        """Set ``M = (diag + lambda + c)^exponent``."""
         diagonal = ready(self._diagonal, "refresh()", "damp()")
         # A bound far below any curvature keeps M invertible where an undamped parameter has no gradient.
         m = (diagonal + damping + decay).clamp_min_(torch.finfo(diagonal.dtype).tiny)
         self._inverse = m.pow_(-self.exponent)
 
     def apply(self, r: Tensor) -> Tensor:
-        """``M^-1 r``."""
+        """Return ``M^-1 r``."""
         return self.apply_into(r, torch.empty_like(r))
 
     def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
-        """``M^-1 r``, in ``out``."""
+        """Return ``M^-1 r``, in ``out``."""
         return torch.mul(r, ready(self._inverse, "damp()", "applying"), out=out)
 
 
@@ -108,7 +108,7 @@ class EmpiricalFisherDiagonal(Diagonal):
         self._told = False
 
     def refresh(self, op: Operator, step: int) -> None:
-        """Find the diagonal at the operator's point.
+        """Compute the diagonal at the operator's point.
 
         Raises:
             TypeError: for an operator without outputs (the Hessian of a loss).

@@ -79,7 +79,7 @@ class KFAC(Preconditioner):
         self._told = False
 
     def refresh(self, op: Operator, step: int) -> None:
-        """Find the factors at the operator's point, where that is due.
+        """Compute the factors at the operator's point, if due.
 
         Raises:
             TypeError: for an operator without outputs (the Hessian of a loss).
@@ -116,7 +116,7 @@ class KFAC(Preconditioner):
             self._mix(before, earlier)
 
     def _mix(self, diagonal: Tensor | None, factors: list[Factors]) -> None:
-        """Take earlier ones into the running average, unless they belong to another network."""
+        """Add earlier factors to the running average, unless they belong to another network."""
         if diagonal is None or [(f.weight, f.bias) for f in factors] != [(f.weight, f.bias) for f in self.factors]:
             self._refreshes = 1
             return
@@ -173,11 +173,11 @@ class KFAC(Preconditioner):
                 self._inverses.append(_damped_inverses(f, damping + c))
 
     def apply(self, r: Tensor) -> Tensor:
-        """``G^-1 R A^-1`` for every layer's part R of r."""
+        """Return ``G^-1 R A^-1`` for every layer's part R of r."""
         return self.apply_into(r, torch.empty_like(r))
 
     def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
-        """``M^-1 r``, in ``out``."""
+        """Return ``M^-1 r``, in ``out``."""
         torch.mul(r, ready(self._inverse, "damp()", "applying"), out=out)
         given, found = torch.split(r, self._sizes), torch.split(out, self._sizes)
         with exactly(r):
@@ -192,7 +192,7 @@ class KFAC(Preconditioner):
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """The factors, where the next steps go on with them."""
+        """Return the factors, if the next steps continue with them."""
         if (self.every == 1 and not self.average) or self._diagonal is None:
             return {}
         factors = [{"weight": f.weight, "bias": f.bias, "a": f.a.clone(), "g": f.g.clone()} for f in self.factors]
@@ -233,7 +233,7 @@ def drawn(op: GaussNewton, draws: torch.Generator, batch_dim: int) -> list[Tenso
 
 
 def distributions(space: Matching | Joint) -> list[tuple[int, OutputCurvature]] | None:
-    """(output, a curvature that can be drawn from) for every criterion; None if there is one without.
+    """Return (output, curvature that can be sampled) for every criterion; None if one cannot.
 
     A criterion without a closed form may be drawn from if its Hessian is diagonal, as that of a sum over elements is.
     """
@@ -263,7 +263,7 @@ def _add(f: Factors, layer: Layer, dtype: torch.dtype, first: bool, samples: int
 
 
 def exactly(like: Tensor) -> torch.autocast:
-    """The block in which products keep their precision, whatever surrounds the step."""
+    """Keep the precision of products inside the block, whatever surrounds the step."""
     return torch.autocast(like.device.type, enabled=False)
 
 
@@ -291,7 +291,7 @@ def _damped_inverses(f: Factors, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _inverse(m: Tensor) -> Tensor:
-    """Of a positive definite matrix; the identity for one that has overflown, which tells of no direction."""
+    """Invert a positive definite matrix; return the identity for one that has overflowed."""
     factor, failed = torch.linalg.cholesky_ex(m)
     if int(failed) or not bool(factor.isfinite().all()):
         return torch.eye(len(m), dtype=m.dtype, device=m.device)

@@ -61,28 +61,28 @@ class Layer:
         return size.numel() // self.cases
 
     def sizes(self) -> tuple[int, int]:
-        """How many numbers are in a row of the inputs, and how many in one of the outputs."""
+        """Return the length of a row of the inputs, and of the outputs."""
         if self.patches is None:
             return self.x.shape[-1], self.y.shape[-1]
         return self.patches(self.x[:1].detach()).shape[1], self.y.shape[1]
 
     def numbers(self) -> int:
-        """How many numbers a case takes: rows, and the gradient of the weight."""
+        """Return how many numbers a case takes: rows, and the gradient of the weight."""
         k, o = self.sizes()
         return max(1, self.positions * (k + o) + k * o)
 
     def block(self) -> int:
-        """How many cases' rows are taken at a time."""
+        """Return the number of cases whose rows are processed at once."""
         return max(1, BLOCK // max(1, self.positions * sum(self.sizes())))
 
     def rows(self, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Blocks of ``size`` cases with ``x (n, T, k)`` and ``g (n, T, o)``."""
+        """Yield blocks of ``size`` cases with ``x (n, T, k)`` and ``g (n, T, o)``."""
         for start in range(0, self.cases, size):
             block = slice(start, min(start + size, self.cases))
             yield block, *self.part(block, dtype)
 
     def part(self, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``x (n, T, k)`` and ``g (n, T, o)`` of a block of cases."""
+        """Return ``x (n, T, k)`` and ``g (n, T, o)`` of a block of cases."""
         assert self.g is not None
         x, g = (t.movedim(self.case, 0)[block].to(dtype) for t in (self.x.detach(), self.g))
         if self.patches is not None:
@@ -90,7 +90,7 @@ class Layer:
         return x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
 
     def gradients(self, block: slice, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """(root, gradients of the block's n cases, (n, *root's shape)) for weight and bias."""
+        """Return (root, gradients (n, *root's shape) of the block's n cases) for weight and bias."""
         x, g = self.part(block, dtype)
         weight, bias = self.roots
         found = []
@@ -102,7 +102,7 @@ class Layer:
 
 
 class Watching(TorchFunctionMode):
-    """Takes down every call of a layer whose weight or bias depends on parameters, while a closure runs."""
+    """Records every call of a layer whose weight or bias depends on parameters, while a closure runs."""
 
     def __init__(self, params: Sequence[Tensor], cases: Iterable[tuple[int, int]]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Watching(TorchFunctionMode):
 def patches_of(
     weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Callable[[Tensor], Tensor] | None:
-    """The patches (n, C k, T) that a convolution multiplies; None for groups, and for padding that is not symmetric."""
+    """Return the patches (n, C k, T) that a convolution multiplies; None for groups or asymmetric padding."""
     kernel = tuple(weight.shape[2:])
     wide = [_each(v, len(kernel)) for v in (stride, dilation)]
     if groups != 1:
@@ -219,7 +219,7 @@ def visit(op: GaussNewton, batch_dim: int, use: Callable[[Sequence[int], list[Te
 
 
 def watched(op: GaussNewton, batch_dim: int) -> Watched | None:
-    """What another run of the closure shows; None unless it has one output, with several cases."""
+    """Return the layers of another run of the closure; None unless it has one output, with several cases."""
     outputs = op.parts[0].space.outputs if len(op.parts) == 1 else []
     if len(outputs) != 1 or outputs[0].dim() == 0:
         return None

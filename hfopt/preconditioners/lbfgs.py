@@ -1,4 +1,4 @@
-"""A quasi-Newton preconditioner from the products that the conjugate gradients before have made anyway."""
+"""A quasi-Newton preconditioner from products of the previous solve."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Watched:
         self._made, self._stride = 0, 1
 
     def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``A v``, noted."""
+        """Return ``A v`` and record it."""
         out = self.system.multiply(v, out)
         if self._made % self._stride == 0:
             if len(self.pairs) == self.most:
@@ -72,14 +72,14 @@ class LBFGS(Preconditioner):
         self._middle: Tensor | None = None
 
     def refresh(self, op: Operator, step: int) -> None:
-        """Take what the last run has seen, where the parameters are still so many."""
+        """Use the products of the last run, if the number of parameters is the same."""
         self._take()
         if self._s is not None and self._y is not None:
             fits = len(self._s) == op.shape[0]
             self._s, self._y = (t.to(device=op.device, dtype=op.dtype) if fits else None for t in (self._s, self._y))
 
     def _take(self) -> None:
-        """The pairs of the last run, without the damping it had."""
+        """Extract the pairs of the last run, without its damping."""
         seen, self._seen = self._seen, None
         if seen is None or not seen.pairs:
             return
@@ -112,23 +112,23 @@ class LBFGS(Preconditioner):
         self._sides = torch.cat([s, self._gamma * y], 1)
 
     def apply(self, r: Tensor) -> Tensor:
-        """``M^-1 r``, two products with a matrix (P, 2m)."""
+        """Return ``M^-1 r``, two products with a matrix (P, 2m)."""
         return self.apply_into(r, torch.empty_like(r))
 
     def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
-        """``M^-1 r``, in ``out``."""
+        """Return ``M^-1 r``, in ``out``."""
         if self._sides is None or self._middle is None:
             return out.copy_(r)
         gamma = ready(self._gamma, "damp()", "applying")
         return torch.mul(r, gamma, out=out).addmv_(self._sides, self._middle @ (self._sides.t() @ r))
 
     def watch(self, system: System) -> System:
-        """``system``, noting what conjugate gradients multiply."""
+        """Return ``system`` with its products recorded."""
         self._seen, self._system = Watched(system, self.pairs), self._next
         return self._seen
 
     def state_dict(self) -> dict[str, Any]:
-        """The pairs of the last run."""
+        """Return the pairs of the last run."""
         self._take()
         return {} if self._s is None or self._y is None else {"s": self._s.clone(), "y": self._y.clone()}
 
@@ -138,13 +138,13 @@ class LBFGS(Preconditioner):
         self._s, self._y = (state[name].clone() if name in state else None for name in ("s", "y"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: the pairs, and not the system they were seen in."""
+        """Return the pairs without the system that produced them, for copy and pickle."""
         self._take()
         return super().__getstate__()
 
 
 def _convex(s: Tensor, y: Tensor) -> Pair:
-    """The pairs along which the curvature is positive and clear of rounding errors, finite ones."""
+    """Return the finite pairs along which the curvature is positive and exceeds rounding errors."""
     along = (s * y).sum(0)
     size = torch.linalg.vector_norm(s, dim=0) * torch.linalg.vector_norm(y, dim=0)
     kept = (along > 1e-6 * size) & torch.isfinite(size)

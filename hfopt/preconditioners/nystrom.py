@@ -51,7 +51,7 @@ class Nystrom(Preconditioner):
         return ready(self._u, "refresh()", "eigenvectors")
 
     def refresh(self, op: Operator, step: int) -> None:
-        """Approximate the curvature at the operator's point, where that is due."""
+        """Approximate the curvature at the operator's point, if due."""
         size = op.shape[0]
         if self._u is not None and self._l is not None and len(self._u) == size and step % self.every:
             self._u, self._l = (t.to(device=op.device, dtype=op.dtype) for t in (self._u, self._l))
@@ -85,16 +85,16 @@ class Nystrom(Preconditioner):
         self._v = torch.linalg.solve_triangular(lower, scaled.double().t(), upper=False).t().to(u.dtype).contiguous()
 
     def apply(self, r: Tensor) -> Tensor:
-        """``M^-1 r``, two products with a matrix (P, r)."""
+        """Return ``M^-1 r``, two products with a matrix (P, r)."""
         return self.apply_into(r, torch.empty_like(r))
 
     def apply_into(self, r: Tensor, out: Tensor) -> Tensor:
-        """``M^-1 r``, in ``out``."""
+        """Return ``M^-1 r``, in ``out``."""
         v, inverse = ready(self._v, "damp()", "applying"), ready(self._inverse, "damp()", "applying")
         return torch.mul(r, inverse, out=out).addmv_(v, v.t() @ r, alpha=-1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The approximation, where the next steps go on with it."""
+        """Return the approximation, if the next steps continue with it."""
         if self.every == 1 or self._u is None or self._l is None:
             return {}
         return {"u": self._u.clone(), "l": self._l.clone()}

@@ -26,7 +26,7 @@ Maybes = Sequence[Maybe]
 
 
 def outer(rows: Tensor, deltas: Tensor) -> Tensor:
-    """``sum_t z_tb' delta_tb`` for every case b, (n, k, m), of rows (T, n, k) and deltas (T, n, m)."""
+    """Return ``sum_t z_tb' delta_tb`` for every case b, (n, k, m), of rows (T, n, k) and deltas (T, n, m)."""
     return torch.bmm(rows.permute(1, 2, 0), deltas.transpose(0, 1))
 
 
@@ -137,7 +137,7 @@ class Sequences:
         return 2 * (sum(t.numel() for t in sequences) // self.cases + roots)
 
     def gradients(self, block: slice, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """(root, gradients of the block's n cases, (n, *root's shape)) for every root."""
+        """Return (root, gradients (n, *root's shape) of the block's n cases) for every root."""
         rule, states = self._rule
 
         def part(t: Maybe, state: bool = False) -> Maybe:

@@ -14,24 +14,24 @@ from hfopt.preconditioners.sequences import Sequences
 
 
 def random_signs(n: int, draws: torch.Generator, like: Tensor) -> Tensor:
-    """Random signs (n,), each + or - with probability 1/2."""
+    """Return random signs (n,), each + or - with probability 1/2."""
     return (torch.randint(0, 2, (n,), generator=draws, device=like.device) * 2 - 1).to(like.dtype)
 
 
 def along(signs: Tensor, z: Tensor, dim: int) -> Tensor:
-    """``signs (n,)`` in a shape that multiplies ``z`` along ``dim``."""
+    """Return ``signs (n,)`` in a shape that multiplies ``z`` along ``dim``."""
     shape = [1] * z.dim()
     shape[dim % z.dim()] = len(signs)
     return signs.view(shape)
 
 
 def cases(op: GaussNewton, batch_dim: int) -> list[int]:
-    """The number of cases of each output."""
+    """Return the number of cases of each output."""
     return [t.shape[batch_dim % t.dim()] if t.dim() else 1 for t in op.cotangents]
 
 
 def by_cases(op: GaussNewton, batch_dim: int) -> Tensor:
-    """Sums of squared gradients of single cases, times their number, (P,): an adjoint pass for each case."""
+    """Return sums of squared gradients of single cases, times their number, (P,): one adjoint pass per case."""
     total = torch.zeros(op.vector.size, dtype=op.dtype, device=op.device)
     for i, (t, n) in enumerate(zip(op.cotangents, cases(op, batch_dim), strict=True)):
         own = op.linearisation.column_bytes() + 2 * t.numel() * t.element_size()
@@ -67,7 +67,7 @@ def _pulled(op: GaussNewton, output: int, w: Tensor) -> Iterator[Tensor]:
 
 
 def by_layers(op: GaussNewton, batch_dim: int, draws: torch.Generator) -> dict[int, Tensor]:
-    """Sums of squared gradients of single cases, times their number, by parameter, as far as layers tell them.
+    """Return sums of squared gradients of cases, times their number, for parameters that layers cover.
 
     With signs s, ``sum_n s_n dL_n/dtheta`` is found from the layers and by one adjoint pass. They agree for all
     signs if and only if the layers' per-case gradients are the true ones.

@@ -1,4 +1,4 @@
-"""Every public name stands in the reference, and every page is reached from the first one."""
+"""Every public name is in the reference, every page is linked from the first one, and README lists the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import hfopt.recurrences
 import models
 import pathological
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 REFERENCE = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "api").glob("*.md")))
 
 
@@ -36,3 +37,13 @@ def test_pages_are_listed() -> None:
     assert [page for page in sorted(pages) if not any(fnmatch(page, entry) for entry in listed)] == []
     linked = set(re.findall(r"\]\((\w+)\.md\)", first))
     assert pages & set(listed) <= linked <= pages
+
+
+def test_readme_lists_the_package() -> None:
+    """Its table has a row for every file and folder of hfopt."""
+    table = re.search(r"\| in `hfopt/` .*?\n\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert table
+    listed = {name.rstrip("/") for name in re.findall(r"^\| `([^`]+)`", table[0], re.MULTILINE)}
+    there = {p.name for p in (ROOT / "hfopt").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert {name for name in listed if "/" not in name} == there
+    assert all((ROOT / "hfopt" / name).is_dir() for name in listed if "/" in name)
