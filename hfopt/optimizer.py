@@ -41,11 +41,6 @@ Slopes = Literal["iterate", "start"]
 
 # Below this, a learning rate is one of another optimizer: it was chosen for steps along gradients.
 _SMALL_RATE = 0.1
-SMALL_RATE = (
-    "lr is {0:g}, but for HessianFree it is the longest step as a multiple of the solution of (G + lambda I) p = -g, "
-    "so that steps are {1:.3g} times shorter than they should be: leave it at 1.0, where Adam, SGD or LBFGS needed a "
-    "smaller one"
-)
 
 
 class HessianFree(Optimizer):
@@ -186,7 +181,11 @@ class HessianFree(Optimizer):
         self.trusted: frozenset[str] = frozenset()
         self._own = frozenset(vars(self)) - inherited | {"_own"}
         if 0 < lr < _SMALL_RATE:
-            warn(SMALL_RATE.format(lr, 1 / lr))
+            warn(
+                f"lr is {lr:g}, but for HessianFree it is the longest step as a multiple of the solution of "
+                f"(G + lambda I) p = -g, so that steps are {1 / lr:.3g} times shorter than they should be: leave it at "
+                "1.0 where Adam, SGD or LBFGS needed a smaller one"
+            )
 
     def __repr__(self) -> str:
         groups = super().__repr__().rstrip()

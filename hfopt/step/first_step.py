@@ -17,19 +17,6 @@ from hfopt.step.checks_derivatives import Derivatives
 from hfopt.step.differences import absolute
 from hfopt.step.objective import Objective
 
-DRAWS = (
-    "two evaluations of the closure at the same parameters gave the losses {0!r} and {1!r}, so that steps cannot be "
-    "judged by the loss: draw random numbers before step() (teacher forcing, augmentation, samples), or from torch's "
-    "global generator, whose draws are repeated inside a step"
-)
-OTHER = (
-    "the {name}'s loss is {0!r} where its derivatives are computed, but {1!r} where it is only evaluated, at the same "
-    "parameters. Inside a step, a criterion's value may only be added up, weighted and returned: look for a criterion "
-    "that the closure differentiates or whose value it uses to compute something else, for .item(), and for code that "
-    "depends on torch.is_grad_enabled(). Ways out: pass outputs=<the module whose result is the network's output>, "
-    "loss=<function> with a closure that returns that function's arguments, or curvature='hessian'"
-)
-
 
 def check_first_step(objective: Objective, trusted: frozenset[str]) -> frozenset[str]:
     """Check a step whose kind of closure has not been seen before.
@@ -75,9 +62,20 @@ def _same_loss(objective: Objective, name: str, closure: Closure, loss: float) -
         return
     again = at.loss_of(closure)
     if abs(again - seen) > bound:
-        warn(DRAWS.format(seen, again))
+        warn(
+            f"two evaluations of the closure at the same parameters gave the losses {seen!r} and {again!r}, so that "
+            "steps cannot be judged by the loss: draw random numbers before step() (teacher forcing, augmentation, "
+            "samples), or from a generator whose draws are repeated inside a step"
+        )
         return
-    raise ClosureError(OTHER.format(loss, seen, name=name))
+    raise ClosureError(
+        f"the {name}'s loss is {loss!r} where its derivatives are computed, but {seen!r} where it is only evaluated, "
+        "at the same parameters: inside a step, the value of a criterion may only be added up, weighted and returned. "
+        "Look for a criterion that the closure differentiates or whose value it uses to compute something else, for "
+        ".item(), and for code that depends on torch.is_grad_enabled(). Ways out: pass outputs=<the module whose "
+        "result is the network's output>, loss=<function> with a closure that returns that function's arguments, or "
+        "curvature='hessian'"
+    )
 
 
 def _refuse(objective: Objective, found: str | None) -> None:
