@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +30,16 @@ def trees() -> list[ast.Module]:
     return [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "hfopt").rglob("*.py"))]
 
 
+def filled(template: str) -> str:
+    """A template of str.format with its fields as `FILLED`."""
+    return re.sub(r"\{[^{}]*\}", FILLED, template)
+
+
 def strings() -> set[str]:
-    """Every string and f-string of the package."""
+    """Every string, f-string and template of the package."""
     found = (text_of(node) for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.expr))
-    return {text for text in found if text}
+    texts = {text for text in found if text}
+    return texts | {filled(text) for text in texts}
 
 
 def name_of(function: ast.expr) -> str:
@@ -52,10 +59,12 @@ def told() -> Iterator[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and name_of(node.func) in {"ClosureError", "warn"} and node.args:
                 argument = node.args[0]
-                named = constants.get(argument.id) if isinstance(argument, ast.Name) else None
+                if isinstance(argument, ast.Call) and isinstance(argument.func, ast.Attribute):
+                    argument = argument.func.value  # of TEMPLATE.format(...)
+                named = constants.get(name_of(argument))
                 text = text_of(argument) or named
                 assert text, ast.unparse(node)
-                yield text
+                yield filled(text)
 
 
 def quotes(name: str) -> list[str]:
