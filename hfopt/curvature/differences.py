@@ -34,7 +34,7 @@ class Differences:
         self._eps = max(torch.finfo(t.dtype).eps for t in (*self.outputs, *self.params))
 
     def jvp(self, v: Sequence[Tensor], batched: bool = False) -> Maybe:
-        """``J v`` by a central difference; ``batched``: one vector after the other."""
+        """Return ``J v`` by a central difference; ``batched``: one vector after the other."""
         if batched:
             each = [self.jvp([x[k] for x in v]) for k in range(len(v[0]))]
             return [torch.stack([t for t in column if t is not None]) for column in zip(*each, strict=True)]
@@ -56,13 +56,13 @@ class Differences:
             self._vector.restore(saved)
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
-        """``J' w`` on the forward graph."""
+        """Return ``J' w`` on the forward graph."""
         return pull_back(self.outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
-        """A tangent and a cotangent of everything that the forward graph keeps."""
+        """Return the bytes of a tangent and a cotangent of everything that the forward graph keeps."""
         return 2 * graph.saved_bytes(self.outputs, self.params)
 
     def kept_bytes(self) -> int:
-        """The forward graph."""
+        """Return the bytes of the forward graph."""
         return graph.saved_bytes(self.outputs, self.params)

@@ -242,7 +242,7 @@ class GaussNewton(ClosureOperator):
         return [lin.vjp([*w, *hidden], batched, structural), direct]
 
     def output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
-        """``H_L u`` of a part's outputs, and what is added in parameter space."""
+        """Return ``H_L u`` for the outputs of a part, and the term in parameter space."""
         return self.parts[number].space.product(u, v, batched)
 
     def _hidden_part(self, i: int, u: Maybe, structural: float) -> Maybe:
@@ -362,7 +362,7 @@ def columns_at_once(column: int, size: int, budget: int | None, device: torch.de
 
 
 def cannot_batch(error: Exception) -> bool:
-    """Whether torch says that it has no way to do an operation for many vectors at once."""
+    """Return whether torch reports that it cannot batch an operation over several vectors."""
     # A traced graph has the views of single vectors in it; a backward pass in numpy asks for a tensor's memory.
     words = ("vmap", "atching rule", "functorch", "view size is not compatible", "doesn't have storage")
     return any(word in str(error) for word in words)

@@ -145,7 +145,7 @@ class DoubleBackward:
         return graph.gradients([g for _, g in self._pulled], self._u, [v[i] for i, _ in self._pulled], batched)
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
-        """``J' w`` on the forward graph; ``batched`` as for :meth:`jvp`."""
+        """Return ``J' w`` on the forward graph; ``batched`` as for :meth:`jvp`."""
         return pull_back(self.outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
@@ -304,7 +304,7 @@ class Linearize:
             return list((torch.vmap(self._jvp, randomness="same") if batched else self._jvp)(*v))
 
     def vjp(self, w: Sequence[Tensor | None], batched: bool = False, structural: float = 0.0) -> Maybe:
-        """``J' w`` on the forward graph."""
+        """Return ``J' w`` on the forward graph."""
         return pull_back(self.outputs, self.params, w, batched)
 
     def column_bytes(self) -> int:
