@@ -19,7 +19,7 @@ from hfopt.experiment.store.reader import Run, read_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="hfopt", description="Look at the runs of hfopt experiments.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     path = "folder of a run, its run.h5, or its name under runs/logs"
@@ -76,7 +76,7 @@ def _show(run: Run, count: int, checks_of: int | None) -> None:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    """Return the lines above the table of steps."""
+    """The lines above the table of steps."""
     c, v = run.configuration, run.versions
     shapes = c["model"]["parameters"]
     batches = ", ".join(f"{role} {len(c['batches'][role])}" for role in c["batches"]["roles"])
@@ -107,7 +107,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _steps(run: Run, count: int) -> Table:
-    """Return a table of the last steps, without columns that the run does not have."""
+    """The last steps; columns that the run does not have are left out."""
     rows = run.steps[-count:] if count > 0 else run.steps[:0]
     measure = Measure.of(run.configuration)
     columns: list[tuple[str, str, str | Measure]] = [
@@ -149,7 +149,7 @@ def _row(row: Any) -> dict[str, Any]:
 
 
 def _pairs(settings: Mapping[str, Any]) -> str:
-    """Return `name=value` of settings that are given, nested ones by their class."""
+    """`name=value` of settings that are given, nested ones by their class."""
     parts = []
     for name, value in settings.items():
         if value is None or value is False:
