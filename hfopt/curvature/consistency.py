@@ -27,7 +27,7 @@ _LARGE = 2.0**12
 
 
 class Linearised(Protocol):
-    """What is needed of a curvature operator."""
+    """The required part of a curvature operator."""
 
     parts: list[Part]
 
