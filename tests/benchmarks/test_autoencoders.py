@@ -71,7 +71,7 @@ def test_rates_are_tried_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     a.measure(options, runs, lambda: None)
     assert ran == expected[4:]
     text = a.section("mnist", 8.0, ABOUT, runs, "p.png")
-    assert "Rates tried with Adam, for 2 s each: 0.1, 0.2. Rates tried with Nesterov's momentum, for 2 s" in text
+    assert "Rates tried with Adam for 2 s each: 0.1, 0.2. Rates tried with Nesterov's momentum, for 2 s" in text
 
 
 def test_runs_of_other_threads_are_not_gone_on_with(tmp_path: Path) -> None:
@@ -94,6 +94,6 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| Adam | 0.01 | 9 | 9 | 4 | 4 | 3 |" in text
     assert "| HF | - | 9 | 9 | 1.4 | 1.4 | 3 |" in text
     assert "1.40 for HF" in text
-    assert "1.40 or less: HF 1 s, Adam not in this time, Nesterov's momentum not in this time." in text
+    assert "1.40 or less: HF 1 s, Adam not within this time, Nesterov's momentum not within this time." in text
     assert "## digits" not in text
     assert (tmp_path / "docs" / "images" / "autoencoder-mnist.png").read_bytes()[1:4] == b"PNG"

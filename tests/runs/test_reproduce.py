@@ -154,7 +154,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         r.main(r.CommandLine(only=("nothing",)))
     document = tmp_path / "reproduction.md"
     assert r.main(r.CommandLine(write=True, folder=tmp_path / "cells", document=document)) == 0
-    assert "No run of any table is there yet." in document.read_text()
+    assert "There are no runs yet." in document.read_text()
     assert str(document) in capsys.readouterr().out
 
 
