@@ -71,7 +71,7 @@ def test_rates_are_tried_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     a.measure(options, runs, lambda: None)
     assert ran == expected[4:]
     text = a.section("mnist", 8.0, ABOUT, runs, "p.png")
-    assert "Rates tried with Adam for 2 s each: 0.1, 0.2. Rates tried with Nesterov's momentum, for 2 s" in text
+    assert "Rates tried with Adam for 2 s each: 0.1, 0.2. Rates tried with Nesterov's momentum for 2 s" in text
 
 
 def test_runs_of_other_threads_are_not_gone_on_with(tmp_path: Path) -> None:
