@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hfopt import structural
-from hfopt.closure import recurrent_layers
+from hfopt.closure import differentiable, recurrent_layers
 from hfopt.closure.recurrent_layers import Purpose
 from hfopt.errors import ClosureError
 from hfopt.linalg import graph
@@ -101,7 +101,7 @@ class TraceMode(TorchFunctionMode):
             return self._criterion(func, args, kwargs)
         if func in recurrent_layers.RECURRENT:
             return recurrent_layers.call(func, args, kwargs, self.purpose)
-        return func(*args, **kwargs)
+        return differentiable.call(func, args, kwargs)
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
         root, gradient = args[0], args[1] if len(args) > 1 else kwargs.get("gradient")
@@ -319,7 +319,7 @@ class OutputCollector(TorchFunctionMode):
             self.flat.append(tree_flatten((args, kwargs))[0])
         if func in recurrent_layers.RECURRENT:
             return recurrent_layers.call(func, args, kwargs, "products")
-        return func(*args, **kwargs)
+        return differentiable.call(func, args, kwargs)
 
 
 def outputs_again(
