@@ -14,7 +14,7 @@ import random
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,7 +205,5 @@ def referred(closure: Any, depth: int = 3) -> Iterator[Any]:
 
 def _contents(function: types.FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
-        try:
+        with suppress(ValueError):  # of a name that has no value yet
             yield cell.cell_contents
-        except ValueError:  # of a name that has no value yet
-            continue

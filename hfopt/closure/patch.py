@@ -65,7 +65,7 @@ class _State:
         self._transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
         self._gradients = torch.is_grad_enabled()
         self._profile = sys.getprofile()
-        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._context = contextvars.copy_context()
 
     def restore(self) -> None:
@@ -187,3 +187,35 @@ class Patch:
             return (wrapped if here else plain)(*args, **kwargs)
 
         return classmethod(call) if of_class else call
+
+
+class Switch:
+    """One of torch's switches for the whole process, turned while at least one block of any thread is inside.
+
+    For what has no form for a single thread: other threads see it turned meanwhile, and afterwards as it was.
+    """
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> None:
+        self._get, self._put, self._value = get, put, value
+        self._lock = threading.RLock()
+        self._holders: set[object] = set()
+        self._before: list[Any] = []
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """The block in which it is turned."""
+        holder = object()
+        with undone(lambda: self._leave(holder)):
+            with self._lock:
+                self._holders.add(holder)
+                if not self._before:
+                    self._before = [self._get()]
+                    self._put(self._value)
+            yield
+
+    def _leave(self, holder: object) -> None:
+        with self._lock:
+            self._holders.discard(holder)
+            if not self._holders and self._before:
+                self._put(self._before[0])
+                self._before = []

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hfopt import structural
 from hfopt.linalg import graph
+from hfopt.linalg.generators import TORCH, attributed
 
 Maybe = Tensor | None
 Tensors = tuple[Tensor, ...]
@@ -137,18 +138,21 @@ class Segments:
         states = self._split(values)[1]
         whole: list[Tensor] = []
         draws = []
-        for i in range(len(self.bounds)):
-            draws.append(_random_state(self.devices))
-            self.borders.append(states)
-            found, weights = self._call(i, self._arguments(i, values), marks=self.marks and i == 0)
-            if i == 0:
-                self.marks = bool(weights)
-            end = self.outputs + self.counts[1]
-            self._gather(whole, found[: self.outputs], i, 0)
-            states = tuple(_own(s) for s in found[self.outputs : end])
-            if not keep:
-                self.borders[i] = ()
-        drew = any(not torch.equal(x, y) for x, y in zip(draws[0], _random_state(self.devices), strict=True))
+        with attributed() as mine:
+            for i in range(len(self.bounds)):
+                draws.append(_random_state(self.devices))
+                self.borders.append(states)
+                found, weights = self._call(i, self._arguments(i, values), marks=self.marks and i == 0)
+                if i == 0:
+                    self.marks = bool(weights)
+                end = self.outputs + self.counts[1]
+                self._gather(whole, found[: self.outputs], i, 0)
+                states = tuple(_own(s) for s in found[self.outputs : end])
+                if not keep:
+                    self.borders[i] = ()
+            after = _random_state(self.devices)
+        # The generators are rewound later only where the function itself has drawn, and not another thread.
+        drew = mine(TORCH) and any(not torch.equal(x, y) for x, y in zip(draws[0], after, strict=True))
         self.draws = draws if keep and drew else None
         given = {id(v) for v in values}
         return (*whole, *(s.clone() if id(s) in given else s for s in states))
