@@ -33,6 +33,9 @@ GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.Ran
 # for the answer, and running statistics are small.
 _SMALL = 1 << 20
 
+# Containers with more entries than this hold data, in which nobody looks for a generator.
+_FEW = 20
+
 
 def _put_back_unseen(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" and tensor.numel() * tensor.element_size() <= _SMALL
@@ -179,12 +182,19 @@ class Frozen:
                 yield
 
 
-def referred(closure: Any, depth: int = 3) -> Iterator[Any]:
-    """The generator objects that a function refers to: in its cells, defaults, globals and object, and in theirs."""
+def referred(closure: Any, depth: int = 4) -> Iterator[Any]:
+    """The generator objects that a function refers to: in its cells, defaults, globals and object,
+    and in those of what it calls."""
     if isinstance(closure, GENERATORS):
         yield closure
     elif depth == 0 or closure is None:
         return
+    elif isinstance(getattr(closure, "__self__", None), GENERATORS):
+        yield closure.__self__
+    elif isinstance(closure, (list, tuple, dict)):
+        values = list(closure.values() if isinstance(closure, dict) else closure)
+        for value in values if len(values) <= _FEW else ():
+            yield from referred(value, depth - 1)
     elif isinstance(closure, functools.partial):
         for value in (closure.func, *closure.args, *closure.keywords.values()):
             yield from referred(value, depth - 1)

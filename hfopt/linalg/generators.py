@@ -99,7 +99,9 @@ def on_cuda(device: torch.device) -> Source:
 
 
 def own_source(generator: Any) -> Source | None:
-    """A generator object of torch's, Python's or numpy's; None for any other object."""
+    """A generator object of torch's, Python's or numpy's; None for any other object, and for those of the process."""
+    if any(generator is shared for shared in (torch.default_generator, random._inst, np.random.mtrand._rand)):
+        return None  # which all threads share
     name = f"a {type(generator).__name__}"
     if isinstance(generator, torch.Generator):
         return Source(name, generator.get_state, generator.set_state, torch.equal)
@@ -138,24 +140,43 @@ class _TorchDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-@contextmanager
-def _python_draws(seen: set[str]) -> Iterator[None]:
-    """Notes calls of the methods of Python's global generator in this thread, by whatever name."""
-    shared = random._inst
-    if sys.getprofile() is not None:  # somebody measures; better rewind what is not ours than not what is
-        seen.add("random")
-        yield
-        return
+# How a state is looked at, here and by whoever keeps it.
+_LOOKING = ("getstate", "setstate", "get_state", "set_state")
 
-    def look(_frame: Any, event: str, called: Any) -> None:
-        if event == "c_call" and getattr(called, "__self__", None) is shared:
+
+class _PythonDraws:
+    """A profile of this thread that notes calls of the methods of Python's global generator, by whatever name."""
+
+    def __init__(self) -> None:
+        self.seen: list[set[str]] = []
+
+    def __call__(self, _frame: Any, event: str, called: Any) -> None:
+        if event != "c_call" or getattr(called, "__self__", None) is not random._inst:
+            return
+        if called.__name__ not in _LOOKING:
+            for seen in self.seen:
+                seen.add("random")
+
+    @classmethod
+    @contextmanager
+    def noting(cls, seen: set[str]) -> Iterator[None]:
+        before = sys.getprofile()
+        if isinstance(before, cls):
+            before.seen.append(seen)
+            yield
+            return
+        if before is not None:  # somebody measures; better rewind what is not ours than not what is
             seen.add("random")
-
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
+            yield
+            return
+        profile = cls()
+        profile.seen.append(seen)
+        try:
+            sys.setprofile(profile)
+            yield
+        finally:
+            if sys.getprofile() is profile:
+                sys.setprofile(None)
 
 
 class _NumpyDraws:
@@ -189,7 +210,8 @@ class _NumpyDraws:
 
     def _install(self) -> None:
         shared = np.random.mtrand._rand
-        self._plain = {n: f for n, f in vars(np.random).items() if getattr(f, "__self__", None) is shared}
+        methods = {n: f for n, f in vars(np.random).items() if getattr(f, "__self__", None) is shared}
+        self._plain = {n: f for n, f in methods.items() if n not in _LOOKING}
         self._stand_ins = {name: self._stand_in(f) for name, f in self._plain.items()}
         for name, f in self._stand_ins.items():
             setattr(np.random, name, f)
@@ -231,7 +253,7 @@ def attributed(*modules: str) -> Iterator[Attribution]:
 
     with ExitStack() as stack:
         if "random" in modules:
-            stack.enter_context(_python_draws(seen))
+            stack.enter_context(_PythonDraws.noting(seen))
         if "numpy" in modules:
             stack.enter_context(_numpy_draws.noting(seen))
         stack.enter_context(mode)
