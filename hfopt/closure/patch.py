@@ -26,19 +26,26 @@ Undo = Callable[[], None]
 _local = threading.local()
 
 
-def _registered() -> list[list[Undo]]:
+class _Change:
+    """One change, told from others by its identity."""
+
+    def __init__(self, undo: Undo) -> None:
+        self.undo = undo
+
+
+def _registered() -> list[_Change]:
     """This thread's changes that are to be taken back, the oldest first."""
-    found: list[list[Undo]] | None = getattr(_local, "registered", None)
+    found: list[_Change] | None = getattr(_local, "registered", None)
     if found is None:
         found = _local.registered = []
     return found
 
 
-def _take_back(registered: list[list[Undo]], entry: list[Undo]) -> None:
+def _take_back(registered: list[_Change], change: _Change) -> None:
     # Only while it is registered: a broken off block may be closed long after, when its traceback is let go of.
-    if any(entry is other for other in registered):
-        entry[0]()
-        registered[:] = [other for other in registered if other is not entry]
+    if change in registered:
+        change.undo()
+        registered.remove(change)
 
 
 @contextmanager
@@ -47,12 +54,12 @@ def undone(undo: Undo) -> Iterator[None]:
 
     ``undo`` may be called twice, and before anything was done.
     """
-    registered, entry = _registered(), [undo]
+    registered, change = _registered(), _Change(undo)
     try:
-        registered.append(entry)
+        registered.append(change)
         yield
     finally:
-        _take_back(registered, entry)
+        _take_back(registered, change)
 
 
 class _State:

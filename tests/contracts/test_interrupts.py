@@ -20,14 +20,16 @@ HERE = str(Path(hfopt.__file__).parent)
 
 
 class Interruption:
-    """Raises KeyboardInterrupt at the n-th line or return of hfopt's, or of contextlib's, inside the block."""
+    """Raises KeyboardInterrupt at the n-th line or return of hfopt's, or of contextlib's for it, inside."""
 
     def __init__(self, at: int) -> None:
         self.at, self.seen = at, 0
 
     def _trace(self, frame: FrameType, event: str, _arg: Any) -> Any:
         name = frame.f_code.co_filename
-        if not (name.startswith(HERE) or name.endswith("contextlib.py")):
+        if name.endswith("contextlib.py") and frame.f_back is not None:
+            name = frame.f_back.f_code.co_filename
+        if not name.startswith(HERE):
             return None
         if event in ("line", "return"):
             self.seen += 1
@@ -124,15 +126,15 @@ def ends(kind: str) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["double-backward", "linearize", "hessian"])
 def test_a_step_that_is_interrupted_anywhere_leaves_nothing_behind(kind: str) -> None:
-    """At some sixty places spread over all of a step's."""
+    """At some of a step's places, spread over all of it."""
     ends(kind)
     places, _ = run(kind, 0)
     assert places > 1000
-    stride = places // 60
+    stride = places // (4 if kind == "linearize" else 20)  # whose tracing takes a second each
     tried = [run(kind, at)[1] for at in range(3, places, stride)]
-    assert sum(tried) >= 50
+    assert sum(tried) >= len(tried) - 2
 
 
 def test_and_densely_where_blocks_are_entered_one_upon_another() -> None:
     """At the beginning, in which the first run of the closure is."""
-    assert all(run("double-backward", at)[1] for at in range(5, 1000, 17))
+    assert all(run("double-backward", at)[1] for at in range(5, 1000, 50))
