@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from hfopt.closure.patch import Method, Patch
-from hfopt.linalg import draws
+from hfopt.linalg import draws, generators
 
 _BUILT_IN = F.scaled_dot_product_attention
 _ATTENTION = {
@@ -96,9 +96,11 @@ def _again_in_block(plain: Method) -> Method:
     """Checkpointing whose function, when it is computed again outside the block, is so inside another."""
 
     def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = generators.torch_state() if generators.apart() else None
+
         @functools.wraps(function)
         def again(*inputs: Any, **keywords: Any) -> Any:
-            with twice_differentiable():
+            with twice_differentiable(), nullcontext() if state is None else generators.drawing_from(state):
                 return function(*inputs, **keywords)
 
         return plain(again, *args, **kwargs)

@@ -7,14 +7,28 @@ back only where the calling thread itself was seen to draw, so that what other t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from hfopt.linalg.generators import NUMPY, PYTHON, TORCH, Attribution, Source, attributed, on_cuda, others, own_source
+from hfopt.linalg.generators import (
+    NUMPY,
+    PYTHON,
+    TORCH,
+    Attribution,
+    OwnDraws,
+    Source,
+    apart,
+    attributed,
+    drawing_from,
+    on_cuda,
+    others,
+    own_source,
+    torch_state,
+)
 
 _watching: ContextVar[Draws | None] = ContextVar("hfopt_draws", default=None)
 
@@ -45,6 +59,8 @@ class Run:
     before: dict[_Tracked, Any] = field(default_factory=dict)
     rewound: set[_Tracked] = field(default_factory=set)
     mine: Attribution = field(default=lambda source: True)
+    own: OwnDraws | None = None  # this thread's draws on the CPU, where others are there to draw
+    start: torch.Tensor | None = None  # of these
 
 
 class Draws:
@@ -57,7 +73,8 @@ class Draws:
     def __init__(self, device: torch.device, tell: Callable[[str], None]) -> None:
         """``tell`` is given the warning that another thread draws from a generator that the runs draw from, too."""
         cuda = [on_cuda(device)] if device.type == "cuda" else []
-        self._tracked = [_Tracked(source) for source in (TORCH, *cuda, PYTHON, NUMPY)]
+        self._torch = _Tracked(TORCH)
+        self._tracked = [self._torch, *(_Tracked(source) for source in (*cuda, PYTHON, NUMPY))]
         self._own: dict[int, Any] = {}
         self._open: list[Run] = []
         self._tell: Callable[[str], None] | None = tell
@@ -94,10 +111,12 @@ class Draws:
         token = _watching.set(self)
         self._open.append(run)
         try:
-            if modules:
-                with attributed(*modules) as run.mine:
-                    yield
-            else:
+            with ExitStack() as stack:
+                if modules:
+                    run.mine = stack.enter_context(attributed(*modules))
+                if others() and (run.first or self._torch.drew or self._torch.suspect):
+                    run.start = torch_state() if run.first else self._torch.base
+                    run.own = stack.enter_context(drawing_from(run.start))
                 yield
         finally:
             self._open.remove(run)
@@ -106,7 +125,9 @@ class Draws:
     def begin(self, run: Run) -> None:
         """Rewind what the runs before have drawn from."""
         for t in self._tracked:
-            if t.drew:
+            if t is self._torch and run.own is not None:
+                t.left = None
+            elif t.drew:
                 now = run.before[t] = t.source.get()
                 if run.first:
                     continue
@@ -119,6 +140,9 @@ class Draws:
 
     def end(self, run: Run) -> None:
         """Put back what was rewound, and learn what this run has drawn from; a second call does nothing more."""
+        own, run.own = run.own, None
+        if own is not None:
+            self._end_own(run, own)
         while run.before:
             t, before = next(iter(run.before.items()))
             if t in run.rewound:
@@ -129,6 +153,15 @@ class Draws:
                 self._changed(t, run, before)
             t.looks += 1
             del run.before[t]
+
+    def _end_own(self, run: Run, own: OwnDraws) -> None:
+        """After draws apart from those of other threads."""
+        if self._torch.base is None:
+            self._torch.base = run.start
+        self._torch.drew |= own.drew
+        # The generator of all threads stands where this thread's draws leave it, unless others have moved it since.
+        if run.first and own.drew and run.start is not None and not apart() and torch.equal(TORCH.get(), run.start):
+            TORCH.set(own.generator.get_state())
 
     def _changed(self, t: _Tracked, run: Run, before: Any) -> None:
         """A source has another state than before the run, and was not known to be drawn from."""

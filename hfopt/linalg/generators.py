@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import pickle
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +126,75 @@ def others() -> bool:
     """Whether any other thread of Python's is alive that may draw: hfopt's own workers do not."""
     here = threading.current_thread()
     return any(t is not here and not t.name.startswith("hfopt") for t in threading.enumerate())
+
+
+class OwnDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws of this thread on the CPU from a generator of its own, in place of the one that all threads share."""
+
+    def __init__(self, state: torch.Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generator = torch.Generator()
+        self.generator.set_state(state)
+        self.drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        seeded = torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
+        if not seeded or not _on_cpu(args, kwargs):
+            return func(*args, **kwargs)
+        self.drew = True
+        taking = _taking_generator(func)
+        if taking is not None:
+            return taking(*args, **{**kwargs, "generator": self.generator})
+        before = torch.get_rng_state()
+        try:
+            torch.set_rng_state(self.generator.get_state())
+            return func(*args, **kwargs)
+        finally:
+            self.generator.set_state(torch.get_rng_state())
+            torch.set_rng_state(before)
+
+
+def _on_cpu(args: Any, kwargs: Any) -> bool:
+    devices = [a.device for a in args if isinstance(a, torch.Tensor)]
+    if kwargs.get("device") is not None:
+        devices.append(torch.device(kwargs["device"]))
+    return all(d.type == "cpu" for d in devices)
+
+
+@functools.cache
+def _taking_generator(func: Any) -> Any:
+    """The overload of an operator that takes a generator; None if it has none."""
+    if any(a.name == "generator" for a in func._schema.arguments):
+        return func
+    name = func._overloadname
+    return getattr(func.overloadpacket, "generator" if name == "default" else f"{name}_generator", None)
+
+
+_own_draws: ContextVar[OwnDraws | None] = ContextVar("hfopt_own_draws", default=None)
+
+
+def torch_state() -> torch.Tensor:
+    """Where this thread's draws on the CPU stand."""
+    own = _own_draws.get()
+    return torch.get_rng_state() if own is None else own.generator.get_state()
+
+
+def apart() -> bool:
+    """Whether this thread's draws are apart from those of all others."""
+    return _own_draws.get() is not None
+
+
+@contextmanager
+def drawing_from(state: torch.Tensor) -> Iterator[OwnDraws]:
+    """The block in which this thread draws from ``state`` on, and moves nobody else's generator."""
+    own = OwnDraws(state)
+    token = _own_draws.set(own)
+    try:
+        with own:
+            yield own
+    finally:
+        _own_draws.reset(token)
 
 
 class _TorchDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hfopt import structural
 from hfopt.linalg import graph
-from hfopt.linalg.generators import TORCH, attributed
+from hfopt.linalg.generators import TORCH, apart, attributed, drawing_from, others, torch_state
 
 Maybe = Tensor | None
 Tensors = tuple[Tensor, ...]
@@ -257,12 +257,18 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def _random_state(devices: list[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+    return [torch_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
 
 
 @contextmanager
 def _random(state: list[Tensor], devices: list[torch.device]) -> Iterator[None]:
     """Draw as from ``state``, and leave the generators as they were."""
+    if others() or apart():
+        with drawing_from(state[0]), torch.random.fork_rng(devices) if devices else ExitStack():
+            for device, s in zip(devices, state[1:], strict=True):
+                torch.cuda.set_rng_state(s, device)
+            yield
+        return
     with torch.random.fork_rng(devices):
         torch.set_rng_state(state[0])
         for device, s in zip(devices, state[1:], strict=True):

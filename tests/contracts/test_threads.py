@@ -125,16 +125,48 @@ def test_the_closures_own_draws_are_the_same_throughout_a_step(source: str, besi
     assert len(set(steps)) == 4  # each step another, and each number once
 
 
-def test_draws_of_both_from_one_generator_are_told() -> None:
-    model = nn.Sequential(mlp(3, 4, seed=3), nn.Dropout(0.3), mlp(4, 2, seed=4))
-    optimizer = hfopt.HessianFree(model.parameters())
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_both_draw_from_torchs_generator(checkpointed: bool) -> None:
+    """A mask of dropout is the same throughout a step, and no draw of the other thread is repeated."""
+    inner, drop, outer, seen, drawn = mlp(3, 8, seed=3), nn.Dropout(0.4), mlp(8, 2, seed=4), [], []
+    optimizer = hfopt.HessianFree([*inner.parameters(), *outer.parameters()], check=True)
 
-    def train() -> None:
-        for _ in range(10):
-            optimizer.step(lambda: F.mse_loss(model(X), Y))
+    def hidden(x: Tensor) -> Tensor:
+        h: Tensor = drop(inner(x).tanh()) + 0.01 * torch.randn(16, 8, dtype=x.dtype)
+        seen.append(h.detach().eq(0).double() + torch.rand((), dtype=x.dtype))
+        time.sleep(1e-4)
+        return h
 
-    with another_thread(DRAWS["torch"]), pytest.warns(UserWarning, match=r"another thread draws from it.*torch\.Gen"):
-        train()
+    def closure() -> Tensor:
+        h = torch.utils.checkpoint.checkpoint(hidden, X, use_reentrant=False) if checkpointed else hidden(X)
+        return F.mse_loss(outer(h), Y)
+
+    with another_thread(lambda: drawn.append(DRAWS["random"]()) if checkpointed else drawn.append(DRAWS["torch"]())):
+        for _ in range(3):
+            optimizer.step(closure)
+            assert len(seen) > 3
+            assert all(torch.equal(s, seen[0]) for s in seen)
+            seen.clear()
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_thread_that_draws_nothing_changes_no_draw() -> None:
+    """The generator ends where it ends without that thread."""
+    ends = []
+    for beside in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(mlp(3, 4, seed=3), nn.Dropout(0.3), mlp(4, 2, seed=4))
+        optimizer = hfopt.HessianFree(model.parameters(), damping=0.3)
+        stop = threading.Event()
+        thread = threading.Thread(target=stop.wait)
+        if beside:
+            thread.start()
+        for _ in range(2):
+            optimizer.step(lambda model=model: F.mse_loss(model(X), Y))
+        stop.set()
+        ends.append((torch.get_rng_state(), torch.cat([p.detach().reshape(-1) for p in model.parameters()])))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
 
 
 def test_another_threads_running_statistics_count_every_call() -> None:
