@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hfopt.closure.ddp import without_reductions
+from hfopt.closure.patch import settled
 from hfopt.closure.recurrent_layers import replacing
 from hfopt.closure.trace import Closure
 from hfopt.curvature.linearisation import POLICIES
@@ -30,6 +31,7 @@ from hfopt.step.settings import (
     Parameter,
     StepInput,
     StepMemory,
+    StepOutcome,
     StepParts,
     StepSettings,
 )
@@ -232,8 +234,9 @@ class HessianFree(Optimizer):
             closure: clears gradients, computes outputs, calls a criterion of torch.nn.functional (or its module), calls
                 ``backward()`` and returns the loss, as for LBFGS. ``backward()`` may be called several times, one
                 batch each (the loss is their sum), or not at all. It may also return ``(outputs, loss)``. It is run
-                several times a step and must then see the same data; torch's random draws and running statistics are
-                put back by the optimizer, but draws from ``random`` and numpy are not: make those before the step.
+                several times a step and must then see the same data. Running statistics, and draws of torch,
+                ``random`` and numpy, also from generator objects that the closure refers to, are repeated by the
+                optimizer.
                 Gradients are set when the step is done: clipping inside the closure has no effect.
             curvature: a closure on the data of the curvature products; default: ``closure``.
             evaluation: a closure on the data that iterates, step lengths and rho are judged by; default: ``debias``, or
@@ -256,8 +259,12 @@ class HessianFree(Optimizer):
         given = self._given(Closures(closure, curvature, evaluation, debias))
         device = given.parameters[0].value.device
         graphs = self.cg.cuda_graphs is not False
-        with replacing(self.replace_recurrences), side_stream(device, graphs), without_reductions():
-            outcome = Step(given, lambda scaler: scaler.unscale_(self)).run()
+
+        def run() -> StepOutcome:
+            with replacing(self.replace_recurrences), side_stream(device, graphs), without_reductions():
+                return Step(given, lambda scaler: scaler.unscale_(self)).run()
+
+        outcome = settled(run)
         self._remember(given.parameters, outcome.memory)
         self.stats.append(outcome.stats)
         if self.history is not None:

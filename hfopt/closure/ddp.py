@@ -8,20 +8,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hfopt.closure.patch import Method, Patch
+from hfopt.closure.patch import Method, Patch, undone
 
 
 def _share_alone(plain: Method) -> Method:
     """Run a ``forward`` that prepares no reduction: that would wait for hooks that ``autograd.grad`` never calls."""
 
     def forward(module: Any, *inputs: Any, **kwargs: Any) -> Any:
-        asked = module.find_unused_parameters, module.static_graph
-        module.find_unused_parameters = module.static_graph = False
-        try:
+        asked = module.find_unused_parameters, module.static_graph, module.require_backward_grad_sync
+
+        def restore() -> None:
+            module.find_unused_parameters, module.static_graph, module.require_backward_grad_sync = asked
+
+        with undone(restore):
+            module.find_unused_parameters = module.static_graph = False
             with module.no_sync():
                 return plain(module, *inputs, **kwargs)
-        finally:
-            module.find_unused_parameters, module.static_graph = asked
 
     return forward
 

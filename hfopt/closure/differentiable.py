@@ -4,47 +4,137 @@
 - What ``torch.compile`` has compiled runs as it was written: what the default backend makes of it has first derivatives
   only, rounds otherwise, and draws other numbers for dropout.
 - Activation checkpointing with ``use_reentrant=True`` is done as with False: the former knows ``backward()`` alone, and
-  to every other derivative its parameters seem unused.
+  to every other derivative its parameters seem unused. What is computed again is computed in this form, too.
+
+All of it holds for the present thread alone; torch's switches for the whole process stay as they are.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor
 
-from hfopt.closure.patch import Patch
+from hfopt.closure.patch import Method, Patch
+from hfopt.linalg import draws, generators
 
-
-def differentiable_attention() -> Any:
-    """Only the plain form of scaled dot-product attention can be differentiated twice."""
-    return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
-
-
-def _not_reentrant(plain: Any) -> Any:
-    """What stands in for torch's ``CheckpointFunction``, of which only ``apply`` is called."""
-
-    class NotReentrant:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
-
-    return NotReentrant
+_BUILT_IN = F.scaled_dot_product_attention
+_ATTENTION = {
+    _BUILT_IN,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+}
 
 
-_checkpoints = Patch(torch.utils.checkpoint, "CheckpointFunction", _not_reentrant)
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``softmax(scale Q K' + mask) V``, as ``torch.nn.functional.scaled_dot_product_attention``, by its plain form."""
+    device = query.device.type
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # As torch does before it chooses a form.
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        # Autocast casts the arguments of the function as a whole, and none of what happens inside it.
+        to = torch.get_autocast_dtype(device)
+        query, key, value, attn_mask = (_cast(t, to) for t in (query, key, value, attn_mask))  # type: ignore[assignment]
+    with torch.autocast(device, enabled=False) if autocast else ExitStack():
+        output: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    return output
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(dtype)
+
+
+def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The result of a torch function that a closure calls, in the form that can be differentiated twice."""
+    if kwargs:
+        draws.using(kwargs)
+    if func in _ATTENTION:
+        return plain_attention(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+def _attention(_plain: Method) -> Method:
+    return plain_attention
+
+
+def _eager(_plain: Method) -> Method:
+    return lambda _callback: None
+
+
+def _not_reentrant(_plain: Method) -> Method:
+    """What stands in for ``CheckpointFunction.apply``."""
+
+    def apply(_cls: type, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    return apply
+
+
+def _again_in_block(plain: Method) -> Method:
+    """Checkpointing whose function, when it is computed again outside the block, is so inside another."""
+
+    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = generators.torch_state() if generators.apart() else None
+
+        @functools.wraps(function)
+        def again(*inputs: Any, **keywords: Any) -> Any:
+            with twice_differentiable(), nullcontext() if state is None else generators.drawing_from(state):
+                return function(*inputs, **keywords)
+
+        return plain(again, *args, **kwargs)
+
+    return checkpoint
+
+
+# Whoever calls it by the name in torch.nn.functional, as torch's own layers do; other calls are seen by :func:`call`.
+_attention_patch = Patch(F, "scaled_dot_product_attention", _attention)
+_checkpoints = Patch(torch.utils.checkpoint.CheckpointFunction, "apply", _not_reentrant)
+_computed_again = Patch(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _again_in_block)
+
+
+@functools.cache
+def _compiler() -> Patch:
+    """What a compiled function asks whether it runs as it was written."""
+    return Patch(sys.modules["torch._dynamo.eval_frame"], "_callback_from_stance", _eager)
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """The block in which scaled dot-product attention takes the plain form, the only one to be differentiated twice."""
+    with _attention_patch.block():
+        yield
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """See the module's docstring."""
-    # Who has compiled something has imported the compiler, which takes seconds.
-    compiler = "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
-    with differentiable_attention(), eager, _checkpoints.block():
+    with ExitStack() as stack:
+        stack.enter_context(differentiable_attention())
+        # Who has compiled something has imported the compiler, which takes seconds.
+        if "torch._dynamo.eval_frame" in sys.modules:
+            stack.enter_context(_compiler().block())
+        stack.enter_context(_checkpoints.block())
+        stack.enter_context(_computed_again.block())
         yield

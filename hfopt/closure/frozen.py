@@ -1,23 +1,40 @@
 """One function per step: every run of a closure inside a step sees the same random draws and the same buffers.
 
-Dropout draws, noise, and the running statistics of normalisation layers would make each evaluation another function.
-:class:`Frozen` remembers the random state before the first run and the buffers of every module as it was first called,
-and puts both back around each further run, so that a step draws once and updates running statistics once.
+Dropout draws, noise, teacher forcing, and the running statistics of normalisation layers would make each evaluation
+another function. :class:`Frozen` remembers the states of the random generators that the first run draws from and the
+buffers of every module as it was first called, and puts both back around each further run, so that a step draws once
+and updates running statistics once. Generators: those of torch, Python's ``random`` and numpy, and objects of the
+closure's own, where a torch function is called with one or a closure or module refers to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import functools
+import random
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hfopt.closure.patch import undone
+from hfopt.errors import warn
+from hfopt.linalg.draws import Draws
+
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 # Bytes up to which a buffer on a device is put back without a look whether it has changed: the host would have to wait
 # for the answer, and running statistics are small.
 _SMALL = 1 << 20
+
+# Containers with more entries than this hold data, in which nobody looks for a generator.
+_FEW = 20
 
 
 def _put_back_unseen(tensor: Tensor) -> bool:
@@ -66,31 +83,37 @@ def _own_casts() -> Iterator[None]:
 
 
 class Frozen:
-    """The random state and the module buffers that belong to one step."""
+    """The random draws and the module buffers that belong to one step."""
 
-    def __init__(self, device: torch.device) -> None:
-        """``device``: where the parameters are; a CUDA device's generator is frozen with the CPU's."""
-        self._device = device
-        self._random = self._random_state()
+    def __init__(self, device: torch.device, closures: Iterable[Callable[..., Any] | None] = ()) -> None:
+        """``device``: where the parameters are; a CUDA device's generator is frozen with the CPU's.
+
+        ``closures``: what is going to be run; generator objects that they refer to are frozen as well.
+        """
+        self._draws = Draws(device, warn)
         self._buffers: dict[tuple[int, str], _Buffer] = {}
         self._modules: dict[int, nn.Module] = {}
         self._started = False
-        self.drew = False  # whether any run so far has drawn random numbers
+        for closure in closures:
+            for generator in referred(closure):
+                self._draws.add(generator)
+
+    @property
+    def drew(self) -> bool:
+        """Whether any run so far has drawn random numbers."""
+        return self._draws.drew
 
     def run(self) -> AbstractContextManager[None]:
         """Return the context of the next run of a closure: :meth:`first`, and :meth:`again` for all later runs."""
         return self.again() if self._started else self.first()
 
-    def _random_state(self) -> tuple[Tensor, Tensor | None]:
-        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state(), cuda
+    def put_back(self) -> None:
+        """Set the buffers to what they were before the first run, for a step that changes nothing."""
+        for b in self._buffers.values():
+            if b.changed():
+                b.set(b.tensor, b.before)
 
-    def _set_random_state(self, state: tuple[Tensor, Tensor | None]) -> None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], self._device)
-
-    def _see(self, module: nn.Module, _args: Any) -> None:
+    def _see(self, module: nn.Module) -> None:
         if torch.compiler.is_compiling():
             return  # what is inside was seen with the compiled module itself
         for inner in module.modules() if hasattr(module, "_orig_mod") else (module,):
@@ -105,28 +128,32 @@ class Frozen:
                 self._buffers[id(module), name] = _Buffer(
                     module, name, buffer, buffer._version, buffer.detach().clone()
                 )
-
-    def _note_draws(self) -> None:
-        cpu, cuda = self._random_state()
-        before, cuda_before = self._random
-        self.drew |= not torch.equal(cpu, before)
-        self.drew |= cuda is not None and cuda_before is not None and not torch.equal(cuda, cuda_before)
+        for value in vars(module).values():
+            if isinstance(value, GENERATORS):
+                self._draws.add(value)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        handle = nn.modules.module.register_module_forward_pre_hook(self._see)
-        try:
+        """See the modules that this thread calls; those that others call meanwhile are none of the closure's."""
+        thread, hooks = threading.get_ident(), nn.modules.module._global_forward_pre_hooks
+        handle = RemovableHandle(hooks)
+
+        def see(module: nn.Module, _args: Any) -> None:
+            if threading.get_ident() == thread:
+                self._see(module)
+
+        with undone(handle.remove):
+            hooks[handle.id] = see
             yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """Run the block and keep its draws and buffer updates."""
         self._started = True
-        with _own_casts(), self._watching():
+        run = self._draws.new(first=True)
+        with undone(lambda: self._draws.end(run)), self._draws.watch(run), _own_casts(), self._watching():
+            self._draws.begin(run)
             yield
-        self._note_draws()
 
     @contextmanager
     def again(self, watch: bool = True) -> Iterator[None]:
@@ -135,20 +162,58 @@ class Frozen:
         ``watch=False`` for runs of a traced graph, whose constants are no buffers of the model: among them are the
         parameters.
         """
-        random = self._random_state()
+        run = self._draws.new(first=False)
         known = [b for b in self._buffers.values() if b.changed()]
         now = [b.value() for b in known]
-        self._set_random_state(self._random)
-        for b in known:
-            b.set(b.tensor, b.before)
-        try:
-            with _own_casts(), self._watching() if watch else nullcontext():
-                yield
-        finally:
-            self._note_draws()
-            self._set_random_state(random)
+
+        def restore() -> None:
+            self._draws.end(run)
             for b in set(self._buffers.values()).difference(known):
                 if b.changed():
                     b.set(b.tensor, b.before)
             for b, (tensor, value) in zip(known, now, strict=True):
                 b.set(tensor, value)
+
+        with undone(restore), self._draws.watch(run), _own_casts():
+            self._draws.begin(run)
+            for b in known:
+                b.set(b.tensor, b.before)
+            with self._watching() if watch else nullcontext():
+                yield
+
+
+def referred(closure: Any, depth: int = 4) -> Iterator[Any]:
+    """The generator objects that a function refers to: in its cells, defaults, globals and object,
+    and in those of what it calls."""
+    if isinstance(closure, GENERATORS):
+        yield closure
+    elif depth == 0 or closure is None:
+        return
+    elif isinstance(getattr(closure, "__self__", None), GENERATORS):
+        yield closure.__self__
+    elif isinstance(closure, (list, tuple, dict)):
+        values = list(closure.values() if isinstance(closure, dict) else closure)
+        for value in values if len(values) <= _FEW else ():
+            yield from referred(value, depth - 1)
+    elif isinstance(closure, functools.partial):
+        for value in (closure.func, *closure.args, *closure.keywords.values()):
+            yield from referred(value, depth - 1)
+    elif isinstance(closure, types.MethodType):
+        yield from referred(closure.__func__, depth)
+        yield from referred(closure.__self__, depth - 1)
+    elif isinstance(closure, types.FunctionType):
+        scope = closure.__globals__
+        names = [scope[name] for name in closure.__code__.co_names if name in scope]
+        for value in (*_contents(closure), *(closure.__defaults__ or ()), *names):
+            yield from referred(value, depth - 1)
+    elif not isinstance(closure, (types.ModuleType, type, nn.Module, Tensor)):
+        # Modules of a network are looked at as they are called.
+        for value in list(getattr(closure, "__dict__", {}).values()):
+            if isinstance(value, GENERATORS):
+                yield value
+
+
+def _contents(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # of a name that has no value yet
+            yield cell.cell_contents

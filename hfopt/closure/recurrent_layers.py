@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hfopt import structural
+from hfopt.closure.patch import Switch
 from hfopt.errors import logger
 from hfopt.recurrences import gru_layer, lstm_layer, simple_rnn_layer
 
@@ -221,6 +222,8 @@ REPLACEMENTS = {
 
 RECURRENT = {getattr(torch._C._VariableFunctions, name): name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 
+_without_cudnn = Switch(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False)
+
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], purpose: Purpose) -> Any:
     """Return ``func(*args, **kwargs)`` for one of :data:`RECURRENT`, with derivatives fit for ``purpose``."""
@@ -231,7 +234,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
             return compute(found)
     if not any(isinstance(a, Tensor) and a.is_cuda for a in args):
         return func(*args, **kwargs)
-    with torch.backends.cudnn.flags(enabled=False):
+    with _without_cudnn.block():
         return func(*args, **kwargs)
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from hfopt import structural
-from hfopt.closure import recurrent_layers
+from hfopt.closure import differentiable, recurrent_layers
+from hfopt.closure.patch import undone
 from hfopt.closure.recurrent_layers import Purpose
 from hfopt.errors import ClosureError
 from hfopt.linalg import graph
@@ -101,7 +103,7 @@ class TraceMode(TorchFunctionMode):
             return self._criterion(func, args, kwargs)
         if func in recurrent_layers.RECURRENT:
             return recurrent_layers.call(func, args, kwargs, self.purpose)
-        return func(*args, **kwargs)
+        return differentiable.call(func, args, kwargs)
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
         root, gradient = args[0], args[1] if len(args) > 1 else kwargs.get("gradient")
@@ -166,11 +168,10 @@ class _Cuts:
         if module is None:
             yield
             return
-        handle = module.register_forward_hook(lambda _module, _args, result: self.tree(result))
-        try:
+        handle = RemovableHandle(module._forward_hooks)
+        with undone(handle.remove):
+            module._forward_hooks[handle.id] = lambda _module, _args, result: self.tree(result)
             yield
-        finally:
-            handle.remove()
 
 
 def loss_of_result(result: Any) -> tuple[Any, Tensor | None]:
@@ -319,7 +320,7 @@ class OutputCollector(TorchFunctionMode):
             self.flat.append(tree_flatten((args, kwargs))[0])
         if func in recurrent_layers.RECURRENT:
             return recurrent_layers.call(func, args, kwargs, "products")
-        return func(*args, **kwargs)
+        return differentiable.call(func, args, kwargs)
 
 
 def outputs_again(

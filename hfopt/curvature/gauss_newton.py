@@ -92,7 +92,7 @@ class GaussNewton(ClosureOperator):
         super().__init__(params, processes)
         if linearisation not in POLICIES:
             raise ValueError(f"linearisation is {linearisation!r}, but must be one of {', '.join(POLICIES)}")
-        self._frozen = Frozen(self.device) if frozen is None else frozen
+        self._frozen = Frozen(self.device, (closure,)) if frozen is None else frozen
         self.closure, self.memory_budget = closure, memory_budget
         model = ClosureRunner(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
         with loss_scaling.watching() as scaling:
@@ -397,7 +397,8 @@ class Hessian(ClosureOperator):
         processes: Processes | None = None,
     ) -> None:
         super().__init__(params, processes)
-        with (frozen or Frozen(self.device)).run(), twice_differentiable(), loss_scaling.watching() as scaling:
+        frozen = Frozen(self.device, (closure,)) if frozen is None else frozen
+        with frozen.run(), twice_differentiable(), loss_scaling.watching() as scaling:
             seen = trace(closure, loss=loss, cut=False)
         self.scaler, self.unit = scaling.scaler, scaling.unit
         self.loss = self._loss_of_all(seen.total)

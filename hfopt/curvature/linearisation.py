@@ -23,8 +23,9 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol
 
@@ -33,6 +34,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from hfopt.closure.patch import Method, Patch
+from hfopt.curvature.memory import available_bytes as available_bytes
 from hfopt.errors import NotDifferentiable, logger, size
 from hfopt.linalg import graph
 from hfopt.recurrences.segments import Segments
@@ -48,7 +51,7 @@ POLICIES = ("auto", "double-backward", "linearize", "checkpoint", "recompute", "
 # What a closure may ask about a parameter itself: a tensor that stands in for one would answer otherwise.
 _OF_PARAMETERS = {getattr(Tensor, name).__get__ for name in ("requires_grad", "is_leaf", "grad")}
 
-# Tracing, and what is replaced for it, concern the whole process.
+# torch counts its tracing and its nested forward modes for the whole process.
 _ONE_AT_A_TIME = threading.RLock()
 
 Maybe = list["Tensor | None"]
@@ -205,12 +208,7 @@ class Checkpoint(DoubleBackward):
 
 
 class _Swap(TorchFunctionMode):
-    """Replaces parameters by other tensors in every torch function that is called.
-
-    ``torch.autograd.Function.apply`` is not such a function: while this mode is on, it replaces its arguments itself.
-    Otherwise a parameter given straight to one would be a constant there, and its tangent silently lost. That holds for
-    the whole process, so only one thread at a time can be inside.
-    """
+    """Replaces parameters by other tensors in every torch function that is called; see :func:`_swapped`."""
 
     def __init__(self, replacement: dict[int, Tensor]) -> None:
         super().__init__()
@@ -219,28 +217,42 @@ class _Swap(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _OF_PARAMETERS:
-            args, kwargs = self._replaced((args, kwargs))
+            args, kwargs = self.replaced((args, kwargs))
         return func(*args, **kwargs)
 
-    def _replaced(self, arguments: Any) -> Any:
+    def replaced(self, arguments: Any) -> Any:
+        """``arguments`` with other tensors for the parameters in it."""
         return tree_map_only(Tensor, lambda t: self.replacement.get(id(t), t), arguments)
 
-    def __enter__(self) -> Any:
-        _ONE_AT_A_TIME.acquire()
-        self._apply: Any = torch.autograd.Function.__dict__["apply"]
-        plain, replaced = self._apply.__func__, self._replaced
 
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = replaced((args, kwargs))
-            return plain(cls, *args, **kwargs)
+_swap: ContextVar[_Swap | None] = ContextVar("hfopt_swap", default=None)
 
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-        return super().__enter__()  # type: ignore[no-untyped-call]
 
-    def __exit__(self, *raised: Any) -> None:
-        torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
-        _ONE_AT_A_TIME.release()
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+def _with_swapped_arguments(plain: Method) -> Method:
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        swap = _swap.get()
+        if swap is not None:
+            args, kwargs = swap.replaced((args, kwargs))
+        return plain(cls, *args, **kwargs)
+
+    return apply
+
+
+# It is no torch function that a mode would see: a parameter given straight to one would be a constant there, and its
+# tangent silently lost.
+_apply = Patch(torch.autograd.Function, "apply", _with_swapped_arguments)
+
+
+@contextmanager
+def _swapped(replacement: dict[int, Tensor]) -> Iterator[None]:
+    """The block in which this thread computes with other tensors in place of parameters, by their identity."""
+    mode = _Swap(replacement)
+    token = _swap.set(mode)
+    try:
+        with _ONE_AT_A_TIME, _apply.block(), mode:
+            yield
+    finally:
+        _swap.reset(token)
 
 
 class Linearize:
@@ -269,7 +281,7 @@ class Linearize:
 
         def function(*values: Tensor) -> tuple[Tensor, ...]:
             swapped = {id(p): t for p, t in zip(own, values, strict=True)}
-            with _Swap(swapped):
+            with _swapped(swapped):
                 # An output that is a parameter itself has passed no function that could swap it.
                 return tuple(swapped.get(id(z), z) for z in run())
 
@@ -349,22 +361,6 @@ class Recompute:
     def kept_bytes(self) -> int:
         """Return zero."""
         return 0
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that new tensors on ``device`` can take (Linux: MemAvailable; elsewhere on the CPU: unlimited)."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + cached)
-    try:
-        with open("/proc/meminfo") as f:
-            for line in f:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 1 << 62
 
 
 def not_differentiable(attempts: dict[str, Exception]) -> NotDifferentiable:

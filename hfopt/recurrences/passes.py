@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hfopt import structural
 from hfopt.linalg import graph
+from hfopt.linalg.generators import TORCH, apart, attributed, drawing_from, others, torch_state
 
 Maybe = Tensor | None
 Tensors = tuple[Tensor, ...]
@@ -137,18 +138,21 @@ class Segments:
         states = self._split(values)[1]
         whole: list[Tensor] = []
         draws = []
-        for i in range(len(self.bounds)):
-            draws.append(_random_state(self.devices))
-            self.borders.append(states)
-            found, weights = self._call(i, self._arguments(i, values), marks=self.marks and i == 0)
-            if i == 0:
-                self.marks = bool(weights)
-            end = self.outputs + self.counts[1]
-            self._gather(whole, found[: self.outputs], i, 0)
-            states = tuple(_own(s) for s in found[self.outputs : end])
-            if not keep:
-                self.borders[i] = ()
-        drew = any(not torch.equal(x, y) for x, y in zip(draws[0], _random_state(self.devices), strict=True))
+        with attributed() as mine:
+            for i in range(len(self.bounds)):
+                draws.append(_random_state(self.devices))
+                self.borders.append(states)
+                found, weights = self._call(i, self._arguments(i, values), marks=self.marks and i == 0)
+                if i == 0:
+                    self.marks = bool(weights)
+                end = self.outputs + self.counts[1]
+                self._gather(whole, found[: self.outputs], i, 0)
+                states = tuple(_own(s) for s in found[self.outputs : end])
+                if not keep:
+                    self.borders[i] = ()
+            after = _random_state(self.devices)
+        # The generators are rewound later only where the function itself has drawn, and not another thread.
+        drew = mine(TORCH) and any(not torch.equal(x, y) for x, y in zip(draws[0], after, strict=True))
         self.draws = draws if keep and drew else None
         given = {id(v) for v in values}
         return (*whole, *(s.clone() if id(s) in given else s for s in states))
@@ -253,12 +257,18 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def _random_state(devices: list[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+    return [torch_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
 
 
 @contextmanager
 def _random(state: list[Tensor], devices: list[torch.device]) -> Iterator[None]:
     """Draw as from ``state``, and leave the generators as they were."""
+    if others() or apart():
+        with drawing_from(state[0]), torch.random.fork_rng(devices) if devices else ExitStack():
+            for device, s in zip(devices, state[1:], strict=True):
+                torch.cuda.set_rng_state(s, device)
+            yield
+        return
     with torch.random.fork_rng(devices):
         torch.set_rng_state(state[0])
         for device, s in zip(devices, state[1:], strict=True):

@@ -8,12 +8,8 @@ promised, not negative; products agree with differences of the outputs (of the g
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +44,7 @@ def check(objective: Objective, given: StepInput, gradient: Tensor, result: Any)
     kind = kind_of(objective)
     if checked and (kind in checked if option is True else given.memory.steps % option):
         return checked
-    with objective.untouched(), _own_draws():
+    with objective.untouched():
         _Checks(objective, given, gradient, result).run()
     return checked | {kind}
 
@@ -68,17 +64,6 @@ def kind_of(objective: Objective) -> str:
 
 def _closed(space: Any) -> list[str]:
     return [type(b.closed).__name__ for b in space.blocks] if isinstance(space, Matching) else []
-
-
-@contextmanager
-def _own_draws() -> Iterator[None]:
-    """Put back the generators that no closure's context restores."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's own draws
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 class _Checks:
@@ -121,9 +106,9 @@ class _Checks:
             if not abs(first - second) <= bound:
                 self.fail(
                     f"two calls of the {self._name(name)} at the same parameters gave the losses {first!r} and "
-                    f"{second!r}: it must be one function of the parameters within a step. Draw batches and numbers of "
-                    "numpy and random before step(), and keep no state from call to call; torch's own draws (dropout) "
-                    "are repeated by the optimizer"
+                    f"{second!r}: it must be one function of the parameters within a step. Draw batches before step() "
+                    "and keep no state from call to call; draws of torch, random and numpy are repeated by the "
+                    "optimizer, but not those of a generator that the closure does not refer to itself"
                 )
             if name == "closure" and not abs(first - step.loss) <= 4 * self.eps**0.5 * size:
                 self.fail(

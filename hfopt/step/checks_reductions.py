@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hfopt.closure import recurrent_layers
+from hfopt.closure import differentiable, recurrent_layers
 from hfopt.closure.trace import Closure, loss_of_result
 from hfopt.linalg import graph
 from hfopt.losses import CRITERIA, Call
@@ -90,7 +90,7 @@ class ReductionTrace(TorchFunctionMode):
         result = (
             recurrent_layers.call(func, args, kwargs, "value")
             if func in recurrent_layers.RECURRENT
-            else func(*args, **kwargs)
+            else differentiable.call(func, args, kwargs)
         )
         for t in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(t, Tensor) and t.requires_grad:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hfopt.closure import loss_scaling
 from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
+from hfopt.closure.patch import undone
 from hfopt.closure.trace import Closure, differentiate, evaluate
 from hfopt.curvature.fisher import Fisher
 from hfopt.curvature.gauss_newton import GaussNewton, Hessian
@@ -68,7 +69,9 @@ class Objective:
         self.settings, self.closures, self.processes = given.settings, given.closures, given.processes
         self.steps, self.chosen = given.memory.steps, given.memory.chosen
         self.vector = ParameterVector(p.value for p in given.parameters)
-        self.frozen = Frozen(self.vector.device)
+        self.frozen = Frozen(self.vector.device, given.closures.by_role().values())
+        self.saved = []
+        self.moved = False  # by a step that is accepted
         self.decay = self._per_parameter([p.weight_decay for p in given.parameters])
         rates = [p.lr for p in given.parameters]
         self.rate = max(rates)
@@ -214,14 +217,24 @@ class Objective:
             value = math.inf
         return value if self.processes is None else self.processes.mean(value)
 
+    def accept(self, direction: Tensor, length: float) -> None:
+        """Move to ``theta + length * direction`` for good."""
+        self.vector.move(self.saved, direction, length)
+        self.moved = True
+        for p in self.vector.params:
+            torch.autograd.graph.increment_version(p)
+
+    def back(self) -> None:
+        """Put the parameters back to theta, unless a step was accepted; may be called at any time, and twice."""
+        if self.saved and not self.moved:
+            self.vector.restore(self.saved)
+
     def f(self, direction: Tensor, length: float = 1.0) -> float:
         """Return loss and penalty at ``theta + length * direction``; the parameters come back to the bit."""
-        try:
+        with undone(lambda: self.vector.restore(self.saved)):
             self.vector.move(self.saved, direction, length)
             self.evaluations += 1
             value = self.loss_of(self.closures.judge, trial=True)
-        finally:
-            self.vector.restore(self.saved)
         self.values.add(value)
         self.farthest = max(self.farthest, abs(length) * norm(direction))
         if self.decays():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfopt.closure.patch import undone
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.damping import KrylovDamping
 from hfopt.errors import warn
@@ -68,7 +69,14 @@ class Step:
             at.processes.agree(**sizes, **{"norms of the parameters": norm(theta), "lambda": damping})
 
     def run(self) -> StepOutcome:
-        """Take the step."""
+        """Take the step.
+
+        Broken off by an exception, it leaves the parameters where they were, or where an accepted step has taken them.
+        """
+        with undone(self.objective.back):
+            return self._run()
+
+    def _run(self) -> StepOutcome:
         begun = time.perf_counter()
         at = self.objective
         gradient, result = at.begin()
@@ -77,6 +85,7 @@ class Step:
         if not all(map(math.isfinite, (at.f0, at.loss, size, norm(at.model.g)))):
             if at.scaler is None:  # which tries scales until one is too large
                 warn(NOT_FINITE)
+            at.frozen.put_back()  # running statistics would be NaN for ever after
             move = self._stay("not finite")
         elif size == 0.0:
             move = self._stay("zero gradient")
@@ -122,9 +131,7 @@ class Step:
         found = self._searched(candidate)
         accepted = found.length > 0
         if accepted:
-            at.vector.move(at.saved, candidate.p, found.length)
-            for p in at.vector.params:
-                torch.autograd.graph.increment_version(p)
+            at.accept(candidate.p, found.length)
         self._update_rule(candidate, accepted)
         starts: tuple[Tensor | None, ...] = (None,) * len(at.vector.params)
         if accepted:

@@ -103,3 +103,52 @@ def test_bad_data_are_passed_over_behind_every_criterion(criterion: Callable[[Te
     assert torch.equal(theta(model), before)
     optimizer.step(lambda: criterion(model(X)))
     assert optimizer.stats[-1].accepted
+
+
+def normalised(seed: int = 7) -> nn.Sequential:
+    return nn.Sequential(mlp(3, 6, seed=seed), nn.BatchNorm1d(6, dtype=X.dtype), nn.Tanh(), mlp(6, 2, seed=8))
+
+
+class Averages(nn.Module):
+    """A running average of inputs in a buffer that is replaced at every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = mlp(3, 2, seed=11)
+        self.register_buffer("average", torch.zeros(3, dtype=X.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average = 0.9 * self.average + 0.1 * x.mean(0)  # type: ignore[operator, has-type]
+        z: Tensor = self.linear(x)
+        return z
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("make", [normalised, Averages])
+def test_a_bad_batch_leaves_running_statistics_alone(make: Callable[[], nn.Module], first: bool, bad: float) -> None:
+    """Otherwise they would be NaN for ever after, and so would every output in evaluation mode."""
+    model, broken = make(), X.clone()
+    broken[3, 1] = bad
+    optimizer = hfopt.HessianFree(model.parameters())
+    if not first:
+        optimizer.step(mse(model))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="not finite before the step"):
+        optimizer.step(mse(model, broken))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    optimizer.step(mse(model))
+    assert optimizer.stats[-1].accepted
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert model.eval()(X).isfinite().all()
+
+
+def test_a_bad_evaluation_batch_leaves_running_statistics_alone() -> None:
+    model = normalised()
+    optimizer = hfopt.HessianFree(model.parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="not finite before the step"):
+        optimizer.step(mse(model), evaluation=mse(model, X * math.nan))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
