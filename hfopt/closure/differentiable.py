@@ -23,7 +23,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from hfopt.closure.patch import Method, Patch
-from hfopt.linalg import draws, generators
+from hfopt.draws import generators, repeated
 
 _BUILT_IN = F.scaled_dot_product_attention
 _ATTENTION = {
@@ -69,7 +69,7 @@ def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The result of a torch function that a closure calls, in the form that can be differentiated twice."""
     if kwargs:
-        draws.using(kwargs)
+        repeated.using(kwargs)
     if func in _ATTENTION:
         return plain_attention(*args, **kwargs)
     return func(*args, **kwargs)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hfopt.closure.patch import undone
+from hfopt.draws.repeated import Draws
 from hfopt.errors import warn
-from hfopt.linalg.draws import Draws
 
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 

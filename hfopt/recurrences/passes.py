@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
+from hfopt.draws.generators import TORCH, apart, attributed, drawing_from, others, torch_state
 from hfopt.linalg import graph
-from hfopt.linalg.generators import TORCH, apart, attributed, drawing_from, others, torch_state
 
 Maybe = Tensor | None
 Tensors = tuple[Tensor, ...]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hfopt.linalg.generators import (
+from hfopt.draws.generators import (
     NUMPY,
     PYTHON,
     TORCH,
