@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from hfopt.closure.criteria import CriterionCall
-from hfopt.closure.partial import Edge, between, edge_of, partial_gradients, walk
+from hfopt.closure.partial import between, edge_of, partial_gradients, walk
 from hfopt.closure.squares import Square, uses_data
 from hfopt.errors import ClosureError
 from hfopt.linalg import graph
@@ -41,17 +41,20 @@ class Decomposition:
     direct: Maybe
 
 
-def decompose(trace: Trace, params: Sequence[Tensor]) -> Decomposition:
+def decompose(trace: Trace, params: Sequence[Tensor], part: bool = False) -> Decomposition:
     """Take the loss of a traced closure apart.
+
+    ``part``: it is part of a loss, and may be a function of the parameters alone.
 
     Raises:
         ClosureError: the loss is not linear in the criteria, or depends on the network beside them.
     """
-    return _Decomposing(trace, params).run()
+    return _Decomposing(trace, params, part).run()
 
 
 class _Decomposing:
-    def __init__(self, trace: Trace, params: Sequence[Tensor]) -> None:
+    def __init__(self, trace: Trace, params: Sequence[Tensor], part: bool) -> None:
+        self.part = part
         self.total, self.params = trace.total, list(params)
         self.ids = {id(p) for p in params}
         self.criteria = {call.edge: call for call in trace.calls}
@@ -68,12 +71,12 @@ class _Decomposing:
             # In the order in which they were called, which is that of the outputs.
             calls.sort(key=lambda call: call.sites)
             squares.sort(key=lambda s: s.sites)
-            if self._leave_out(self._unfit(squares, bool(calls), beside)):
+            if self._leave_out(self._unfit(squares, self.part or bool(calls), beside)):
                 continue
             side = self._depends(beside)
             if side and self._leave_out(_entangled(squares, beside)):
                 continue
-            if not calls and not squares:
+            if not (calls or squares or self.part):
                 raise self._unknown()
             if side:
                 self._refuse_side_paths(calls, squares, beside)
@@ -133,7 +136,7 @@ class _Decomposing:
             )
         # What is added to squares must be a penalty for certain: with a criterion, its network is known.
         trained = [p for p in self.params if p.requires_grad]
-        if not calls and uses_data(between(self.total, trained, set(self.squares)), self.ids):
+        if not calls and not self.part and uses_data(between(self.total, trained, set(self.squares)), self.ids):
             raise self._unknown()
 
     def _unknown(self) -> ClosureError:
@@ -161,9 +164,3 @@ def _entangled(squares: list[Square], beside: list[Node]) -> list[Square]:
 
 def _end(total: Tensor) -> str:
     return total.grad_fn.name() if total.grad_fn is not None else "a leaf tensor"
-
-
-def calls_in(root: Tensor, calls: Sequence[CriterionCall], squares: Sequence[Square]) -> tuple[set[Edge], list[Node]]:
-    """Which of the values the way from ``root`` to the network leads through, and what is met before."""
-    met, nodes = walk(root, {c.edge for c in (*calls, *squares)})
-    return set(met), nodes

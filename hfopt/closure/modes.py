@@ -90,8 +90,8 @@ class ClosureMode(TorchFunctionMode):
         """Run ``backward()``, if that is wanted: whether it was."""
         return False
 
-    def after_backward(self, handed: Sequence[Tensor]) -> None:
-        """``backward()`` was called on ``handed``, whose sum is the last of ``roots``."""
+    def after_backward(self, freed: Sequence[Tensor]) -> None:
+        """``backward()`` was called; ``freed`` are the closure's tensors whose graph it would have freed."""
 
     def check_inputs(self, inputs: Sequence[Tensor]) -> None:
         """``backward()`` is to set the gradients of ``inputs`` alone."""
@@ -104,16 +104,18 @@ class ClosureMode(TorchFunctionMode):
         given = [weights] * len(handed) if weights is None or isinstance(weights, Tensor) else list(weights)
         if (inputs := kwargs.get("inputs")) is not None:
             self.check_inputs([inputs] if isinstance(inputs, Tensor) else list(inputs))
-        self._creates |= bool(kwargs.get("create_graph", named.get("create_graph", False)))
+        creates = bool(kwargs.get("create_graph", named.get("create_graph", False)))
+        retains = bool(kwargs.get("retain_graph", named.get("retain_graph")) or creates)
+        self._creates |= creates
         parts = [_scalar(t, w) for t, w in zip(handed, given, strict=True)]
         root = parts[0] if len(parts) == 1 else torch.stack(parts).sum()
         self.roots.append(root.detach() if self.run_backward(lambda: func(*args, **kwargs)) else root)
-        self.after_backward(handed)
+        self.after_backward([] if retains else handed)
 
 
-def release(handed: Sequence[Tensor]) -> None:
+def release(freed: Sequence[Tensor]) -> None:
     """Take the graphs from losses that a closure holds after ``backward()``, which would have freed them."""
-    for t in handed:
+    for t in freed:
         if t.grad_fn is not None and not t._is_view():
             t.detach_()
 

@@ -69,7 +69,7 @@ class TraceMode(ClosureMode):
         self._record, self._params, self.watch = record, {id(p) for p in params}, watch
         self.calls: list[CriterionCall] = []
         self.squares: list[Square] = []
-        self.handed: list[Tensor] = []  # what the closure called ``backward()`` on
+        self.freed: list[Tensor] = []
         self.hidden: list[structural.HiddenState] = []
         self.split = False  # by `watch`, which took over what was found
         self._norms: dict[Node, Norm] = {}
@@ -108,9 +108,9 @@ class TraceMode(ClosureMode):
                 "backward() marks the loss. Take derivatives that the loss is made of by torch.autograd.grad"
             )
 
-    def after_backward(self, handed: Sequence[Tensor]) -> None:
+    def after_backward(self, freed: Sequence[Tensor]) -> None:
         """Let ``watch`` look on."""
-        self.handed += handed
+        self.freed += freed
         if self.watch is not None:
             self.watch(self)
 
@@ -119,8 +119,8 @@ class TraceMode(ClosureMode):
         gone = {id(c) for c in calls}
         self.calls[:] = [c for c in self.calls if id(c) not in gone]
         self.roots[:] = [r.detach() for r in self.roots]
-        release(self.handed)
-        for kept in (self.squares, self.handed, self.hidden, self._norms):
+        release(self.freed)
+        for kept in (self.squares, self.freed, self.hidden, self._norms):
             kept.clear()
         self.split = True
 

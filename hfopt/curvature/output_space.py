@@ -215,8 +215,8 @@ class Joint:
             for node in walk(g, outputs)[1]:
                 if node.name() == "torch::autograd::NotImplemented":
                     raise ClosureError(
-                        f"the loss has no second derivative in its outputs ({_said_by(node)}): use another loss, or pass "
-                        "curvature='empirical-fisher', which takes the gradient alone"
+                        f"the loss has no second derivative in its outputs ({_said_by(node)}): use another loss, or "
+                        "pass curvature='empirical-fisher', which takes the gradient alone"
                     )
 
     def _check(self, trace: Trace, one: Tensors) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hfopt import structural
 from hfopt.closure.criteria import CriterionCall, Site
+from hfopt.closure.decompose import decompose
 from hfopt.closure.modes import release
 from hfopt.closure.partial import Edge, walk
 from hfopt.closure.trace import Closure, OutputCollector, Trace, TraceMode
@@ -29,8 +31,15 @@ from hfopt.linalg import graph
 
 Maybe = list["Tensor | None"]
 
+_CLOSED = "hfopt: the value of a criterion of a closed part"
+
 # What double backward's graph holds, in units of the forward graph (measured: 2.6 on an autoencoder, 2.9 on an RNN).
 DOUBLE_BACKWARD_MEMORY = 2.9
+
+
+def _notes(node: Any) -> dict[Any, Any]:
+    notes: dict[Any, Any] = node.metadata
+    return notes
 
 
 @dataclass(eq=False)
@@ -136,8 +145,8 @@ class PartCollector:
         root = mode.roots[-1]
         if not self._separate or not root.requires_grad:
             return
-        met, _ = walk(root, {c.edge for c in (*mode.calls, *mode.squares)})
-        if any(edge in self._claimed for edge in met):
+        met, nodes = walk(root, {c.edge for c in (*mode.calls, *mode.squares)})
+        if any(edge in self._claimed for edge in met) or (self.parts and any(_CLOSED in _notes(n) for n in nodes)):
             self._give_up("the value of a criterion enters two backward() calls")
             return
         calls = [c for c in mode.calls if c.edge in met]
@@ -160,6 +169,8 @@ class PartCollector:
             self.need = 0
         while self._pending:
             self._close(*self._pending.pop(0))
+        for node, _ in self._claimed:
+            _notes(node)[_CLOSED] = True  # to hold the node would be to hold its graph
         mode.let_go(self._claimed.values())
         self._claimed.clear()
         self._hidden = self._squares = 0
@@ -179,7 +190,7 @@ class PartCollector:
 
     def _close(self, seen: Trace, heads: list[Tensor]) -> None:
         """Linearise a part and keep it, or take down its gradient alone."""
-        part = Part.of(seen, self.params)
+        part = Part.of(seen, self.params, Matching(decompose(seen, self.params, part=True), self.params))
         need = self._needed(heads)
         pulled: Sequence[Tensor | None] = [None] * len(self.params)
         if part.heads and self.need + need <= self.budget:
@@ -201,7 +212,7 @@ class Replay(OutputCollector):
         self.parts, self.use, self.everything, self.number = parts, use, everything, 0
         self.hidden: list[structural.HiddenState] = []
 
-    def after_backward(self, handed: Sequence[Tensor]) -> None:
+    def after_backward(self, freed: Sequence[Tensor]) -> None:
         """Use the next part, and let its graph go."""
         if not self.roots.pop().requires_grad:
             return
@@ -213,7 +224,7 @@ class Replay(OutputCollector):
         self.hidden.clear()
         if heads and (self.everything or part.linearisation is None):
             self.use(part, heads)
-        release(handed)
+        release(freed)
 
 
 def again(
