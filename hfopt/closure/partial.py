@@ -52,11 +52,17 @@ def partial_gradients(roots: Sequence[Tensor], cotangents: Sequence[Tensor], edg
     place = {edge: i for i, edge in reversed(list(enumerate(edges)))}
     found: Maybe = [None] * len(edges)
     waiting: dict[Edge, Tensor] = {}
+    known: dict[Node, Sequence[Any]] = {}
+
+    def results_of(node: Node) -> Sequence[Any]:
+        if node not in known:
+            known[node] = node._input_metadata
+        return known[node]
 
     def give(edge: Edge, g: Tensor | None) -> None:
         if g is None:
             return
-        g = _like(g, edge)
+        g = _like(g, results_of(edge[0])[edge[1]])
         if (i := place.get(edge)) is not None:
             old = found[i]
             found[i] = g if old is None else old + g
@@ -69,10 +75,10 @@ def partial_gradients(roots: Sequence[Tensor], cotangents: Sequence[Tensor], edg
     for start, w in zip(starts, cotangents, strict=True):
         give(start, w)
     for node in order:
-        given = [waiting.pop((node, i), None) for i in range(len(_metadata(node)))]
+        given = [waiting.pop((node, i), None) for i in range(len(results_of(node)))]
         if all(g is None for g in given):
             continue
-        full = [_zeros(node, i) if g is None else g for i, g in enumerate(given)]
+        full = [_zeros(data) if g is None else g for data, g in zip(results_of(node), given, strict=True)]
         # A Python function's node cannot be called; what the engine calls is its method apply.
         backward: Any = node if callable(node) else node.apply  # type: ignore[attr-defined]
         results = backward(*full)
@@ -116,18 +122,12 @@ def _order(starts: Sequence[Edge], stops: Collection[Edge], closed: Collection[E
     return order[::-1]
 
 
-def _metadata(node: Node) -> Sequence[Any]:
-    return node._input_metadata
-
-
-def _zeros(node: Node, i: int) -> Tensor:
-    data = _metadata(node)[i]
+def _zeros(data: Any) -> Tensor:
     return torch.zeros(tuple(data.shape), dtype=data.dtype, device=data.device)
 
 
-def _like(g: Tensor, edge: Edge) -> Tensor:
-    """A cotangent in the shape and dtype of the result at ``edge``, as torch's engine brings it into."""
-    data = _metadata(edge[0])[edge[1]]
+def _like(g: Tensor, data: Any) -> Tensor:
+    """A cotangent in the shape and dtype of its result, as torch's engine brings it into."""
     shape = tuple(data.shape)
     if tuple(g.shape) != shape:
         g = g.sum_to_size(shape)
