@@ -64,8 +64,8 @@ class ClosureMode(TorchFunctionMode):
             self.asked = True
         elif self._creates and func == _GRAD:
             raise ClosureError(
-                "the closure uses p.grad after backward(create_graph=True), but inside a step, backward() is noted: "
-                "take the gradient by torch.autograd.grad(loss, params, create_graph=True)"
+                "the closure uses p.grad after backward(create_graph=True), but inside a step, backward() is only "
+                "noted: take the gradient by torch.autograd.grad(loss, params, create_graph=True)"
             )
         return func(*args, **kwargs)
 
