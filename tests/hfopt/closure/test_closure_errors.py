@@ -282,7 +282,7 @@ def test_the_hessian_needs_no_outputs() -> None:
         ({"linearisation": "fast"}, r"linearisation is 'fast'.*double-backward"),
         ({"preconditioner": "jacobi"}, r"preconditioner is 'jacobi'.*empirical-fisher"),
         ({"structural": -1.0}, "structural"),
-        ({"structural": 0.1, "curvature": "hessian"}, "structural damping"),
+        ({"structural": 0.1, "curvature": "hessian"}, r"structural_damping needs"),
         ({"lr": -1.0}, "lr"),
         ({"weight_decay": -1.0}, "weight_decay"),
         ({"damping": -1.0}, "initial"),
