@@ -1,56 +1,34 @@
 """Trace the closure as a function of the parameters: theta -> outputs z -> loss.
 
-An ordinary LBFGS closure computes outputs, calls a criterion, calls ``backward()`` and returns the loss. While it runs
-under a ``TorchFunctionMode``, every call of a criterion is cut twice: the criterion gets a detached copy ``z'`` of the
-outputs, and the closure gets a detached copy ``l'`` of the criterion's value. What the closure makes of the values then
-is a small graph with leaves ``l'_k`` and theta, from which follow the weights ``c_k = dL/dl_k`` and any regulariser of
-the parameters, while the graph from theta to ``z`` stays whole for Gauss-Newton products.
+An ordinary LBFGS closure computes outputs, calls a criterion, calls ``backward()`` and returns the loss. It runs under
+a ``TorchFunctionMode`` that takes down every call of a criterion, and every square, with its place in the autograd
+graph. Nothing is cut, so that a closure may differentiate its criteria, too. What it makes of the values is found from
+the graph afterwards (:mod:`hfopt.closure.decompose`): the weights ``c_k = dL/dl_k`` and any regulariser of the
+parameters. Only outputs that ``outputs=`` or ``loss=`` declare are cut: the loss is computed from a copy of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from hfopt import structural
-from hfopt.closure import differentiable, recurrent_layers
+from hfopt.closure.criteria import CriterionCall, Site
+from hfopt.closure.modes import ClosureMode, release
 from hfopt.closure.patch import undone
 from hfopt.closure.recurrent_layers import Purpose
+from hfopt.closure.squares import NORMS, Norm, Square, norm_of
 from hfopt.errors import ClosureError
-from hfopt.linalg import graph
-from hfopt.losses import CRITERIA
 
 Closure = Callable[[], Any]
-
-WAYS_OUT = (
-    "Ways out: use a criterion of torch.nn.functional; let the closure return (outputs, loss); pass outputs=<the "
-    "module whose result is the network's output>; or pass loss=<function> with a closure that returns that "
-    "function's arguments"
-)
-
-# Where an output stands: the n-th criterion call, module call or result, and the place among its flattened tensors.
-Site = tuple[int, int]
-
-
-@dataclass
-class CriterionCall:
-    """One criterion seen in the closure: ``value (graph over cut inputs) = function(*args)``."""
-
-    function: Callable[..., Tensor]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: list[Tensor]  # in the network's graph
-    inputs: list[Tensor]  # their cut copies, leaves
-    value: Tensor  # computed from ``inputs``
-    leaf: Tensor  # cut copy of ``value`` that the closure went on with
 
 
 @dataclass
@@ -58,84 +36,104 @@ class Trace:
     """Result of one run of the closure.
 
     ``total`` is the loss (the sum of what ``backward()`` was called on, or the returned loss); ``result`` is what
-    ``step`` returns; exactly one of ``calls`` (criteria found) or ``outputs`` (declared outputs, with their leaf
-    copies in ``inputs`` or, if ``inputs`` is None, uncut) describes the way from outputs to loss.
+    ``step`` returns. ``calls`` and ``squares`` are all that were seen, part of the loss or not. ``outputs`` are the
+    declared ones, with their cut copies in ``inputs``, or those that the closure returned, with ``inputs`` None.
     """
 
     total: Tensor
     result: Any
     calls: list[CriterionCall] = field(default_factory=list)
+    squares: list[Square] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] | None = None
     hidden: list[structural.HiddenState] = field(default_factory=list)
-    differentiates: bool = False  # the closure calls torch.autograd.grad itself
-    sites: dict[int, Site] = field(default_factory=dict)  # by identity of the output
+    differentiates: bool = False  # the closure needs gradients to be enabled even where the loss alone is asked for
+    sites: dict[int, Site] = field(default_factory=dict)  # of ``outputs``, by identity
 
 
 def _cut(t: Tensor) -> Tensor:
     return t.detach().requires_grad_()
 
 
-class TraceMode(TorchFunctionMode):
-    """Sees every torch function of the closure; ``backward`` is noted instead of run."""
+class TraceMode(ClosureMode):
+    """Takes down criteria, squares and norms that depend on parameters."""
 
-    def __init__(self, *, cut_criteria: bool, run_backward: bool = False, purpose: Purpose = "value") -> None:
+    def __init__(
+        self,
+        purpose: Purpose,
+        *,
+        record: bool,
+        params: Sequence[Tensor] = (),
+        watch: Callable[[TraceMode], None] | None = None,
+    ) -> None:
         super().__init__()
         self.purpose = purpose
-        self.cut_criteria = cut_criteria
-        self.run_backward = run_backward
-        self.roots: list[Tensor] = []
+        self._record, self._params, self.watch = record, {id(p) for p in params}, watch
         self.calls: list[CriterionCall] = []
-        self.sites: dict[int, Site] = {}
-        self.criteria_seen = 0
-        self.differentiates = False
+        self.squares: list[Square] = []
+        self.freed: list[Tensor] = []
         self.hidden: list[structural.HiddenState] = []
-        self.watch: Callable[[TraceMode], None] | None = None
         self.split = False  # by `watch`, which took over what was found
+        self._norms: dict[Node, Norm] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.backward:
-            return self._backward(func, args, kwargs)
-        if func is torch.autograd.grad:
-            self.differentiates = True
-        if func in CRITERIA and self.cut_criteria:
-            return self._criterion(func, args, kwargs)
-        if func in recurrent_layers.RECURRENT:
-            return recurrent_layers.call(func, args, kwargs, self.purpose)
-        return differentiable.call(func, args, kwargs)
+    def _recorded(self) -> bool:
+        return self._record and torch.is_grad_enabled() and not self.transformed
 
-    def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
-        root, gradient = args[0], args[1] if len(args) > 1 else kwargs.get("gradient")
-        if gradient is not None:
-            root = (root * gradient).sum()
-        if root.numel() != 1:
-            raise ClosureError(f"backward() was called on a tensor of shape {tuple(root.shape)}; reduce the loss first")
-        if self.run_backward:
-            func(*args, **kwargs)
-            root = root.detach()
-        self.roots.append(root.reshape(()) if root.dim() else root)
-        if self.watch is not None and self.cut_criteria:
+    def criterion(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call it on views of the outputs."""
+        tensors = (a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor))
+        if not self._recorded() or not any(t.requires_grad for t in tensors):
+            return func(*args, **kwargs)
+        call = CriterionCall(func, args, kwargs, number)
+        self.calls.append(call)
+        return call.value.clone()  # a closure may go on in place (loss += ...)
+
+    def square(self, number: int, r: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note its place in the graph."""
+        value = func(*args, **kwargs)
+        if not self._recorded() or not value.requires_grad or not r.is_floating_point():
+            return value
+        if func in NORMS:
+            if (norm := norm_of(r, value, (number, 0))) is not None:
+                self._norms[value.grad_fn] = norm
+        elif r.grad_fn is not None and (norm := self._norms.get(r.grad_fn)) is not None:
+            self.squares.append(Square(norm.argument, value, norm.site, norm))
+        else:
+            self.squares.append(Square(r, value, (number, 0)))
+        return value
+
+    def check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Only ``backward()`` in all parameters is that of a loss."""
+        if not self._params <= {id(t) for t in inputs}:
+            raise ClosureError(
+                "backward(inputs=...) was called for other tensors than the optimizer's parameters, but inside a step, "
+                "backward() marks the loss. Take derivatives that the loss is made of by torch.autograd.grad"
+            )
+
+    def after_backward(self, freed: Sequence[Tensor]) -> None:
+        """Let ``watch`` look on."""
+        self.freed += freed
+        if self.watch is not None:
             self.watch(self)
 
-    def _criterion(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        flat, spec = tree_flatten((args, kwargs))
-        number, self.criteria_seen = self.criteria_seen, self.criteria_seen + 1
-        found = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and a.requires_grad]
-        if not found or not torch.is_grad_enabled():
-            value: Tensor = func(*args, **kwargs)
-            return value
-        outputs = [flat[i] for i in found]
-        for i in found:
-            self.sites.setdefault(id(flat[i]), (number, i))
-        inputs = [_cut(z) for z in outputs]
-        for i, z in zip(found, inputs, strict=True):
-            flat[i] = z
-        args, kwargs = tree_unflatten(flat, spec)
-        value = func(*args, **kwargs)
-        call = CriterionCall(func, args, kwargs, outputs, inputs, value, _cut(value))
-        self.calls.append(call)
-        return call.leaf.clone()  # a closure may go on in place (loss += ...), which a leaf forbids
+    def let_go(self, calls: Iterable[CriterionCall]) -> None:
+        """Keep nothing of what parts of the loss were computed from; the closure's losses lose their graphs, too."""
+        gone = {id(c) for c in calls}
+        self.calls[:] = [c for c in self.calls if id(c) not in gone]
+        self.roots[:] = [r.detach() for r in self.roots]
+        release(self.freed)
+        for kept in (self.squares, self.freed, self.hidden, self._norms):
+            kept.clear()
+        self.split = True
+
+
+class RunMode(ClosureMode):
+    """Runs ``backward()`` as it stands."""
+
+    def run_backward(self, run: Callable[[], Any]) -> bool:
+        """Yes."""
+        run()
+        return True
 
 
 @dataclass
@@ -210,8 +208,8 @@ def _called_loss(loss: Callable[..., Any], arguments: Any) -> Tensor:
     return value
 
 
-def _called(closure: Closure, mode: TraceMode) -> Any:
-    """The closure's result; what fails because ``backward()`` is put off is explained."""
+def _called(closure: Closure, mode: ClosureMode, cuts: _Cuts | None = None) -> Any:
+    """The closure's result; what fails because ``backward()`` is put off, or outputs are cut, is explained."""
     try:
         return closure()
     except (AttributeError, TypeError) as error:
@@ -222,10 +220,12 @@ def _called(closure: Closure, mode: TraceMode) -> Any:
             ) from error
         raise
     except RuntimeError as error:
-        if not mode.roots and ("not require grad" in str(error) or "differentiated Tensor" in str(error)):
+        cut = cuts is not None and bool(cuts.inputs)
+        if cut and ("not require grad" in str(error) or "differentiated Tensor" in str(error)):
             raise ClosureError(
-                f"the closure differentiates the loss itself ({error}), which is cut from the network inside a step. "
-                "Call loss.backward() instead, or only return the loss"
+                f"the closure differentiates what is computed from the result of outputs= ({error}), which is cut from "
+                "the network inside a step. Let the closure return (outputs, loss) instead of giving outputs=, or pass "
+                "curvature='hessian', which takes any loss"
             ) from error
         raise
 
@@ -235,45 +235,53 @@ def trace(
     *,
     loss: Callable[..., Tensor] | None = None,
     outputs: nn.Module | None = None,
+    params: Sequence[Tensor] = (),
     hidden: bool = False,
     cut: bool = True,
     watch: Callable[[TraceMode], None] | None = None,
 ) -> Trace:
-    """Run the closure once, with gradients enabled, and note outputs, criteria, weights and the loss.
+    """Run the closure once, with gradients enabled, and note outputs, criteria, squares and the loss.
 
     Args:
         closure: see the module's docstring; it may call ``backward()`` several times, the loss is their sum.
         loss: a function of what the closure returns, in place of a recognised criterion.
         outputs: the module whose results are the outputs, everything after it being the loss.
+        params: the optimizer's; the closure must not change them.
         hidden: whether hidden states are collected for structural damping.
-        cut: False leaves the graph whole (for the Hessian of the loss).
+        cut: False looks for no outputs (for the Hessian of the loss).
         watch: looks on at every ``backward()`` of a closure with criteria (see :mod:`hfopt.curvature.parts`).
 
     Raises:
         ClosureError: what was found and which keyword solves it.
     """
     declared = loss is not None or outputs is not None
-    mode = TraceMode(cut_criteria=cut and not declared, purpose="products" if cut else "hessian")
-    mode.watch = watch
+    mode = TraceMode(
+        "products" if cut else "hessian", record=cut and not declared, params=params, watch=None if declared else watch
+    )
     cuts = _Cuts(cut=True)
+    versions = [p._version for p in params]
     with (
         torch.enable_grad(),
         structural.collecting(hidden) as mode.hidden,
         cuts.at(outputs if cut else None),
         mode,
     ):
-        result = _called(closure, mode)
+        result = _called(closure, mode, cuts)
+        _refuse_changes(params, versions)
         if loss is not None:
             result = _called_loss(loss, cuts.tree(result) if cut else result)
         total = _total(mode.roots, result)
+    # "if loss.requires_grad: loss.backward()" and no result: without gradients there is no loss to be seen.
+    differentiates = mode.differentiates or (mode.asked and _loss_of(result) is None)
+    found = Trace(total, _public(result, total), differentiates=differentiates)
     if mode.split:
-        return Trace(total, _public(result, total), differentiates=mode.differentiates)
+        return found
     if not total.requires_grad:
         raise ClosureError(
             "the closure's loss does not depend on any parameter that requires a gradient (found a loss without a "
             "graph); check that the model runs inside the closure and that the loss is not detached"
         )
-    found = Trace(total, _public(result, total), hidden=mode.hidden, differentiates=mode.differentiates)
+    found.hidden = mode.hidden
     if not cut:
         return found
     if declared:
@@ -284,43 +292,49 @@ def trace(
                 f"no output depends on the parameters: {what} (or gave no tensor that requires a gradient)"
             )
         return found
-    reached = graph.reached_leaves([total]) | {id(total)}
-    # Criteria that the loss does not use are somebody's metrics.
-    found.calls = [call for call in mode.calls if id(call.leaf) in reached]
-    if found.calls:
-        found.sites = mode.sites
-    else:
-        shown, _ = loss_of_result(result)
-        flat = tree_flatten(shown)[0]
-        found.outputs = [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
-        found.sites = {id(t): (0, i) for i, t in enumerate(flat)}
-        if not found.outputs:
-            node = total.grad_fn.name() if total.grad_fn is not None else "a leaf tensor"
-            what = (
-                "the loss does not use the value of any criterion called in the closure"
-                if mode.calls
-                else "no known criterion was called in the closure"
-            )
-            raise ClosureError(f"{what}; the loss was found to end in {node}. {WAYS_OUT}")
+    found.calls, found.squares = mode.calls, mode.squares
+    flat = tree_flatten(loss_of_result(result)[0])[0]
+    found.outputs = [t for t in flat if isinstance(t, Tensor) and t.requires_grad]
+    found.sites = {id(t): (0, i) for i, t in enumerate(flat)}
     return found
 
 
-class OutputCollector(TorchFunctionMode):
-    """Takes down the inputs of every criterion, cutting nothing."""
+def _refuse_changes(params: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """A closure that moves the parameters is another function at every call."""
+    shapes = [tuple(p.shape) for p, v in zip(params, versions, strict=True) if p._version != v]
+    if shapes:
+        raise ClosureError(
+            f"the closure changes parameters in place, of shapes {shapes} (by an operation under torch.no_grad() such "
+            "as clamp_, or nn.Embedding(max_norm=...)), so that every call computes another function. Change them after"
+            " step(), or bound what is computed from them: image.clamp(0, 1), or a torch.nn.utils.parametrize module"
+        )
 
-    def __init__(self) -> None:
+
+def _loss_of(result: Any) -> Tensor | None:
+    return loss_of_result(result)[1]
+
+
+class OutputCollector(ClosureMode):
+    """Takes down the inputs of the criteria and squares whose numbers are ``wanted``."""
+
+    purpose = "products"
+
+    def __init__(self, wanted: Collection[int] = ()) -> None:
         super().__init__()
-        self.flat: list[list[Any]] = []
+        self._wanted = frozenset(wanted)
+        self.flat: dict[int, list[Any]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.backward:
-            return None
-        if func in CRITERIA:
-            self.flat.append(tree_flatten((args, kwargs))[0])
-        if func in recurrent_layers.RECURRENT:
-            return recurrent_layers.call(func, args, kwargs, "products")
-        return differentiable.call(func, args, kwargs)
+    def criterion(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note the arguments."""
+        if number in self._wanted:
+            self.flat[number] = tree_flatten((args, kwargs))[0]
+        return func(*args, **kwargs)
+
+    def square(self, number: int, r: Tensor, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note what is squared."""
+        if number in self._wanted:
+            self.flat[number] = [r]
+        return func(*args, **kwargs)
 
 
 def outputs_again(
@@ -333,12 +347,13 @@ def outputs_again(
 ) -> list[Tensor]:
     """Run the closure again for the outputs that :func:`trace` found at ``sites``, and the hidden states after them.
 
-    ``kind``: ``"criteria"`` (inputs of criteria), ``"module"`` (results of ``module``), ``"loss"`` (the closure's
-    result) or ``"result"`` (the first part of the closure's ``(outputs, loss)``).
+    ``kind``: ``"criteria"`` (arguments of criteria and squares), ``"module"`` (results of ``module``), ``"loss"`` (the
+    closure's result) or ``"result"`` (the first part of the closure's ``(outputs, loss)``).
     """
-    mode, cuts = OutputCollector(), _Cuts(cut=False)
+    mode, cuts = OutputCollector([n for n, _ in sites] if kind == "criteria" else ()), _Cuts(cut=False)
     with structural.collecting(hidden) as states, cuts.at(module if kind == "module" else None), mode:
         result = closure()
+    places: Any
     if kind == "criteria":
         places = mode.flat
     elif kind == "module":
@@ -361,7 +376,7 @@ def evaluate(closure: Closure, *, loss: Callable[..., Tensor] | None = None, dif
 
     ``differentiates`` keeps gradients enabled for closures that call ``torch.autograd.grad`` on their own.
     """
-    mode = TraceMode(cut_criteria=False)
+    mode = ClosureMode()
     try:
         with torch.set_grad_enabled(differentiates), structural.collecting(False), mode:
             result = _called(closure, mode)
@@ -389,7 +404,7 @@ def differentiate(
     """
     for p in params:
         p.grad = None
-    mode = TraceMode(cut_criteria=False, run_backward=True)
+    mode = RunMode()
     with torch.enable_grad(), structural.collecting(False), mode:
         result = closure()
         if loss is not None:

@@ -67,6 +67,9 @@ class Fisher(GaussNewton):
         self.batch_dim = batch_dim
         self._draws = [self._gradients(part.space, kind, samples, generator) for part in self.parts]
 
+    def _check_curvature(self) -> None:
+        """Of the loss, the gradient is enough."""
+
     def _gradients(
         self, space: Matching | Joint, kind: str, samples: int, generator: torch.Generator | None
     ) -> list[tuple[int, Tensor]]:

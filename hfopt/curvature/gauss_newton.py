@@ -99,6 +99,7 @@ class GaussNewton(ClosureOperator):
             built = build(model, linearisation, known)
         self.scaler, self.unit = scaling.scaler, scaling.unit
         seen, self.parts, self.linearisation = built.seen, built.parts, built.linearisation
+        self._check_curvature()
         self.loss = self._loss_of_all(seen.total)
         self.result, self.differentiates = seen.result, seen.differentiates
         self.has_structural = any(part.hidden for part in self.parts)
@@ -109,8 +110,8 @@ class GaussNewton(ClosureOperator):
             )
         self._versions = [p._version for p in self.params]
         self._one_by_one = False
-        whole = len(self.parts) == 1 and bool(seen.calls or seen.outputs)
-        self._again = model.again(self.parts[0], seen) if whole else None
+        whole = len(self.parts) == 1 and bool(self.parts[0].sites)
+        self._again = model.again(self.parts[0]) if whole else None
         shares = [*built.gradients, *(part.space.direct for part in self.parts)]
         _refuse_independence(self.params, [g for share in shares for g in share])
         self.gradient = self._of_all(self._flat(shares))
@@ -140,6 +141,11 @@ class GaussNewton(ClosureOperator):
     def outputs(self) -> int:
         """The number of output values."""
         return sum(z.numel() for part in self.parts for z in part.space.outputs)
+
+    def _check_curvature(self) -> None:
+        """Refuse a loss that has no Hessian in its outputs."""
+        for part in self.parts:
+            part.space.check_curvature()
 
     def _check_point(self) -> None:
         if [p._version for p in self.params] != self._versions:
@@ -399,7 +405,7 @@ class Hessian(ClosureOperator):
         super().__init__(params, processes)
         frozen = Frozen(self.device, (closure,)) if frozen is None else frozen
         with frozen.run(), twice_differentiable(), loss_scaling.watching() as scaling:
-            seen = trace(closure, loss=loss, cut=False)
+            seen = trace(closure, loss=loss, params=self.params, cut=False)
         self.scaler, self.unit = scaling.scaler, scaling.unit
         self.loss = self._loss_of_all(seen.total)
         self.result, self.differentiates = seen.result, seen.differentiates

@@ -7,14 +7,17 @@ Hessian is found by differentiating twice and may be indefinite where the functi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfopt.closure.trace import WAYS_OUT, CriterionCall, Trace
+from hfopt.closure.criteria import CriterionCall, Site
+from hfopt.closure.decompose import WAYS_OUT, Decomposition, decompose
+from hfopt.closure.partial import edge_of, partial_gradients, walk
+from hfopt.closure.trace import Trace
 from hfopt.errors import ClosureError
 from hfopt.linalg import graph
 from hfopt.losses import Call, OutputCurvature, matching_curvature
@@ -75,87 +78,48 @@ class Block:
 class Matching:
     """A weighted sum of known criteria plus a regulariser of the parameters."""
 
-    def __init__(self, trace: Trace, params: Sequence[Tensor]) -> None:
-        """Find the weights ``c_k``, the cotangents and the regulariser; refuse what is not a weighted sum.
+    def __init__(self, found: Decomposition, params: Sequence[Tensor]) -> None:
+        """Gather outputs, cotangents and curvatures of the criteria.
 
         Raises:
-            ClosureError: the loss is not linear in the criteria, or depends on the network beside them.
+            ClosureError: a criterion has no curvature.
         """
-        self.params = list(params)
-        leaves = [call.leaf for call in trace.calls]
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            trace.total, [*leaves, *self.params], create_graph=True, allow_unused=True
-        )
-        factors, self.direct = found[: len(leaves)], list(found[len(leaves) :])
-        self._refuse_nonlinear(trace, factors)
-        self._refuse_side_paths(trace)
-        self._refuse_feedback(trace)
+        self.params, self.direct = list(params), found.direct
         self.outputs: Tensors = []
+        self.sites: list[Site] = []
         self.blocks: list[Block] = []
         cotangents: Maybe = []
         places: dict[int, int] = {}
-        for call, c in zip(trace.calls, factors, strict=True):
-            if c is None:
-                continue
-            block = self._block(call, c.detach(), places, cotangents)
-            self.blocks.append(block)
+        for call, c in zip(found.calls, found.factors, strict=True):
+            self.blocks.append(self._block(call, c, places, cotangents))
         self.cotangents = [
             torch.zeros_like(z) if t is None else t for z, t in zip(self.outputs, cotangents, strict=True)
         ]
 
     def _block(self, call: CriterionCall, c: Tensor, places: dict[int, int], cotangents: Maybe) -> Block:
         where = []
-        for z in call.outputs:
+        for z, site in zip(call.outputs, call.sites, strict=True):
             if id(z) not in places:
                 places[id(z)] = len(self.outputs)
                 self.outputs.append(z)
+                self.sites.append(site)
                 cotangents.append(None)
             where.append(places[id(z)])
-        bound = Call.bind(call.function, call.args, call.kwargs, c)
+        bound = Call.bind(*call.bound(), call.factor(c))
         # The closed forms are Hessians in the criterion's input; a network may also stand at the target's place.
-        plain = len(where) == 1 and bound.arguments["input"] is call.inputs[0]
-        closed = matching_curvature(bound) if plain else None
-        gradients = _grad([call.value], call.inputs, [c], create=closed is None)
+        closed = matching_curvature(bound) if call.is_input(bound.arguments["input"]) else None
+        inputs: Tensors = []
+        if closed is None:
+            inputs, value = call.again()
+            gradients = _grad([value], inputs, [c], create=True)
+        else:
+            gradients = call.cotangents(c)
         for i, g in zip(where, gradients, strict=True):
             _add(cotangents, i, None if g is None else g.detach())
-        return Block(where, closed, [] if closed is not None else call.inputs, gradients)
+        return Block(where, closed, inputs, gradients if closed is None else [])
 
-    def _refuse_nonlinear(self, trace: Trace, factors: Sequence[Tensor | None]) -> None:
-        bad = [
-            call.function.__name__
-            for call, c in zip(trace.calls, factors, strict=True)
-            if c is not None and c.requires_grad
-        ]
-        if bad:
-            node = trace.total.grad_fn.name() if trace.total.grad_fn is not None else "?"
-            raise ClosureError(
-                f"the loss is not a weighted sum of criteria: it was found to depend on {', '.join(bad)} "
-                f"nonlinearly (it ends in {node}). Pass outputs=<the module whose result is the network's output>, so "
-                "that everything after it is differentiated as the loss, or loss=<function> with a closure that "
-                "returns its arguments"
-            )
-
-    def _refuse_side_paths(self, trace: Trace) -> None:
-        if all(g is None for g in self.direct):
-            return
-        network = {n for n in graph.nodes(z for call in trace.calls for z in call.outputs) if not graph.is_leaf_node(n)}
-        shared = [n for n in graph.nodes([trace.total]) if n in network]
-        if shared:
-            raise ClosureError(
-                "besides the criterion, the loss uses a result of the network (found through "
-                f"{shared[0].name()}); only functions of the parameters can be added to criteria. {WAYS_OUT}"
-            )
-
-    def _refuse_feedback(self, trace: Trace) -> None:
-        if len(trace.calls) < 2:  # a walk over the whole network, at every step, for what takes two
-            return
-        reached = graph.reached_leaves(z for call in trace.calls for z in call.outputs)
-        used = [call.function.__name__ for call in trace.calls if id(call.leaf) in reached]
-        if used:
-            raise ClosureError(
-                f"the value of {', '.join(used)} was found to be used in computing another criterion's outputs; only "
-                f"sums of criteria can be taken apart. {WAYS_OUT}"
-            )
+    def check_curvature(self) -> None:
+        """All criteria have second derivatives."""
 
     def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
         """Multiply block by block in output space, and by the regulariser's exact Hessian in parameter space.
@@ -181,25 +145,45 @@ class Joint:
         """
         self.params = list(params)
         self._uncut = trace.inputs is None
-        self.outputs = graph.directly_used([trace.total], trace.outputs) if self._uncut else trace.outputs
-        # Uncut outputs: gradients are stopped there by hooks whenever parameters beside them are asked for.
+        if trace.total.requires_grad and self._uncut:
+            self.outputs = graph.directly_used([trace.total], trace.outputs)
+        else:
+            self.outputs = trace.outputs
         self.inputs = self.outputs if trace.inputs is None else trace.inputs
+        self.sites = [trace.sites[id(z)] for z in self.outputs]
         self._refuse_side_paths(trace)
         one = [torch.ones_like(trace.total)]
-        self._dz = _grad([trace.total], self.inputs, one, create=True)
+        self._dz, self.direct = self._gradients([trace.total], one, create=True)
         if all(g is None for g in self._dz):
             raise ClosureError(f"the loss does not depend on the declared outputs. {WAYS_OUT}")
         self.cotangents = [
             torch.zeros_like(z) if g is None else g.detach() for z, g in zip(self.inputs, self._dz, strict=True)
         ]
-        self.direct: Maybe = [None] * len(self.params)
-        barrier = [z.grad_fn for z in self.inputs if z.grad_fn is not None]
-        reached = graph.reached_leaves([trace.total], barrier)
-        self._has_direct = any(id(p) in reached for p in self.params)
-        if self._has_direct:
-            with self._stopped():
-                self.direct = _grad([trace.total], self.params, one, create=True)
         self._check(trace, one)
+
+    def _gradients(
+        self, roots: Sequence[Tensor], weights: Sequence[Tensor], create: bool = False, batched: bool = False
+    ) -> tuple[Maybe, Maybe]:
+        """Of the outputs, each at fixed others, and of the parameters at fixed outputs."""
+        if not self._uncut:
+            targets = [*self.inputs, *self.params]
+            found = _grad(roots, targets, weights, create=create, batched=batched)
+            return found[: len(self.inputs)], found[len(self.inputs) :]
+        edges = [edge_of(t) for t in (*self.inputs, *self.params)]
+        pairs = [(r, w) for r, w in zip(roots, weights, strict=True) if r.requires_grad]
+        live: list[int] = []
+
+        def one(*cotangents: Tensor) -> tuple[Tensor, ...]:
+            grads = partial_gradients([r for r, _ in pairs], cotangents, edges)
+            live[:] = [i for i, g in enumerate(grads) if g is not None]
+            return tuple(g for g in grads if g is not None)
+
+        with torch.set_grad_enabled(create):
+            values = (torch.vmap(one) if batched and pairs else one)(*(w for _, w in pairs))
+        result: Maybe = [None] * len(edges)
+        for i, g in zip(live, values, strict=True):
+            result[i] = g
+        return result[: len(self.inputs)], result[len(self.inputs) :]
 
     def _refuse_side_paths(self, trace: Trace) -> None:
         """The loss may use outputs and parameters; outputs may use no other output as it was handed out."""
@@ -209,15 +193,31 @@ class Joint:
                 "result?): declare the last one alone, by outputs=<a module around all calls> or by loss=<function>"
             )
         network = {n for n in graph.nodes(self.outputs) if not graph.is_leaf_node(n)}
-        barrier = {z.grad_fn for z in self.outputs if z.grad_fn is not None}
-        beside = [n for n in graph.nodes([trace.total], barrier) if n in network]
-        nested = [n for n in graph.nodes(self.outputs) if any(f in barrier for f, _ in n.next_functions)]
-        if beside or (nested and self._uncut):
+        _, nodes = walk(trace.total, {edge_of(z) for z in self.outputs})
+        beside = next((n for n in nodes if n in network), None)
+        if beside is not None:
             raise ClosureError(
                 "besides the declared outputs, the loss was found to use a result of the network from which they are "
-                f"computed (through {(beside or nested)[0].name()}). Make one function of all that the loss is "
-                "computed from and give it as loss=, with a closure that returns that function's arguments"
+                f"computed (through {beside.name()}). Make one function of all that the loss is computed from and give "
+                "it as loss=, with a closure that returns that function's arguments, or pass curvature='hessian'"
             )
+
+    def check_curvature(self) -> None:
+        """Refuse a loss that torch cannot differentiate twice in the outputs.
+
+        Raises:
+            ClosureError: its backward pass is an operation without a derivative.
+        """
+        outputs = {edge_of(z) for z in self.inputs}
+        for g in self._dz:
+            if g is None or not g.requires_grad:
+                continue
+            for node in walk(g, outputs)[1]:
+                if node.name() == "torch::autograd::NotImplemented":
+                    raise ClosureError(
+                        f"the loss has no second derivative in its outputs ({_said_by(node)}): use another loss, or "
+                        "pass curvature='empirical-fisher', which takes the gradient alone"
+                    )
 
     def _check(self, trace: Trace, one: Tensors) -> None:
         """Compare with the plain gradient where the graph was not cut: a path beside the outputs must not be lost."""
@@ -238,30 +238,36 @@ class Joint:
                 "the loss is computed from, or pass outputs=<the module whose result is the network's output>"
             )
 
-    @contextmanager
-    def _stopped(self) -> Iterator[None]:
-        stopped = self.inputs if self._uncut else []
-        hooks = [z.register_hook(torch.zeros_like) for z in stopped]  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
     def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
         """Return ``[[L_zz, L_zt], [L_tz, L_tt]]`` times ``(u, v)``; ``batched`` as for :class:`Matching`."""
         heads = [(g, t) for g, t in zip(self._dz, u, strict=True) if g is not None and t is not None]
-        if self._has_direct:
-            heads += [(g, t) for g, t in zip(self.direct, v, strict=True) if g is not None]
-        roots, weights = [g for g, _ in heads], [t for _, t in heads]
-        w = _grad(roots, self.inputs, weights, batched=batched)
-        h: Maybe = [None] * len(self.params)
-        if self._has_direct:
-            with self._stopped():
-                h = _grad(roots, self.params, weights, batched=batched)
-        return w, h
+        heads += [(g, t) for g, t in zip(self.direct, v, strict=True) if g is not None]
+        return self._gradients([g for g, _ in heads], [t for _, t in heads], batched=batched)
+
+
+def _said_by(node: Any) -> str:
+    """What a node without a derivative raises."""
+    try:
+        node(*(torch.zeros(tuple(data.shape)) for data in node._input_metadata))
+    except RuntimeError as error:
+        return str(error)
+    return str(node.name())
 
 
 def output_space(trace: Trace, params: Sequence[Tensor]) -> Matching | Joint:
-    """The loss of a traced closure as a function of its outputs."""
-    return Matching(trace, params) if trace.calls else Joint(trace, params)
+    """The loss of a traced closure as a function of its outputs.
+
+    Criteria are looked for first: of outputs that the closure returns, nothing is known but where they are.
+
+    Raises:
+        ClosureError: the loss could not be taken apart.
+    """
+    if trace.inputs is not None or (trace.outputs and not trace.calls):
+        return Joint(trace, params)
+    try:
+        found = decompose(trace, params)
+    except ClosureError:
+        if not trace.outputs:
+            raise
+        return Joint(trace, params)
+    return Matching(found, params)

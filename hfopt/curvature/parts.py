@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
-from hfopt.closure.trace import Closure, CriterionCall, OutputCollector, Site, Trace, TraceMode
+from hfopt.closure.criteria import CriterionCall, Site
+from hfopt.closure.decompose import decompose
+from hfopt.closure.modes import release
+from hfopt.closure.partial import Edge, walk
+from hfopt.closure.trace import Closure, OutputCollector, Trace, TraceMode
 from hfopt.curvature.linearisation import Cost, DoubleBackward, Linearisation
 from hfopt.curvature.output_space import Joint, Matching, output_space
 from hfopt.errors import ClosureError
@@ -27,8 +31,15 @@ from hfopt.linalg import graph
 
 Maybe = list["Tensor | None"]
 
+_CLOSED = "hfopt: the value of a criterion of a closed part"
+
 # What double backward's graph holds, in units of the forward graph (measured: 2.6 on an autoencoder, 2.9 on an RNN).
 DOUBLE_BACKWARD_MEMORY = 2.9
+
+
+def _notes(node: Any) -> dict[Any, Any]:
+    notes: dict[Any, Any] = node.metadata
+    return notes
 
 
 @dataclass(eq=False)
@@ -56,8 +67,7 @@ class Part:
         space = output_space(seen, params) if space is None else space
         marked = [i for i, h in enumerate(seen.hidden) if h.preactivations.requires_grad]
         heads = [*space.outputs, *(seen.hidden[i].preactivations for i in marked)]
-        sites = [seen.sites[id(z)] for z in space.outputs]
-        return cls(space, [seen.hidden[i].weight for i in marked], marked, heads, sites)
+        return cls(space, [seen.hidden[i].weight for i in marked], marked, heads, space.sites)
 
     @property
     def count(self) -> int:
@@ -124,43 +134,48 @@ class PartCollector:
     need: int = 0
     largest: int = 0
     _outputs: int = 0
-    _roots: list[Tensor] = field(default_factory=list)
-    _pending: list[Trace] = field(default_factory=list)
-    _claimed: list[CriterionCall] = field(default_factory=list)
-    _leaves: list[Tensor] = field(default_factory=list)
+    _pending: list[tuple[Trace, list[Tensor]]] = field(default_factory=list)
+    _claimed: dict[Edge, CriterionCall] = field(default_factory=dict)
+    _squares: int = 0
     _hidden: int = 0
     _separate: bool = True
 
     def __call__(self, mode: TraceMode) -> None:
         """``backward()`` was called, on the last of ``mode.roots``."""
-        if not self._separate:
-            return
         root = mode.roots[-1]
-        reached = graph.reached_leaves([root]) | {id(root)}
-        if any(id(leaf) in reached for leaf in self._leaves):
+        if not self._separate or not root.requires_grad:
+            return
+        met, nodes = walk(root, {c.edge for c in (*mode.calls, *mode.squares)})
+        if any(edge in self._claimed for edge in met) or (self.parts and any(_CLOSED in _notes(n) for n in nodes)):
             self._give_up("the value of a criterion enters two backward() calls")
             return
-        claimed = {id(c) for c in self._claimed}
-        calls = [c for c in mode.calls if id(c.leaf) in reached and id(c) not in claimed]
-        self._claimed += calls
-        self._leaves += [c.leaf for c in calls]
+        calls = [c for c in mode.calls if c.edge in met]
+        squares, self._squares = mode.squares[self._squares :], len(mode.squares)
+        params = {id(p) for p in self.params}
+        errors = [s for s in squares if s.edge in met and s.of_data(params)]
+        self._claimed |= {c.edge: c for c in (*calls, *errors)}
         hidden = mode.hidden[self._hidden :]
         self._hidden = len(mode.hidden)
-        self._pending.append(Trace(root, None, calls, hidden=hidden, sites=mode.sites))
+        outputs = [z for c in (*calls, *errors) for z in c.outputs]
+        heads = outputs + [h.preactivations for h in hidden]
+        self._pending.append((Trace(root, None, calls, squares, hidden=hidden), heads))
         if not self.parts:
-            self._outputs += sum(z.numel() for c in calls for z in c.outputs)
+            self._outputs += sum(z.numel() for z in outputs)
             if self._outputs <= self.trusted:
                 return
-            self.need += self._needed(self._pending[-1])
+            self.need += self._needed(heads)
             if len(mode.roots) < 2 or self.need <= self.budget:
                 return
             self.need = 0
         while self._pending:
-            self._close(self._pending.pop(0))
-        self._let_go(mode)
+            self._close(*self._pending.pop(0))
+        for node, _ in self._claimed:
+            _notes(node)[_CLOSED] = True  # to hold the node would be to hold its graph
+        mode.let_go(self._claimed.values())
+        self._claimed.clear()
+        self._hidden = self._squares = 0
 
-    def _needed(self, seen: Trace) -> int:
-        heads = [z for c in seen.calls for z in c.outputs] + [h.preactivations for h in seen.hidden]
+    def _needed(self, heads: list[Tensor]) -> int:
         forward = graph.saved_bytes(heads, self.params)
         self.largest = max(self.largest, forward)
         return int(DOUBLE_BACKWARD_MEMORY * forward)
@@ -173,10 +188,10 @@ class PartCollector:
                 f"{why}: give every batch a backward() of its own, use smaller batches, or raise memory_budget"
             )
 
-    def _close(self, seen: Trace) -> None:
+    def _close(self, seen: Trace, heads: list[Tensor]) -> None:
         """Linearise a part and keep it, or take down its gradient alone."""
-        part = Part.of(seen, self.params, Matching(seen, self.params))
-        need = self._needed(seen)
+        part = Part.of(seen, self.params, Matching(decompose(seen, self.params, part=True), self.params))
+        need = self._needed(heads)
         pulled: Sequence[Tensor | None] = [None] * len(self.params)
         if part.heads and self.need + need <= self.budget:
             self.need += need
@@ -188,40 +203,28 @@ class PartCollector:
         self.parts.append(part)
         self.gradients.append(list(pulled))
 
-    def _let_go(self, mode: TraceMode) -> None:
-        """Nothing of the parts that are closed may stay with the mode."""
-        claimed = {id(c) for c in self._claimed}
-        mode.calls[:] = [c for c in mode.calls if id(c) not in claimed]
-        left = {id(z) for c in mode.calls for z in c.outputs}
-        for key in [k for k in mode.sites if k not in left]:
-            del mode.sites[key]
-        mode.roots[:] = [r.detach() for r in mode.roots]
-        mode.hidden.clear()
-        self._claimed.clear()
-        self._hidden = 0
-        mode.split = True
-
 
 class Replay(OutputCollector):
     """Passes on the heads of every part when its ``backward()`` is called."""
 
     def __init__(self, parts: list[Part], use: Callable[[Part, list[Tensor]], None], everything: bool) -> None:
-        super().__init__()
+        super().__init__([n for part in parts for n, _ in part.sites])
         self.parts, self.use, self.everything, self.number = parts, use, everything, 0
         self.hidden: list[structural.HiddenState] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.Tensor.backward:
-            return super().__torch_function__(func, types, args, kwargs)
+    def after_backward(self, freed: Sequence[Tensor]) -> None:
+        """Use the next part, and let its graph go."""
+        if not self.roots.pop().requires_grad:
+            return
         part, self.number = self.parts[self.number], self.number + 1
         heads = [self.flat[n][i] for n, i in part.sites]
         heads += [self.hidden[i].preactivations for i in part.marked]
         for n, _ in part.sites:
-            self.flat[n] = []
+            self.flat.pop(n, None)
         self.hidden.clear()
         if heads and (self.everything or part.linearisation is None):
             self.use(part, heads)
-        return None
+        release(freed)
 
 
 def again(

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from hfopt.closure.criteria import Site
 from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
-from hfopt.closure.trace import Closure, Site, Trace, outputs_again, trace
+from hfopt.closure.trace import Closure, Trace, outputs_again, trace
 from hfopt.curvature.differences import Differences
 from hfopt.curvature.linearisation import (
     Checkpoint,
@@ -63,12 +64,20 @@ class ClosureRunner:
     def run(self, *, checkpoint: bool = False, watch: Any = None) -> tuple[Trace, Run]:
         """Run and trace the closure, checkpointing its recurrences if asked."""
         with self.frozen.run(), twice_differentiable(), checkpointing(checkpoint) as run:
-            seen = trace(self.closure, loss=self.loss, outputs=self.outputs, hidden=self.structural, watch=watch)
+            seen = trace(
+                self.closure,
+                loss=self.loss,
+                outputs=self.outputs,
+                params=self.params,
+                hidden=self.structural,
+                watch=watch,
+            )
         return seen, run
 
-    def again(self, part: Part, seen: Trace) -> Callable[[], list[Tensor]]:
+    def again(self, part: Part) -> Callable[[], list[Tensor]]:
         """A function that computes the heads of ``part`` again."""
-        kind = "module" if self.outputs else "loss" if self.loss else "criteria" if seen.calls else "result"
+        criteria = isinstance(part.space, Matching)
+        kind = "criteria" if criteria else "module" if self.outputs else "loss" if self.loss else "result"
         # No method of an object that has the graph: a cycle would keep it alive until the next garbage collection.
         return partial(_heads_again, self.closure, self.frozen, kind, part.sites, self.outputs, part.marked)
 
@@ -181,7 +190,7 @@ class LinearisationChooser:
             around = partial(self.model.frozen.again, watch=False)
             kept = Checkpoint(heads, params, part.at, self.run.checkpointed, around)
             return kept, kept.gradient
-        again = self.model.again(part, self.seen)
+        again = self.model.again(part)
         if policy == "differences":
             differences = Differences(heads, params, again)
             return differences, differences.vjp(part.at)
@@ -227,6 +236,7 @@ class LinearisationChooser:
         self.part.heads = []
         if lin.name == "recompute":
             self.part.release_graph()
+            self.seen.total = self.seen.total.detach()
         return LinearisedLoss(self.seen, [self.part], [gradient], lin)
 
     def _explicit(self) -> LinearisedLoss:
