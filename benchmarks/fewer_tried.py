@@ -20,6 +20,21 @@ from hfopt.preconditioners import Preconditioner
 from hfopt.preconditioners.base import System
 
 
+class _FromScaledStart(HostCG):
+    """A solve whose start is scaled before the first iteration."""
+
+    def prepare(self) -> None:
+        """See :meth:`HostCG.prepare`."""
+        super().prepare()
+        if not self.from_zero:
+            product = self.b - self.r
+            curvature = dot(self.x, product)
+            c = max(dot(self.b, self.x) / curvature, 0.0) if curvature > 0 else 0.0
+            self.x.mul_(c)
+            torch.sub(self.b, product, alpha=c, out=self.r)
+            self.history = [self.phi()]
+
+
 class ScaledStart(CG):
     """Starts at ``c x``, x the last solution, of least ``phi(c x)``: ``c = b'x / x'Ax``, at no further product."""
 
@@ -34,15 +49,7 @@ class ScaledStart(CG):
         augment: Tensor | None = None,
     ) -> Solution:
         """See :meth:`hfopt.CG.solve`."""
-        run = HostCG(self, op, b, x0, preconditioner, directions)
-        if x0 is not None:
-            product = b - run.r
-            curvature = dot(x0, product)
-            c = max(dot(b, x0) / curvature, 0.0) if curvature > 0 else 0.0
-            run.x.mul_(c)
-            run.r = b - c * product
-            run.history = [run.phi()]
-        return run.iterate(norm(b), stop)
+        return _FromScaledStart(self, op, b, x0, preconditioner, directions).iterate(norm(b), stop)
 
 
 class Window(CG):

@@ -15,7 +15,7 @@ from benchmarks.fewer_tried import METHODS, NEW, OLD, Continuous, Ritz, ScaledSt
 from hfopt import CG
 from hfopt.linalg.krylov import DampingPath as Solutions
 from tests.hfopt.linalg.test_cg import Matrix, phi
-from tests.hfopt.tools import randn, relative, spd
+from tests.hfopt.tools import randn, relative, rounding, spd
 
 A = spd(torch.logspace(0, -3, 40, dtype=torch.float64), seed=1)
 B = randn(40, seed=2)
@@ -40,14 +40,16 @@ def test_another_window() -> None:
 
 
 def test_a_thin_space_holds_the_iterates() -> None:
-    options = {"max_iterations": 20, "tolerance": 0.0}
+    # Few iterations: lengths d'b for d'r rest on conjugacy, whose loss multiplies rounding by a thousand after
+    # fourteen, and by 1e9 after twenty.
+    options = {"max_iterations": 14, "tolerance": 0.0}
     damped = A + 0.05 * torch.eye(40, dtype=torch.float64)
     solution = Thin(**options).solve(Matrix(damped), B, directions=100)  # type: ignore[arg-type]
     assert solution.pairs is not None
     s, product = solution.pairs
     assert relative(product, s @ damped) < 1e-10
     assert len(s) == len(solution.iterates)
-    assert relative(s.cumsum(0), torch.stack([i.x for i in solution.iterates])) < 1e-6
+    assert relative(s.cumsum(0), torch.stack([i.x for i in solution.iterates])) < rounding(14, 1e4)
     assert phi(damped, B, Solutions(s, product, B, 0.0).solution(0.0)) <= phi(damped, B, solution.x) + 1e-9
 
 
