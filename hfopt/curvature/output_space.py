@@ -35,7 +35,8 @@ def _grad(
     pairs = [(r, w) for r, w in zip(roots, weights, strict=True) if r.requires_grad]
     heads, cotangents = [r for r, _ in pairs], [w for _, w in pairs]
     if create and heads and inputs:
-        return list(torch.autograd.grad(heads, inputs, cotangents, create_graph=True, allow_unused=True))
+        with graph.unhooked(inputs):
+            return list(torch.autograd.grad(heads, inputs, cotangents, create_graph=True, allow_unused=True))
     return graph.gradients(heads, inputs, cotangents, batched)
 
 
@@ -83,9 +84,10 @@ class Matching:
         """
         self.params = list(params)
         leaves = [call.leaf for call in trace.calls]
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            trace.total, [*leaves, *self.params], create_graph=True, allow_unused=True
-        )
+        with graph.unhooked(self.params):
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                trace.total, [*leaves, *self.params], create_graph=True, allow_unused=True
+            )
         factors, self.direct = found[: len(leaves)], list(found[len(leaves) :])
         self._refuse_nonlinear(trace, factors)
         self._refuse_side_paths(trace)
@@ -241,7 +243,7 @@ class Joint:
     @contextmanager
     def _stopped(self) -> Iterator[None]:
         stopped = self.inputs if self._uncut else []
-        hooks = [z.register_hook(torch.zeros_like) for z in stopped]  # type: ignore[no-untyped-call]
+        hooks = [z.register_hook(graph.stop) for z in stopped]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:

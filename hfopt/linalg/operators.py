@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hfopt.linalg.cuda_graphs import origin
 from hfopt.linalg.processes import Processes
+from hfopt.linalg.projection import Projection
 from hfopt.linalg.vector import ParameterVector
 
 
@@ -142,6 +143,7 @@ class ClosureOperator(Operator):
     loss: Tensor  # 0-dim, detached
     gradient: Tensor  # flat (P,)
     result: Any  # what an optimizer's step returns for this run of the closure
+    projection: Projection | None = None  # what the parameters' gradient hooks are
 
     def __init__(self, params: Iterable[Tensor], processes: Processes | None = None) -> None:
         if isinstance(params, Tensor):
@@ -155,6 +157,10 @@ class ClosureOperator(Operator):
     def params(self) -> list[Tensor]:
         """The parameters theta that require a gradient."""
         return self.vector.params
+
+    def project(self, v: Tensor) -> Tensor:
+        """``P v`` for ``v (P,)`` or (P, k), P the projection that the parameters' gradient hooks are; else v itself."""
+        return v if self.projection is None else self.projection(v)
 
     def _loss_of_all(self, total: Tensor) -> Tensor:
         """The loss, of all processes and without its scaling."""
