@@ -159,8 +159,7 @@ class Objective:
         if s.curvature == "gauss-newton":
             return GaussNewton(closure, self.vector.params, **options)
         # Seeded by the step, so that a resumed run draws the same targets and the user's generator is left alone.
-        rank = 0 if self.processes is None else self.processes.rank
-        generator = torch.Generator(device=self.vector.device).manual_seed(self.steps + (rank << 32))
+        generator = torch.Generator(device=self.vector.device).manual_seed(self.steps)
         kind = "sampled" if s.curvature == "fisher" else "empirical"
         return Fisher(closure, self.vector.params, kind=kind, batch_dim=s.batch_dim, generator=generator, **options)
 
