@@ -19,7 +19,8 @@ def leaf_hooks(t: Tensor) -> dict[int, Any]:
 @contextmanager
 def unhooked(inputs: Iterable[Tensor]) -> Iterator[None]:
     """The block in which derivatives in leaves are those of the function, whatever hooks would make of them."""
-    held = [(hooks, dict(hooks)) for t in inputs if (hooks := leaf_hooks(t))]
+    hooked = [leaf_hooks(t) for t in inputs]
+    held = [(hooks, dict(hooks)) for hooks in hooked if hooks]
     for hooks, kept in held:
         hooks.clear()
         hooks.update((key, hook) for key, hook in kept.items() if hook is stop)
@@ -47,8 +48,11 @@ def gradients(
     """
     if not heads or not inputs:
         return [None] * len(inputs)
-    with unhooked(inputs):
-        return _gradients(heads, inputs, cotangents, batched)
+    for t in inputs:
+        if leaf_hooks(t):
+            with unhooked(inputs):
+                return _gradients(heads, inputs, cotangents, batched)
+    return _gradients(heads, inputs, cotangents, batched)  # without a context, which torch.compile would stop at
 
 
 def _gradients(

@@ -19,7 +19,8 @@ class Operator(ABC):
     """A symmetric linear map on parameter space.
 
     ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the
-    parameters, and returns the same kind. ``products`` counts the vectors multiplied so far.
+    parameters (with a further dimension, the last, for k vectors), and returns the same kind. ``products`` counts the vectors
+    multiplied so far.
     """
 
     has_structural = False
@@ -71,12 +72,19 @@ class Operator(ABC):
                 return self.multiply(v)
             return self.multiply_many(v) if v.shape[1] else v.clone()
         tensors = list(v)
-        shapes = [tuple(p.shape) for p in self.vector.params]
-        if [tuple(t.shape) for t in tensors] != shapes:
+        shapes, given = [tuple(p.shape) for p in self.vector.params], [tuple(t.shape) for t in tensors]
+        if given == shapes:
+            return self.vector.cast_views(self.multiply(self.vector.flatten(tensors)))
+        k = given[0][-1] if given and given[0] else 0
+        if given != [(*shape, k) for shape in shapes]:
             raise ValueError(
-                f"v has tensors of shapes {[tuple(t.shape) for t in tensors]}, but the parameters {shapes}"
+                f"v has tensors of shapes {given}, but the parameters {shapes}; many vectors have one more dimension, "
+                "the last, in all tensors"
             )
-        return self.vector.cast_views(self.multiply(self.vector.flatten(tensors)))
+        flat = [t.reshape(p.numel(), k).to(self.dtype) for t, p in zip(tensors, self.vector.params, strict=True)]
+        found = torch.split(self @ torch.cat(flat), self.vector.sizes)
+        pairs = zip(found, self.vector.params, strict=True)
+        return [piece.reshape(*p.shape, k).to(p.dtype) for piece, p in pairs]
 
     def _check(self, v: Tensor) -> None:
         if v.dim() not in (1, 2) or v.shape[0] != self.vector.size:
