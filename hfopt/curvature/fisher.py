@@ -89,12 +89,12 @@ class Fisher(GaussNewton):
     def _drawn(self, samples: int, generator: torch.Generator | None) -> list[list[tuple[int, Tensor]]]:
         forms = [self._forms(part.space) for part in self.parts]
         outputs = [part.space.outputs for part in self.parts]
-        rank = 0 if self.processes is None else self.processes.rank
+        place = (0, 1) if self.processes is None else (self.processes.rank, self.processes.size)
         found: list[list[tuple[int, Tensor]]] = [[] for _ in self.parts]
         device = torch.device("cpu") if generator is None else generator.device
         seed = int(torch.randint(1 << 32, (), generator=generator, device=device))
         for k in range(samples):
-            for own, drawn in zip(found, draw(forms, outputs, self.batch_dim, seed, k, rank), strict=True):
+            for own, drawn in zip(found, draw(forms, outputs, self.batch_dim, seed, k, *place), strict=True):
                 own += [(i, samples**-0.5 * g) for i, g in drawn or ()]
         # With a loss that is not finite itself there is nothing to tell of the weights.
         if bool(self.loss.isfinite()) and any(not bool(g.isfinite().all()) for own in found for _, g in own):

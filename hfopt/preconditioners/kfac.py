@@ -236,9 +236,9 @@ def drawn(op: GaussNewton, step: int, batch_dim: int, number: int = 0) -> list[T
     found = [torch.zeros_like(t) for t in op.cotangents]
     forms = [distributions(part.space) for part in op.parts]
     outputs = [part.space.outputs for part in op.parts]
-    rank = 0 if op.processes is None else op.processes.rank
+    place = (0, 1) if op.processes is None else (op.processes.rank, op.processes.size)
     start = 0
-    for part, sampled in zip(op.parts, draw(forms, outputs, batch_dim, step, number, rank), strict=True):
+    for part, sampled in zip(op.parts, draw(forms, outputs, batch_dim, step, number, *place), strict=True):
         if sampled is None:
             for i in range(start, start + part.count):
                 t = op.cotangents[i]

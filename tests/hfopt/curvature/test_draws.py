@@ -21,32 +21,28 @@ def form(kind: str, z: Tensor, dim: int) -> OutputCurvature:
 @pytest.mark.parametrize("kind", ["diagonal", "softmax"])
 @pytest.mark.parametrize("batch_dim", [0, 1, -2, 2])
 def test_draws_belong_to_cases(kind: str, batch_dim: int) -> None:
-    """One batch, three batches in one step, three processes, and those of two batches each."""
+    """A criterion of all cases, of some after the other, and processes, of two criteria too."""
     zs = [randn(6, 6, 6, seed=1), randn(6, 12, 6, seed=2)]
     dim = next(d for d in range(3) if d != batch_dim % 3)
 
-    def drawn(batches: list[list[Tensor]], rank: int = 0) -> list[list[Tensor]]:
-        found = draw(
-            [[(i, form(kind, z, dim)) for i, z in enumerate(batch)] for batch in batches],
-            batches,
-            batch_dim,
-            5,
-            1,
-            rank,
-        )
-        return [[g for _, g in of or ()] for of in found]
+    def drawn(batches: list[list[Tensor]], *place: int) -> list[Tensor]:
+        given = [[(i, form(kind, z, dim)) for i, z in enumerate(batch)] for batch in batches]
+        return [g for found in draw(given, batches, batch_dim, 5, 1, *place) for _, g in found or ()]
 
-    (whole,) = drawn([zs])
-    pieces = list(zip(*(z.chunk(6, batch_dim) for z in zs), strict=True))
-    whole_pieces = list(zip(*(g.chunk(6, batch_dim) for g in whole), strict=True))
-    for each in (1, 2, 3, 6):
-        for rank in range(6 // each):
-            own = slice(rank * each, rank * each + each)
-            for got, expected in zip(drawn([list(p) for p in pieces[own]], rank), whole_pieces[own], strict=True):
-                assert all(torch.allclose(g, e, rtol=1e-12) for g, e in zip(got, expected, strict=True))
+    def same(got: list[Tensor], expected: list[Tensor]) -> bool:
+        return all(torch.allclose(g, e, rtol=1e-12) for g, e in zip(got, expected, strict=True))
+
+    (one,), two = drawn([zs[:1]]), drawn([zs])
+    for count in (2, 3, 6):
+        pieces = list(zs[0].chunk(count, batch_dim))
+        assert same(drawn([pieces]), list(one.chunk(count, batch_dim)))
+        assert same(drawn([[z] for z in pieces]), list(one.chunk(count, batch_dim)))
+        for rank in range(count):
+            own = [z.chunk(count, batch_dim)[rank] for z in zs]
+            assert same(drawn([own], rank, count), [g.chunk(count, batch_dim)[rank] for g in two])
 
 
-def test_numbers_seeds_and_criteria_draw_apart() -> None:
+def test_numbers_and_criteria_draw_apart() -> None:
     """Signs of 4,000 numbers: correlations are below 5 / sqrt(4000)."""
     z = torch.ones(4000, dtype=torch.float64)
     forms = [(0, form("diagonal", z, 0)), (0, form("diagonal", z, 0))]

@@ -136,6 +136,26 @@ def test_flattened_tokens_take_the_steps_of_the_criterion_on_all_dimensions() ->
     assert losses[-1] < losses[0]
 
 
+def test_draws_of_joined_outputs_are_those_of_separate_criteria() -> None:
+    """With several numbers in a row, what is drawn matters to the factors."""
+
+    def factors(joined: bool) -> list[Tensor]:
+        model = mlp(2, 4, 3, seed=10)
+
+        def closure() -> Tensor:
+            zs = [model(x) for x in POINTS]
+            if joined:
+                return zero(torch.cat(zs))
+            whole = sum(z.numel() for z in zs)
+            return torch.stack([zero(z) * (z.numel() / whole) for z in zs]).sum()
+
+        m = KFAC()
+        m.refresh(hfopt.GaussNewton(closure, model.parameters()), 3)
+        return [t for f in m.factors for t in (f.a, f.g)]
+
+    assert all(relative(a, b) < 1e-12 for a, b in zip(factors(True), factors(False), strict=True))
+
+
 def test_factors_of_rows_by_loops() -> None:
     """Different numbers of rows in every call: ``A = (1/R) sum x x'`` and ``G = sum g g'`` over all of them."""
     model = mlp(2, 3, seed=5)
