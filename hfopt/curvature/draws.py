@@ -1,6 +1,6 @@
 """Random targets by the places of cases: the same for one batch or several, in one process or many.
 
-One stream of random numbers goes through the criteria in the order of their calls, and through the cases of each: a loss
+One stream of random numbers goes through the criteria in the order of their calls, and the cases of each: a loss
 written with a criterion for every batch draws what one criterion of them all does. Where processes have equal shares of
 the cases, those of a criterion stand one process after the other.
 """

@@ -19,8 +19,8 @@ class Operator(ABC):
     """A symmetric linear map on parameter space.
 
     ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the
-    parameters (with a further dimension, the last, for k vectors), and returns the same kind. ``products`` counts the vectors
-    multiplied so far.
+    parameters (with a further dimension, the last, for k vectors), and returns the same kind.
+    ``products`` counts the vectors multiplied so far.
     """
 
     has_structural = False
