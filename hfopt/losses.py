@@ -32,8 +32,16 @@ class OutputCurvature(Protocol):
     def product(self, u: Tensor) -> Tensor:
         """Return ``H u`` for ``u`` of the shape of the outputs."""
 
-    def sample(self, generator: torch.Generator | None) -> Tensor:
-        """A random ``g`` of the shape of the outputs with mean zero and ``E[g g'] = H``."""
+    def sample(self, generator: torch.Generator | None, cases: int = 0) -> Tensor:
+        """A random ``g`` of the shape of the outputs with mean zero and ``E[g g'] = H``.
+
+        Random numbers are used up case by case, along the dimension ``cases``.
+        """
+
+
+def _case_first(shape: torch.Size, cases: int) -> list[int]:
+    """The shape with its dimension ``cases`` moved to the front."""
+    return [*shape[cases : cases + 1], *shape[:cases], *shape[cases + 1 :]]
 
 
 @dataclass
@@ -47,9 +55,10 @@ class Diagonal:
         """Return ``weight * u``."""
         return u * self.weight
 
-    def sample(self, generator: torch.Generator | None) -> Tensor:
+    def sample(self, generator: torch.Generator | None, cases: int = 0) -> Tensor:
         """``sqrt(weight) * (+-1)``."""
-        sign = torch.randint(0, 2, self.shape, generator=generator, device=self.weight.device) * 2 - 1
+        drawn = torch.randint(0, 2, _case_first(self.shape, cases), generator=generator, device=self.weight.device)
+        sign = (drawn.movedim(0, cases) if cases else drawn) * 2 - 1
         return self.weight.sqrt() * sign.to(self.weight.dtype)
 
 
@@ -65,9 +74,11 @@ class Softmax:
         """Return ``s p (u - p'u)``."""
         return (self.s * self.p) * (u - (self.p * u).sum(self.dim, keepdim=True))
 
-    def sample(self, generator: torch.Generator | None) -> Tensor:
+    def sample(self, generator: torch.Generator | None, cases: int = 0) -> Tensor:
         """``sqrt(s) (e_y - p)`` with the class ``y`` drawn from ``p`` by Gumbel's trick."""
-        uniform = torch.rand(self.p.shape, generator=generator, device=self.p.device, dtype=self.p.dtype)
+        shape = _case_first(self.p.shape, cases)
+        uniform = torch.rand(shape, generator=generator, device=self.p.device, dtype=self.p.dtype)
+        uniform = uniform.movedim(0, cases) if cases else uniform
         gumbel = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
         y = (self.p.clamp_min(1e-30).log() + gumbel).argmax(self.dim, keepdim=True)
         return self.s.sqrt() * (torch.zeros_like(self.p).scatter_(self.dim, y, 1.0) - self.p)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hfopt.closure.trace import Closure
+from hfopt.curvature.draws import Forms, draw
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.curvature.output_space import Joint, Matching
 from hfopt.errors import ClosureError
@@ -42,7 +43,8 @@ class Fisher(GaussNewton):
         kind: ``"sampled"`` or ``"empirical"``.
         samples: draws per case.
         batch_dim: the outputs' dimension along which cases stand; gradients are summed over all others.
-        generator: for the draws; default: torch's global one.
+        generator: for the draws, which belong to the places of cases along ``batch_dim`` (see
+            :mod:`hfopt.curvature.draws`); default: torch's global one.
 
     The rest as for :class:`GaussNewton`. Source: Martens, JMLR 2020, sections 5 and 11.
     """
@@ -65,36 +67,45 @@ class Fisher(GaussNewton):
         super().__init__(closure, params, **options)
         check_cases((z for part in self.parts for z in part.space.outputs), batch_dim)
         self.batch_dim = batch_dim
-        self._draws = [self._gradients(part.space, kind, samples, generator) for part in self.parts]
+        # (number of the output, g) for every draw of every part
+        self._draws: list[list[tuple[int, Tensor]]] = (
+            [self._own(part.space) for part in self.parts] if kind == "empirical" else self._drawn(samples, generator)
+        )
 
     def _check_curvature(self) -> None:
         """Of the loss, the gradient is enough."""
 
-    def _gradients(
-        self, space: Matching | Joint, kind: str, samples: int, generator: torch.Generator | None
-    ) -> list[tuple[int, Tensor]]:
-        """(number of the output, g) for every draw."""
-        if kind == "empirical":
-            return [
-                (i, t * (z.shape[self.batch_dim] * self.unit if z.dim() else self.unit) ** 0.5)
-                for i, (z, t) in enumerate(zip(space.outputs, space.cotangents, strict=True))
-            ]
+    def _own(self, space: Matching | Joint) -> list[tuple[int, Tensor]]:
+        return [
+            (i, t * (z.shape[self.batch_dim] * self.unit if z.dim() else self.unit) ** 0.5)
+            for i, (z, t) in enumerate(zip(space.outputs, space.cotangents, strict=True))
+        ]
+
+    def _forms(self, space: Matching | Joint) -> Forms:
         if not isinstance(space, Matching) or any(b.closed is None for b in space.blocks):
             raise ClosureError(
                 "a sampled Fisher matrix needs a criterion with a known distribution; use one of "
                 "torch.nn.functional, kind='empirical', or the Gauss-Newton matrix"
             )
-        draws = [(i, samples**-0.5 * g) for _ in range(samples) for i, g in self._drawn(space, generator)]
+        return [(b.where[0], b.closed) for b in space.blocks if b.closed is not None]
+
+    def _drawn(self, samples: int, generator: torch.Generator | None) -> list[list[tuple[int, Tensor]]]:
+        forms = [self._forms(part.space) for part in self.parts]
+        outputs = [part.space.outputs for part in self.parts]
+        place = (0, 1) if self.processes is None else (self.processes.rank, self.processes.size)
+        found: list[list[tuple[int, Tensor]]] = [[] for _ in self.parts]
+        device = torch.device("cpu") if generator is None else generator.device
+        seed = int(torch.randint(1 << 32, (), generator=generator, device=device))
+        for k in range(samples):
+            for own, drawn in zip(found, draw(forms, outputs, self.batch_dim, seed, k, *place), strict=True):
+                own += [(i, samples**-0.5 * g) for i, g in drawn or ()]
         # With a loss that is not finite itself there is nothing to tell of the weights.
-        if bool(self.loss.isfinite()) and any(not bool(g.isfinite().all()) for _, g in draws):
+        if bool(self.loss.isfinite()) and any(not bool(g.isfinite().all()) for own in found for _, g in own):
             raise ClosureError(
                 "a sampled Fisher matrix needs criteria with weights that are finite and not negative, but one of "
                 "those found has not; use the Gauss-Newton matrix"
             )
-        return draws
-
-    def _drawn(self, space: Matching, generator: torch.Generator | None) -> list[tuple[int, Tensor]]:
-        return [(b.where[0], b.closed.sample(generator)) for b in space.blocks if b.closed is not None]
+        return found
 
     def output_product(self, number: int, u: Maybe, v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
         _, direct = self.parts[number].space.product([None] * len(u), v, batched)

@@ -4,7 +4,8 @@
     Hessian        H = d2L/dtheta2                   (Pearlmutter, Neural Computation 1994)
     Fisher         F = E[J' g g' J]                  with g = dL/dz for targets drawn from the model, or the data's own
 
-All are symmetric (P, P); G and F are positive semi-definite for convex losses and regularisers.
+All are symmetric (P, P); G and F are positive semi-definite for convex losses and regularisers. Where gradient hooks of
+the parameters are a projection P, they are ``P G P``, ``P H P`` and ``P F P`` (:mod:`hfopt.curvature.gradient_hooks`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
 from hfopt.closure.trace import Closure, trace
 from hfopt.curvature.consistency import inconsistency
+from hfopt.curvature.gradient_hooks import hooked
 from hfopt.curvature.linearisation import (
     POLICIES,
     Cost,
@@ -64,8 +66,9 @@ class GaussNewton(ClosureOperator):
             of its own or is run again for every product (see :mod:`hfopt.curvature.consistency`).
 
     Attributes:
-        gradient: of the loss, flat (P,).
+        gradient: of the loss, flat (P,), as the parameters' hooks leave it.
         loss: its value.
+        projection: onto the space that gradient hooks leave; None without hooks.
         linearisation: the policy that was taken (``.linearisation.name``), and what it costs
             (``.linearisation.cost``; None where it was asked for or known before).
 
@@ -114,7 +117,7 @@ class GaussNewton(ClosureOperator):
         self._again = model.again(self.parts[0]) if whole else None
         shares = [*built.gradients, *(part.space.direct for part in self.parts)]
         _refuse_independence(self.params, [g for share in shares for g in share])
-        self.gradient = self._of_all(self._flat(shares))
+        self.gradient, self.projection = hooked(self.vector, self._of_all(self._flat(shares)))
         heads = (z for part in self.parts for z in part.space.outputs)
         if verify and (self.linearisation.name == "recompute" or graph.has_custom_backward(heads)):
             found = inconsistency(self)
@@ -176,9 +179,10 @@ class GaussNewton(ClosureOperator):
         """Return ``G v + structural * S v`` in one tangent and one adjoint pass."""
         self._check_point()
         self.products += 1
-        vs = self.vector.cast_views(v)
+        vs = self.vector.cast_views(self.project(v))
         mu = structural / self.unit  # S belongs to no loss
-        return self._of_all(self._flat(self._shares(lambda i, lin: self._product(i, lin, vs, mu)), out))
+        out = self._of_all(self._flat(self._shares(lambda i, lin: self._product(i, lin, vs, mu)), out))
+        return out if self.projection is None else self.projection.apply_(out)
 
     @explained
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
@@ -192,14 +196,14 @@ class GaussNewton(ClosureOperator):
             return super().multiply_many(v, structural=structural)
         width = columns_at_once(self.linearisation.column_bytes(), self.vector.size, self.memory_budget, self.device)
         try:
-            done = [self._multiply_batch(part, structural) for part in torch.split(v, width, 1)]
+            done = [self._multiply_batch(part, structural) for part in torch.split(self.project(v), width, 1)]
         except RuntimeError as error:
             if not cannot_batch(error):
                 raise
             self._one_by_one = True
             logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
             return super().multiply_many(v, structural=structural)
-        return done[0] if len(done) == 1 else torch.cat(done, 1)
+        return self.project(done[0] if len(done) == 1 else torch.cat(done, 1))
 
     def _multiply_batch(self, v: Tensor, structural: float) -> Tensor:
         vs = rows(self.vector, v)
@@ -260,7 +264,7 @@ class GaussNewton(ClosureOperator):
     def structural_product(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the product of the hidden states' part alone, ``S v = J_a' D'' J_a v``."""
         self.products += 1
-        vs = self.vector.cast_views(v)
+        vs = self.vector.cast_views(self.project(v))
 
         def product(i: int, lin: Linearisation) -> list[Maybe]:
             count = self.parts[i].count
@@ -268,13 +272,13 @@ class GaussNewton(ClosureOperator):
             return [lin.vjp([*([None] * count), *hidden], structural=1.0)]
 
         out = self._flat(self._shares(product), out)
-        return out if self.processes is None else self.processes.mean_(out)
+        return self.project(out if self.processes is None else self.processes.mean_(out))
 
     def structural_quadratic(self, v: Tensor) -> float:
         """Return ``v' S v = sum D'' (J_a v)^2``."""
         if any(part.linearisation is None or part.linearisation.name == "checkpoint" for part in self.parts):
             return dot(v, self.structural_product(v))
-        vs, total = self.vector.cast_views(v), 0.0
+        vs, total = self.vector.cast_views(self.project(v)), 0.0
         for part in self.parts:
             if part.linearisation is not None:
                 tangents = part.linearisation.jvp(vs)[part.count :]
@@ -409,9 +413,10 @@ class Hessian(ClosureOperator):
         self.scaler, self.unit = scaling.scaler, scaling.unit
         self.loss = self._loss_of_all(seen.total)
         self.result, self.differentiates = seen.result, seen.differentiates
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            seen.total, self.params, create_graph=True, allow_unused=True
-        )
+        with graph.unhooked(self.params):
+            grads: Sequence[Tensor | None] = torch.autograd.grad(
+                seen.total, self.params, create_graph=True, allow_unused=True
+            )
         _refuse_independence(self.params, grads)
         try:
             graph.refuse_once_differentiable(g for g in grads if g is not None)
@@ -420,7 +425,7 @@ class Hessian(ClosureOperator):
         self._one_by_one = False
         self.custom_backward = graph.has_custom_backward([seen.total])
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self.gradient = self._of_all(self.vector.flatten(grads))
+        self.gradient, self.projection = hooked(self.vector, self._of_all(self.vector.flatten(grads)))
 
     @explained
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
@@ -432,13 +437,14 @@ class Hessian(ClosureOperator):
         if structural:
             raise ValueError("structural is given, but the Hessian of a loss has no hidden states to damp")
         self.products += 1
-        vs = self.vector.cast_views(v)
+        vs = self.vector.cast_views(self.project(v))
         parts: Sequence[Tensor | None] = [None] * len(self.params)
         if self._live:
             heads, tangents = [g for _, g in self._live], [vs[i] for i, _ in self._live]
-            parts = torch.autograd.grad(heads, self.params, tangents, retain_graph=True, allow_unused=True)
+            parts = graph.gradients(heads, self.params, tangents)
         out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
-        return self._of_all(self.vector.flatten_into(out, parts))
+        self._of_all(self.vector.flatten_into(out, parts))
+        return out if self.projection is None else self.projection.apply_(out)
 
     @explained
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
@@ -453,7 +459,7 @@ class Hessian(ClosureOperator):
         width = columns_at_once(2 * graph.saved_bytes(heads, self.params), self.vector.size, None, self.device)
         done = []
         try:
-            for part in torch.split(v, width, 1):
+            for part in torch.split(self.project(v), width, 1):
                 vs = rows(self.vector, part)
                 found = graph.gradients(heads, self.params, [vs[i] for i, _ in self._live], batched=True)
                 done.append(columns(self.vector, vs, found))
@@ -464,4 +470,4 @@ class Hessian(ClosureOperator):
             logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
             return super().multiply_many(v)
         self.products += v.shape[1]
-        return self._of_all(torch.cat(done, 1).contiguous())
+        return self.project(self._of_all(torch.cat(done, 1).contiguous()))

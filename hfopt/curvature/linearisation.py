@@ -129,9 +129,10 @@ class DoubleBackward:
         """Build the graph at ``u = at`` (one tensor per output); ``self.gradient`` is ``J' at``."""
         self.outputs, self.params = list(outputs), list(params)
         self._u = [u.detach().clone().requires_grad_() for u in at]
-        pulled: Sequence[Tensor | None] = torch.autograd.grad(
-            self.outputs, self.params, self._u, create_graph=True, allow_unused=True
-        )
+        with graph.unhooked(self.params):
+            pulled: Sequence[Tensor | None] = torch.autograd.grad(
+                self.outputs, self.params, self._u, create_graph=True, allow_unused=True
+            )
         self._pulled = [(i, g) for i, g in enumerate(pulled) if g is not None and g.requires_grad]
         graph.refuse_once_differentiable(g for _, g in self._pulled)
         # J'u depends on u unless it is zero: a backward pass that computes outside of autograd has lost J v.

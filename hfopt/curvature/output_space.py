@@ -38,7 +38,8 @@ def _grad(
     pairs = [(r, w) for r, w in zip(roots, weights, strict=True) if r.requires_grad]
     heads, cotangents = [r for r, _ in pairs], [w for _, w in pairs]
     if create and heads and inputs:
-        return list(torch.autograd.grad(heads, inputs, cotangents, create_graph=True, allow_unused=True))
+        with graph.unhooked(inputs):
+            return list(torch.autograd.grad(heads, inputs, cotangents, create_graph=True, allow_unused=True))
     return graph.gradients(heads, inputs, cotangents, batched)
 
 

@@ -198,7 +198,7 @@ class PartCollector:
             double = DoubleBackward(part.heads, self.params, part.at)
             part.linearisation, pulled = double, double.gradient
         elif part.heads:
-            pulled = torch.autograd.grad(part.heads, self.params, part.at, retain_graph=True, allow_unused=True)
+            pulled = graph.gradients(part.heads, self.params, part.at)
         part.release_graph()
         self.parts.append(part)
         self.gradients.append(list(pulled))

@@ -199,7 +199,8 @@ class LinearisationChooser:
             lin = Linearize(heads, params, again, partial(frozen.again, watch=False), frozen.drew)
             return lin, lin.vjp(part.at)
         keep = not isinstance(part.space, Matching)
-        gradient = torch.autograd.grad(heads, params, part.at, allow_unused=True, retain_graph=keep)
+        with graph.unhooked(params):
+            gradient = torch.autograd.grad(heads, params, part.at, allow_unused=True, retain_graph=keep)
         return Recompute(params, again), list(gradient)
 
     def _attempt(self, policy: str) -> tuple[Linearisation, Maybe] | None:

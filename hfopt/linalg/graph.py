@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+
+
+def leaf_hooks(t: Tensor) -> dict[int, Any]:
+    """The hooks by which a leaf changes its gradient; empty for other tensors."""
+    return (t._backward_hooks or {}) if t.is_leaf else {}
+
+
+@contextmanager
+def unhooked(inputs: Iterable[Tensor]) -> Iterator[None]:
+    """The block in which derivatives in leaves are those of the function, whatever hooks would make of them."""
+    hooked = [leaf_hooks(t) for t in inputs]
+    held = [(hooks, dict(hooks)) for hooks in hooked if hooks]
+    for hooks, kept in held:
+        hooks.clear()
+        hooks.update((key, hook) for key, hook in kept.items() if hook is stop)
+    try:
+        yield
+    finally:
+        for hooks, kept in held:
+            hooks.clear()
+            hooks.update(kept)
+
+
+def stop(g: Tensor) -> Tensor:
+    """A hook of hfopt's own that lets no gradient through; it stays in :func:`unhooked`."""
+    return torch.zeros_like(g)
 
 
 def gradients(
@@ -14,11 +42,22 @@ def gradients(
 ) -> list[Tensor | None]:
     """Return ``autograd.grad`` and keep the graph; None for an input that ``heads`` do not depend on.
 
-    ``batched``: k cotangents at once, along a new first dimension of each, and so the results. This is torch.func's
-    vmap, which the operators of hfopt have rules for; ``is_grads_batched`` would call them k times.
+    Hooks of leaves among ``inputs`` are left out. ``batched``: k cotangents at once, along a new first dimension of
+    each, and so the results. This is torch.func's vmap, which the operators of hfopt have rules for;
+    ``is_grads_batched`` would call them k times.
     """
     if not heads or not inputs:
         return [None] * len(inputs)
+    for t in inputs:
+        if leaf_hooks(t):
+            with unhooked(inputs):
+                return _gradients(heads, inputs, cotangents, batched)
+    return _gradients(heads, inputs, cotangents, batched)  # without a context, which torch.compile would stop at
+
+
+def _gradients(
+    heads: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], batched: bool
+) -> list[Tensor | None]:
     if not batched:
         return list(torch.autograd.grad(heads, inputs, cotangents, retain_graph=True, allow_unused=True))
     live: list[int] = []

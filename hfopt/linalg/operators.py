@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hfopt.linalg.cuda_graphs import origin
 from hfopt.linalg.processes import Processes
+from hfopt.linalg.projection import Projection
 from hfopt.linalg.vector import ParameterVector
 
 
@@ -18,7 +19,8 @@ class Operator(ABC):
     """A symmetric linear map on parameter space.
 
     ``op @ v`` takes a flat vector (P,), many of them as columns (P, k), or a list of tensors shaped like the
-    parameters, and returns the same kind. ``products`` counts the vectors multiplied so far.
+    parameters (with a further dimension, the last, for k vectors), and returns the same kind.
+    ``products`` counts the vectors multiplied so far.
     """
 
     has_structural = False
@@ -70,12 +72,19 @@ class Operator(ABC):
                 return self.multiply(v)
             return self.multiply_many(v) if v.shape[1] else v.clone()
         tensors = list(v)
-        shapes = [tuple(p.shape) for p in self.vector.params]
-        if [tuple(t.shape) for t in tensors] != shapes:
+        shapes, given = [tuple(p.shape) for p in self.vector.params], [tuple(t.shape) for t in tensors]
+        if given == shapes:
+            return self.vector.cast_views(self.multiply(self.vector.flatten(tensors)))
+        k = given[0][-1] if given and given[0] else 0
+        if given != [(*shape, k) for shape in shapes]:
             raise ValueError(
-                f"v has tensors of shapes {[tuple(t.shape) for t in tensors]}, but the parameters {shapes}"
+                f"v has tensors of shapes {given}, but the parameters {shapes}; many vectors have one more dimension, "
+                "the last, in all tensors"
             )
-        return self.vector.cast_views(self.multiply(self.vector.flatten(tensors)))
+        flat = [t.reshape(p.numel(), k).to(self.dtype) for t, p in zip(tensors, self.vector.params, strict=True)]
+        found = torch.split(self @ torch.cat(flat), self.vector.sizes)
+        pairs = zip(found, self.vector.params, strict=True)
+        return [piece.reshape(*p.shape, k).to(p.dtype) for piece, p in pairs]
 
     def _check(self, v: Tensor) -> None:
         if v.dim() not in (1, 2) or v.shape[0] != self.vector.size:
@@ -142,6 +151,7 @@ class ClosureOperator(Operator):
     loss: Tensor  # 0-dim, detached
     gradient: Tensor  # flat (P,)
     result: Any  # what an optimizer's step returns for this run of the closure
+    projection: Projection | None = None  # what the parameters' gradient hooks are
 
     def __init__(self, params: Iterable[Tensor], processes: Processes | None = None) -> None:
         if isinstance(params, Tensor):
@@ -155,6 +165,10 @@ class ClosureOperator(Operator):
     def params(self) -> list[Tensor]:
         """The parameters theta that require a gradient."""
         return self.vector.params
+
+    def project(self, v: Tensor) -> Tensor:
+        """``P v`` for ``v (P,)`` or (P, k), P the projection that the parameters' gradient hooks are; else v itself."""
+        return v if self.projection is None else self.projection(v)
 
     def _loss_of_all(self, total: Tensor) -> Tensor:
         """The loss, of all processes and without its scaling."""

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from hfopt.curvature.fisher import check_cases
 from hfopt.curvature.gauss_newton import GaussNewton
-from hfopt.errors import logger
+from hfopt.errors import logger, warn
 from hfopt.linalg.operators import Operator
 from hfopt.preconditioners.base import Preconditioner
-from hfopt.preconditioners.kfac import KFAC, distributions
+from hfopt.preconditioners.kfac import INSIDE, KFAC, distributions, enough
 from hfopt.preconditioners.layers import Layer, visit
 
 # Inverting the factors may take as much work as so many passes through the layers, or so many multiplications: a step
 # takes longer than these besides its arithmetic.
 _PASSES = 10
 _LITTLE = 1 << 25
+
+EITHER = "preconditioner=None, or another one by name, says that this is as it should be"
+UNDRAWN = (
+    "no targets can be drawn from the loss, whose curvature in the outputs is neither that of a criterion of "
+    "torch.nn.functional with a distribution nor diagonal. Use such a criterion, or preconditioner='kfac', which takes "
+    "the data's own targets"
+)
 
 
 class Automatic(Preconditioner):
@@ -41,7 +47,7 @@ class Automatic(Preconditioner):
     """
 
     def __init__(self, batch_dim: int = 0) -> None:
-        self.kfac = KFAC(batch_dim=batch_dim)
+        self.kfac, self.batch_dim = KFAC(batch_dim=batch_dim), batch_dim
         self.chosen: bool | None = None
         self._taken = False
 
@@ -53,7 +59,7 @@ class Automatic(Preconditioner):
     def refresh(self, op: Operator, step: int) -> None:
         """Choose, on the first step; then compute K-FAC's factors, if chosen."""
         self._taken, self.runs = False, 0
-        if not isinstance(op, GaussNewton) or not self._has_cases(op):
+        if not isinstance(op, GaussNewton):
             return
         try:
             self._take(op)
@@ -63,12 +69,17 @@ class Automatic(Preconditioner):
             logger.warning("K-FAC could not be built, and this step takes no preconditioner: %s", error)
 
     def _take(self, op: GaussNewton) -> None:
+        # K-FAC asks for cases only where it cannot draw: a dimension that an output lacks is of no matter.
+        fits = all(-t.dim() <= self.batch_dim < t.dim() for t in op.cotangents if t.dim())
+        self.kfac.batch_dim = self.batch_dim if fits else 0
         if self.chosen is None:
             self.runs = 1
-            chosen = pays(op, self.kfac.batch_dim)
+            chosen, why = pays(op, self.kfac.batch_dim)
             self.chosen = chosen if op.processes is None else op.processes.mean(float(chosen)) == 1.0
             if self.chosen:
                 logger.debug("conjugate gradients are preconditioned by K-FAC (preconditioner=None takes none)")
+            elif why:
+                warn(f"K-FAC, which often helps such networks a lot, is left out: {why}. {EITHER}")
         if self.chosen:
             # The same draws in every step: how many steps were made before makes no difference.
             try:
@@ -76,13 +87,6 @@ class Automatic(Preconditioner):
             finally:
                 self.runs += self.kfac.runs
             self._taken = True
-
-    def _has_cases(self, op: GaussNewton) -> bool:
-        try:
-            check_cases(op.cotangents, self.kfac.batch_dim)
-        except ValueError:
-            return False
-        return True
 
     def damp(self, damping: float, decay: float | Tensor) -> None:
         """Damp as K-FAC does for lambda alone."""
@@ -106,24 +110,39 @@ class Automatic(Preconditioner):
         self.chosen = None if chosen is None else bool(chosen)
 
 
-def pays(op: GaussNewton, batch_dim: int) -> bool:
-    """Whether K-FAC would be taken for this operator; see :class:`Automatic`."""
-    if any(distributions(part.space) is None for part in op.parts):
-        return False
-    covered: set[int] = set()
+def pays(op: GaussNewton, batch_dim: int) -> tuple[bool, str]:
+    """Whether K-FAC would be taken for this operator (see :class:`Automatic`), and what keeps it from a network that it
+    is meant for.
+    """
+    seen: dict[tuple[int, int | None], int] = {}
     inverses: dict[int, int] = {}
     passes = [0]
 
     def use(_: Sequence[int], heads: list[Tensor], layers: list[Layer]) -> None:
         for layer in layers:
-            if layer.weight is not None:
-                covered.update(i for i in (layer.weight, layer.bias) if i is not None)
+            if layer.weight is not None and layer.rows_in_all:
+                pair = layer.weight, layer.bias
+                seen[pair] = seen.get(pair, 0) + layer.rows_in_all
                 inverses[layer.weight], work = _work(layer)
                 passes[0] += work
 
-    visit(op, batch_dim, use)
-    share = sum(op.params[i].numel() for i in covered)
-    return 2 * share > op.vector.size and sum(inverses.values()) <= max(_PASSES * passes[0], _LITTLE)
+    inside = visit(op, batch_dim, use)
+    if all(t.dim() == 0 for t in op.cotangents):  # curvature of rank one, which takes no preconditioner
+        return False, ""
+
+    def most(pairs: Iterable[tuple[int, int | None]]) -> bool:
+        covered = {i for pair in pairs for i in pair if i is not None}
+        return 2 * sum(op.params[i].numel() for i in covered) > op.vector.size
+
+    if not most(seen):
+        return False, INSIDE if inside else ""
+    if not most(pair for pair, rows in seen.items() if enough(rows, op, batch_dim)):
+        return False, "most layers have a single row of inputs, which does not tell the covariance of their gradients"
+    if sum(inverses.values()) > max(_PASSES * passes[0], _LITTLE):
+        return False, ""
+    if any(distributions(part.space) is None for part in op.parts):
+        return False, UNDRAWN
+    return True, ""
 
 
 def _work(layer: Layer) -> tuple[int, int]:

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfopt.curvature.draws import case_dim, draw
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.curvature.output_space import Joint, Matching
-from hfopt.errors import logger
+from hfopt.errors import warn
 from hfopt.linalg.operators import Operator
 from hfopt.losses import Diagonal, OutputCurvature
-from hfopt.preconditioners.base import Preconditioner, generator, ready, with_outputs
-from hfopt.preconditioners.layers import Layer, Watched, visit
+from hfopt.preconditioners.base import Preconditioner, ready, with_outputs
+from hfopt.preconditioners.layers import Layer, Watched, number_of_cases, visit
+
+INSIDE = (
+    "layers inside a transform of torch.func (vmap, grad, jacrev, jvp) are out of its sight; differentiate the network "
+    "in its inputs by torch.autograd.grad(..., create_graph=True), and give it all points as one batch"
+)
 
 
 @dataclass
@@ -37,13 +43,19 @@ class Factors:
 class KFAC(Preconditioner):
     """One Kronecker product ``A (x) G`` per linear or convolution layer; a diagonal for all other parameters.
 
-    With the rows x of a layer's inputs over N cases and T positions (1 for each column of a bias), and g the gradients
-    of its outputs for targets drawn from the model (``E[g g']`` is the curvature then),
+    With the R rows x of a layer's inputs over all cases and positions (1 for each column of a bias), and g the
+    gradients of its outputs for targets drawn from the model (``E[g g']`` is the curvature then),
 
-        A = (1/N) sum x x',     G = (1/T) sum g g',
+        A = (1/R) sum x x',     G = sum g g',
 
-    whose product is the layer's block of the Gauss-Newton matrix if x and g are independent, and different positions
-    uncorrelated. Damping is factored: ``(A + pi gamma I) (x) (G + gamma / pi I)`` with ``gamma^2 = lambda + c`` and
+    whose product is the layer's block of the Gauss-Newton matrix if x and g are independent, and different rows
+    uncorrelated. Rows need not be those of the outputs, which may be reshaped, joined, sliced or masked before the
+    criterion sees them. Where a closure differentiates a network in its inputs (``torch.autograd.grad`` with
+    ``create_graph=True``, as for differential equations), g is the whole derivative of the criteria in a layer's
+    outputs, that through the derivatives included, while x are the rows of the forward pass alone: what the weight does
+    in the derivatives' own passes is left out of the factors (not of the products).
+
+    Damping is factored: ``(A + pi gamma I) (x) (G + gamma / pi I)`` with ``gamma^2 = lambda + c`` and
     ``pi^2 = (tr A / dim A) / (tr G / dim G)``. The other parameters have ``diag + lambda + c``, the diagonal from
     squared gradients of drawn targets. Where the loss is no criterion with a known distribution, the data's own targets
     stand in for drawn ones.
@@ -98,16 +110,12 @@ class KFAC(Preconditioner):
         else:
             before = None
         self.runs = 1
-        draws = generator(op, step)
-        # Processes that have as many cases each draw together what one process with all cases would.
-        for _ in range(0 if op.processes is None else op.processes.rank):
-            drawn(op, draws, self.batch_dim)
-        self.factors = self._find(op, draws)
+        self.factors = self._find(op, step)
         layered = {i for f in self.factors for i in (f.weight, f.bias)}
         self._diagonal = torch.zeros(op.vector.size, dtype=op.dtype, device=op.device)
         if len(layered - {-1}) < len(self._sizes):
-            for _ in range(self.probes):
-                pulled = op.pull(drawn(op, draws, self.batch_dim))
+            for i in range(self.probes):
+                pulled = op.pull(drawn(op, step, self.batch_dim, self.samples + i))
                 self._diagonal.addcmul_(pulled, pulled, value=1 / self.probes)
         if op.processes is not None:
             for t in (self._diagonal, *(t for f in self.factors for t in (f.a, f.g))):
@@ -127,10 +135,10 @@ class KFAC(Preconditioner):
             new.a.lerp_(old.a, share)
             new.g.lerp_(old.g, share)
 
-    def _find(self, op: GaussNewton, draws: torch.Generator) -> list[Factors]:
-        samples = [drawn(op, draws, self.batch_dim) for _ in range(self.samples)]
+    def _find(self, op: GaussNewton, step: int) -> list[Factors]:
+        samples = [drawn(op, step, self.batch_dim, i) for i in range(self.samples)]
         found: dict[tuple[int, int], Factors] = {}
-        cases: dict[tuple[int, int], int] = {}
+        rows: dict[tuple[int, int], int] = {}
 
         def use(indices: Sequence[int], heads: list[Tensor], layers: list[Layer]) -> None:
             pairs = {id(y): (y.weight, -1 if y.bias is None else y.bias) for y in layers if y.weight is not None}
@@ -141,22 +149,28 @@ class KFAC(Preconditioner):
                 used, _ = Watched(heads, layers, []).backward([sample[i] for i in indices])
                 for layer in used:
                     pair = pairs[id(layer)]
-                    _add(found[pair], layer, op.dtype, n == 0, self.samples)
-                    cases[pair] = cases.get(pair, 0) + (layer.cases if n == 0 else 0)
+                    if layer.rows_in_all:
+                        _add(found[pair], layer, op.dtype, n == 0, self.samples)
+                    rows[pair] = rows.get(pair, 0) + (layer.rows_in_all if n == 0 else 0)
 
-        visit(op, self.batch_dim, use)
+        inside = visit(op, self.batch_dim, use)
+        found = {pair: f for pair, f in found.items() if enough(rows.get(pair, 0), op, self.batch_dim)}
         # A parameter in two blocks is left to the diagonal.
         uses = [i for pair in found for i in pair if i >= 0]
         found = {pair: f for pair, f in found.items() if all(uses.count(i) == 1 for i in pair if i >= 0)}
         if not found and not self._told:
             self._told = True
-            logger.warning(
-                "K-FAC found no linear or convolution layer whose cases stand along dimension %d of an output, and is "
-                "a diagonal preconditioner",
-                self.batch_dim,
+            where = (
+                INSIDE
+                if inside
+                else "there are factors for nn.Linear, nn.Conv1d and nn.Conv2d, each with weights of its own"
+            )
+            warn(
+                "K-FAC found no linear or convolution layer that the outputs depend on, and is a diagonal "
+                f"preconditioner: {where}; for other networks take preconditioner='nystrom' or None"
             )
         for pair, f in found.items():
-            f.a /= max(1, cases.get(pair, 0))
+            f.a /= max(1, rows.get(pair, 0))
         return list(found.values())
 
     def damp(self, damping: float, decay: float | Tensor) -> None:
@@ -214,22 +228,34 @@ def _empty(op: GaussNewton, pair: tuple[int, int]) -> Factors:
     return Factors(*pair, like.new_zeros(k, k), like.new_zeros(o, o))
 
 
-def drawn(op: GaussNewton, draws: torch.Generator, batch_dim: int) -> list[Tensor]:
-    """Random w for every output with ``E[w w'] = H_L``; the data's own gradients, where no distribution is known."""
+def drawn(op: GaussNewton, step: int, batch_dim: int, number: int = 0) -> list[Tensor]:
+    """Random w for every output with ``E[w w'] = H_L``; the data's own gradients, where no distribution is known.
+
+    ``number``: of a step's draws.
+    """
     found = [torch.zeros_like(t) for t in op.cotangents]
+    forms = [distributions(part.space) for part in op.parts]
+    outputs = [part.space.outputs for part in op.parts]
+    place = (0, 1) if op.processes is None else (op.processes.rank, op.processes.size)
     start = 0
-    for part in op.parts:
-        forms = distributions(part.space)
-        if forms is None:
+    for part, sampled in zip(op.parts, draw(forms, outputs, batch_dim, step, number, *place), strict=True):
+        if sampled is None:
             for i in range(start, start + part.count):
                 t = op.cotangents[i]
-                found[i] = t * t.shape[batch_dim % t.dim()] ** 0.5 if t.dim() else t
+                found[i] = t * t.shape[case_dim(t, batch_dim)] ** 0.5 if t.dim() else t
         else:
-            for i, form in forms:
+            for i, g in sampled:
                 # The criteria's curvature is that of the loss as the closure has it, scaled by 1 / unit.
-                found[start + i] += form.sample(draws) * op.unit**0.5
+                found[start + i] += g * op.unit**0.5
         start += part.count
     return found
+
+
+def enough(rows: int, op: GaussNewton, batch_dim: int) -> bool:
+    """Whether a layer has rows to tell the covariance of its gradients from one draw: a weight that is computed from a
+    single row (in a network that makes the weights of another one) has not, however many cases there are.
+    """
+    return rows >= min(2, max((n for _, n in number_of_cases(op, batch_dim)), default=1))
 
 
 def distributions(space: Matching | Joint) -> list[tuple[int, OutputCurvature]] | None:
@@ -270,7 +296,7 @@ def exactly(like: Tensor) -> torch.autocast:
 def _add_rows(f: Factors, layer: Layer, dtype: torch.dtype, first: bool, samples: int) -> None:
     for _, x, g in layer.rows(layer.block(), dtype):
         x, g = x.flatten(0, 1), g.flatten(0, 1)
-        f.g.addmm_(g.t(), g, alpha=1 / (layer.positions * samples))
+        f.g.addmm_(g.t(), g, alpha=1 / samples)
         if first:
             x = torch.cat([x, x.new_ones(len(x), 1)], 1) if f.bias >= 0 else x
             f.a.addmm_(x.t(), x)

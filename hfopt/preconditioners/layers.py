@@ -2,7 +2,8 @@
 
 Both are ``y = W x`` over rows: those of a linear layer's input, or the patches of a convolution's. With ``x_nt`` and
 ``g_nt = dL/dy_nt`` for case n and position t, case n's gradient of W is ``sum_t g_nt x_nt'``, that of the bias
-``sum_t g_nt``.
+``sum_t g_nt``. Outputs may be reshaped, joined, sliced or differentiated on their way to a criterion, so that its cases
+tell nothing of a layer's; where no dimension of a layer is one of cases, each of its rows is taken for one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hfopt.curvature.draws import case_dim
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.preconditioners.sequences import Sequences, known
 from hfopt.recurrences.noted import noting
@@ -34,7 +36,7 @@ class Layer:
     Attributes:
         weight, bias: which parameter each is; None where it is none of the parameters.
         x, y: input and output; ``y`` is in the graph.
-        case: the dimension of ``x`` and ``y`` along which cases stand.
+        case: the dimension of ``x`` and ``y`` along which the cases of an output stand; None where there is none.
         patches: from inputs (n, ...) to patches (n, k, T) of a convolution; None for a linear layer.
         roots: weight and bias as the call had them, where they depend on parameters.
         g: ``dL/dy``, once it is there.
@@ -44,21 +46,28 @@ class Layer:
     bias: int | None
     x: Tensor
     y: Tensor
-    case: int
+    case: int | None
     patches: Callable[[Tensor], Tensor] | None
     roots: tuple[Tensor | None, Tensor | None] = (None, None)
     g: Tensor | None = None
 
     @property
     def cases(self) -> int:
-        """How many."""
-        return self.x.shape[self.case]
+        """How many; rows where cases are not known, inputs of a convolution."""
+        if self.case is not None or self.patches is not None:
+            return self.x.shape[self.case or 0]
+        return self.x.numel() // max(1, self.x.shape[-1])
+
+    @property
+    def rows_in_all(self) -> int:
+        """The rows of all cases."""
+        return self.cases * self.positions
 
     @property
     def positions(self) -> int:
         """T, the number of rows of one case."""
         size = self.y[..., 0] if self.patches is None else self.y[:, 0]
-        return size.numel() // self.cases
+        return size.numel() // max(1, self.cases)
 
     def sizes(self) -> tuple[int, int]:
         """Return the length of a row of the inputs, and of the outputs."""
@@ -84,7 +93,10 @@ class Layer:
     def part(self, block: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return ``x (n, T, k)`` and ``g (n, T, o)`` of a block of cases."""
         assert self.g is not None
-        x, g = (t.movedim(self.case, 0)[block].to(dtype) for t in (self.x.detach(), self.g))
+        if self.case is None and self.patches is None:
+            x, g = (t.reshape(-1, 1, t.shape[-1])[block].to(dtype) for t in (self.x.detach(), self.g))
+            return x, g
+        x, g = (t.movedim(self.case or 0, 0)[block].to(dtype) for t in (self.x.detach(), self.g))
         if self.patches is not None:
             return self.patches(x).transpose(1, 2), g.flatten(2).transpose(1, 2)
         return x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
@@ -109,10 +121,16 @@ class Watching(TorchFunctionMode):
         self._index = {id(p): i for i, p in enumerate(params)}
         self._cases = list(dict.fromkeys(cases))  # (dimension, number) of every output
         self.layers: list[Layer] = []
+        self.inside: int = 0  # calls inside a transform of torch.func, whose results are no tensors of the graph
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in LAYERS or not result.requires_grad:
+        if func not in LAYERS:
+            return result
+        if torch._C._functorch.is_functorch_wrapped_tensor(result):
+            self.inside += 1
+            return result
+        if not result.requires_grad:
             return result
         named = dict(kwargs or {})
         given = (*args, named.pop("input")) if "input" in named else args
@@ -134,12 +152,12 @@ class Watching(TorchFunctionMode):
         if roots == (None, None):
             return None
         if func not in CONVOLUTIONS:
-            case = self._case_of(x)
-            return None if case is None or weight.dim() != 2 else Layer(w, b, x, y, case, None, roots)
+            return None if weight.dim() != 2 else Layer(w, b, x, y, self._case_of(x), None, roots)
         patches = patches_of(weight, *more, **named)
-        if patches is None or x.dim() != weight.dim() or all(x.shape[0] != number for _, number in self._cases):
+        if patches is None or x.dim() != weight.dim():
             return None
-        return Layer(w, b, x, y, 0, patches, roots)
+        case = 0 if any(x.shape[0] == number for _, number in self._cases) else None
+        return Layer(w, b, x, y, case, patches, roots)
 
     def _case_of(self, x: Tensor) -> int | None:
         lead = x.shape[:-1]
@@ -198,24 +216,30 @@ class Watched:
         return layers, [s for s in self.sequences if any(g is not None for g in s.g)]
 
 
-def visit(op: GaussNewton, batch_dim: int, use: Callable[[Sequence[int], list[Tensor], list[Layer]], None]) -> None:
+def visit(op: GaussNewton, batch_dim: int, use: Callable[[Sequence[int], list[Tensor], list[Layer]], None]) -> int:
     """Run the closure again; ``use(indices, heads, layers)`` for every part: which outputs, in the graph of this run.
 
-    Nothing happens where an output has no cases.
+    Returns:
+        How many layers are out of sight, inside a transform of torch.func.
     """
-    outputs = [z for part in op.parts for z in part.space.outputs]
-    if any(z.dim() == 0 for z in outputs):
-        return
     first = [0]
     for part in op.parts:
         first.append(first[-1] + part.count)
-    with Watching(op.params, [(batch_dim % z.dim(), z.shape[batch_dim % z.dim()]) for z in outputs]) as mode:
+    mode = Watching(op.params, number_of_cases(op, batch_dim))
 
-        def each(i: int, heads: list[Tensor]) -> None:
-            layers, mode.layers = mode.layers, []
-            use(range(first[i], first[i + 1]), heads, layers)
+    def each(i: int, heads: list[Tensor]) -> None:
+        layers, mode.layers = mode.layers, []
+        use(range(first[i], first[i + 1]), heads, layers)
 
+    with mode:
         op.outputs_by_part(each)
+    return mode.inside
+
+
+def number_of_cases(op: GaussNewton, batch_dim: int) -> list[tuple[int, int]]:
+    """The dimension along which cases stand, and how many there are, for every output that has any."""
+    outputs = [z for part in op.parts for z in part.space.outputs if z.dim()]
+    return [(dim, z.shape[dim]) for z in outputs for dim in (case_dim(z, batch_dim),)]
 
 
 def watched(op: GaussNewton, batch_dim: int) -> Watched | None:
@@ -223,8 +247,9 @@ def watched(op: GaussNewton, batch_dim: int) -> Watched | None:
     outputs = op.parts[0].space.outputs if len(op.parts) == 1 else []
     if len(outputs) != 1 or outputs[0].dim() == 0:
         return None
-    cases = [(batch_dim % z.dim(), z.shape[batch_dim % z.dim()]) for z in outputs]
+    cases = number_of_cases(op, batch_dim)
     with Watching(op.params, cases) as mode, noting() as found:
         heads = op.outputs_again()
+    layers = [layer for layer in mode.layers if layer.case is not None]
     sequences = [Sequences(noted) for noted in found if known(noted, cases[0][1])]
-    return None if heads is None else Watched(heads, mode.layers, sequences)
+    return None if heads is None else Watched(heads, layers, sequences)

@@ -60,6 +60,8 @@ class Nystrom(Preconditioner):
         normal = torch.randn(size, rank, generator=generator(op, step), dtype=op.dtype, device=op.device)
         omega: Tensor = torch.linalg.qr(normal)[0]
         y = op @ omega
+        # Where the curvature is zero by structure, such as in rows that no case uses, so is the approximation.
+        omega = omega * (y != 0).any(1, keepdim=True)
         shift = torch.finfo(op.dtype).eps * float(torch.linalg.matrix_norm(y))
         y = y + shift * omega
         core = (omega.t() @ y).double()

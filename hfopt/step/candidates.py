@@ -58,7 +58,8 @@ class CandidateSearch:
         decay = self.parts.cg.decay_after(self.memory.steps)
         if decay == 0 or all(s is None for s in starts):
             return {}
-        last = self.objective.vector.flatten(starts)
+        # Gradient hooks may hold other entries than in the last step.
+        last = self.objective.op.project(self.objective.vector.flatten(starts))
         return {"augment": last} if decay is None else {"x0": last.mul_(decay)}
 
     def solve(self, damping: float, start: Mapping[str, Tensor] = NOWHERE, directions: int = 0) -> Solution:
@@ -74,6 +75,8 @@ class CandidateSearch:
         if chosen is not None:
             chosen.damp(damping, decay)
         seen = system if chosen is None else chosen.watch(system)
+        if preconditioner is not None and at.op.projection is not None:
+            preconditioner = at.op.projection.after(preconditioner)
         if at.model.op is at.op:
             solution = cg.solve(seen, -at.g, x0, preconditioner, directions=directions, augment=augment)
         else:

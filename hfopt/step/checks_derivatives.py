@@ -71,7 +71,7 @@ class Derivatives:
 
     def _ladder(self, d: Tensor, rung: Callable[[Sequence[Tensor], Sequence[Any], float], Rung], at: Any) -> Verdict:
         """Differences along d: ``rung`` gets two displacements, ``at()`` at both, and the length."""
-        step, rungs = self.step, []
+        step, rungs, d = self.step, [], self.op.project(d)
         try:
             for h in lengths(self.eps):
                 pairs = [(delta, at()) for delta in around(step.vector, step.saved, step.theta, d, h)]
@@ -147,7 +147,7 @@ class Derivatives:
             )
 
     def _symmetry(self) -> None:
-        v, w = self.directions.random(), self.directions.random()
+        v, w = (self.op.project(self.directions.random()) for _ in range(2))
         gv, gw = self.op.multiply(v), self.op.multiply(w)
         a, b = dot(w, gv), dot(v, gw)
         quadratics = dot(v, gv), dot(w, gw)

@@ -96,20 +96,23 @@ class Objective:
         loss, gradient, result = self._differentiate()
         theta = self.vector.flatten(self.vector.params)
         self.saved = self.vector.views(theta) if self._same_dtype() else self.vector.snapshot()
-        self.g = gradient + theta * self.decay if self.decays() else gradient
+        self.g = self._with_decay(self.op, gradient, theta)
         self.theta = theta
         self.model = QuadraticModel(self.op, self.g)
         if self.closures.debias is not None:
             second = self.operator(self.closures.debias)
             self.gradients += 1
-            slope = second.gradient + theta * self.decay if self.decays() else second.gradient
-            self.model = QuadraticModel(second, slope)
+            self.model = QuadraticModel(second, self._with_decay(second, second.gradient, theta))
         own = self.closures.evaluation is not None
         seen = loss if self.closures.debias is None else float(self.model.op.loss)
         self.f0_plain = self.loss_alone() if own else seen
         self.f0 = self.f0_plain + self.penalty(theta)
         self.loss = loss
         return gradient, result
+
+    def _with_decay(self, op: GaussNewton | Hessian, gradient: Tensor, theta: Tensor) -> Tensor:
+        """Add the penalty's gradient; what gradient hooks hold still, the penalty does not move either."""
+        return op.project(gradient + theta * self.decay) if self.decays() else gradient
 
     def _differentiate(self) -> tuple[float, Tensor, Any]:
         """Compute loss and gradient; the operator comes with them unless it has a closure of its own."""
@@ -159,8 +162,7 @@ class Objective:
         if s.curvature == "gauss-newton":
             return GaussNewton(closure, self.vector.params, **options)
         # Seeded by the step, so that a resumed run draws the same targets and the user's generator is left alone.
-        rank = 0 if self.processes is None else self.processes.rank
-        generator = torch.Generator(device=self.vector.device).manual_seed(self.steps + (rank << 32))
+        generator = torch.Generator(device=self.vector.device).manual_seed(self.steps)
         kind = "sampled" if s.curvature == "fisher" else "empirical"
         return Fisher(closure, self.vector.params, kind=kind, batch_dim=s.batch_dim, generator=generator, **options)
 

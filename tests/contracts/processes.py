@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hfopt
+from hfopt.preconditioners import KFAC
 
 WORLDS = (1, 2, 4)
 STEPS = 3
@@ -72,6 +73,11 @@ def train(net: nn.Module, rank: int, world: int, *, roles: Sequence[str] = (), *
         others[role] = lambda: F.mse_loss(net(x2), y2)
     for _ in range(STEPS):
         optimizer.step(closure, **others)
+    return results(net, optimizer)
+
+
+def results(net: nn.Module, optimizer: hfopt.HessianFree) -> dict[str, Any]:
+    """Where the steps of an optimizer led."""
     last = optimizer.stats[-1]
     return {
         "theta": torch.cat([p.detach().reshape(-1) for p in net.parameters()]),
@@ -80,6 +86,38 @@ def train(net: nn.Module, rank: int, world: int, *, roles: Sequence[str] = (), *
         "last": torch.tensor([last.rho, last.damping, last.new_loss, last.quadratic], dtype=torch.float64),
         "iterations": [s.cg_iterations for s in optimizer.stats],
     }
+
+
+class Unrolled(nn.Module):
+    """A recurrence of linear layers over sequences (T, B, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.read = nn.Linear(3 + 4, 4), nn.Linear(4, 2)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        """Outputs (T, B, 2)."""
+        h, found = xs.new_zeros(xs.shape[1], 4), []
+        for x in xs:
+            h = torch.tanh(self.own(torch.cat([x, h], 1)))
+            found.append(self.read(h))
+        return torch.stack(found)
+
+
+def recurrent(rank: int, world: int, **options: Any) -> dict[str, Any]:
+    """Two criteria of time-major sequences, cases along dimension 1."""
+    torch.manual_seed(6)
+    net = Unrolled().double()
+    xs, ys = draw(4, 8, 3, seed=8), draw(4, 8, 2, seed=9)
+    xs, ys = (shard(t.movedim(1, 0), rank, world).movedim(0, 1) for t in (xs, ys))
+
+    def loss(z: Tensor) -> Tensor:
+        return F.mse_loss(z, ys) + 0.1 * F.binary_cross_entropy_with_logits(z, (ys > 0).double())
+
+    optimizer = hfopt.HessianFree(net.parameters(), batch_dim=1, cg=hfopt.CG(max_iterations=5), damping=0.1, **options)
+    for _ in range(STEPS):
+        optimizer.step(lambda: loss(net(xs)))
+    return results(net, optimizer)
 
 
 # One reduction after another among four processes on few cores takes its time.
@@ -98,10 +136,13 @@ SCENARIOS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "hessian": lambda rank, world: train(model(), rank, world, curvature="hessian"),
     "empirical": lambda rank, world: train(model(), rank, world, curvature="empirical-fisher"),
     "recompute": lambda rank, world: train(DistributedDataParallel(model()), rank, world, linearisation="recompute"),
+    "fisher": lambda rank, world: train(model(), rank, world, curvature="fisher"),
+    "kfac": lambda rank, world: train(model(), rank, world, preconditioner=KFAC(samples=2)),
+    "time-major fisher": lambda rank, world: recurrent(rank, world, curvature="fisher"),
+    "time-major kfac": lambda rank, world: recurrent(rank, world, preconditioner="kfac"),
 }
 # Scenarios whose random draws differ from process to process: alike in all of them, but not that of one process.
 DRAWN: dict[str, Callable[[int, int], dict[str, Any]]] = {
-    "fisher": lambda rank, world: train(model(), rank, world, curvature="fisher"),
     "preconditioned": lambda rank, world: train(model(), rank, world, preconditioner="empirical-fisher"),
 }
 

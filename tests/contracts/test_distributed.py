@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).with_name("processes.py")
 Results = dict[tuple[int, int], dict[str, Any]]
 NAMES = [
     *("plain", "wrapped", "wrapped, unused", "roles", "debias", "wrapped roles", "decay", "hessian", "empirical"),
-    "recompute",
+    *("recompute", "fisher", "kfac", "time-major fisher", "time-major kfac"),
 ]
 pytestmark = [
     pytest.mark.slow,

@@ -66,6 +66,7 @@ def root(z: Tensor) -> Tensor:
     return F.mse_loss(z, Y).sqrt()
 
 
+@pytest.mark.filterwarnings("ignore:K-FAC.*is left out")  # of losses whose curvature is not diagonal
 @pytest.mark.parametrize(
     ("loss", "pattern"),
     [

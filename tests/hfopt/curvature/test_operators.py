@@ -77,6 +77,13 @@ def test_every_form_of_vector_gives_the_same(name: str) -> None:
     for k in (1, 3, 70):
         columns = randn(P, k, seed=k)
         assert relative(op @ columns, dense @ columns) < SUMS
+        stacked = [
+            t.view(*p.shape, k)
+            for t, p in zip(columns.split([p.numel() for p in model.parameters()]), model.parameters(), strict=True)
+        ]
+        found = op @ stacked
+        assert [t.shape for t in found] == [(*p.shape, k) for p in model.parameters()]
+        assert relative(torch.cat([t.reshape(-1, k) for t in found]), dense @ columns) < SUMS
     assert (op @ torch.zeros(P, 0, dtype=torch.float64)).shape == (P, 0)
     assert relative(op.to_dense(), dense) < SUMS
 
@@ -220,6 +227,8 @@ def test_vectors_that_do_not_fit_are_refused(name: str) -> None:
         op @ randn(26).float()
     with pytest.raises(ValueError, match="shapes"):
         op @ [randn(3)]
+    with pytest.raises(ValueError, match=r"\(4, 3, 5\).*one more dimension, the last, in all tensors"):
+        op @ [randn(4, 3, 5), randn(4, 5), randn(2, 4, 5), randn(2, 6)]
     with pytest.raises(ValueError, match="negative"):
         op.damped(-1.0)
 
@@ -242,6 +251,9 @@ def test_mixed_precision_parameters() -> None:
     assert op.dtype == torch.float64
     result = op @ [torch.ones_like(weight), torch.ones_like(bias)]
     assert [t.dtype for t in result] == [torch.float64, torch.float32]
+    several = op @ [torch.ones(2, 3, 4, dtype=torch.float64), torch.ones(2, 4)]
+    assert [(t.dtype, t.shape) for t in several] == [(torch.float64, (2, 3, 4)), (torch.float32, (2, 4))]
+    assert relative(several[0][..., 2], result[0]) < 1e-12
     narrow = torch.nn.Parameter(randn(2, 3, seed=31).bfloat16())
     low = hfopt.GaussNewton(lambda: F.mse_loss(X.bfloat16() @ narrow.T, Y.bfloat16()), [narrow])
     assert low.dtype == torch.float32
