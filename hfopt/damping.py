@@ -200,11 +200,23 @@ class KrylovDamping(LevenbergMarquardt):
         """Continue with the lambda that the loss chose."""
         self.value = self._clamped(value)
 
-    def data_have_changed(self, loss: float) -> bool:
-        """Whether ``loss``, before a step, is not that after the step before, by a tenth of what that one gained."""
+    def data_have_changed(self, loss: float, rounding: float) -> bool:
+        """Whether ``loss``, before a step, is another than that after the step before, up to its rounding error.
+
+        A thousandth of what that step gained makes no difference to how it was judged.
+        """
         if self._expected is None or self._gain is None:
             return False
-        return abs(loss - self._expected) > 0.1 * self._gain + 1e-5 * abs(loss)
+        return abs(loss - self._expected) > 1e-3 * self._gain + 16 * rounding
+
+    def state_dict(self) -> dict[str, float | None]:
+        """lambda, the reference of its bounds, and the loss that the last step began and ended with."""
+        return {**super().state_dict(), "expected": self._expected, "gain": self._gain}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._expected, self._gain = state.get("expected"), state.get("gain")
 
     def saw(self, before: float, after: float) -> None:
         """Remember the loss that a step began and ended with."""

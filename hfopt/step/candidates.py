@@ -15,7 +15,8 @@ from hfopt.linalg.cg_debiased import Quadratic
 from hfopt.linalg.dense import DenseSystem
 from hfopt.linalg.krylov import DampingPath
 from hfopt.linalg.solution import Iterate, Solution
-from hfopt.linalg.vector import dot
+from hfopt.linalg.units import unit_of
+from hfopt.linalg.vector import dot, norm
 from hfopt.step.ladder import walk
 from hfopt.step.objective import Objective
 from hfopt.step.settings import StepMemory, StepParts
@@ -182,12 +183,14 @@ class CandidateSearch:
     def curvature_along_gradient(self) -> float:
         """``g'Gg / g'g``, a lambda of the loss's own scale; where that is of no use, another."""
         self.objective.products += 1
-        d = self.objective.g if self.objective.scale is None else self.objective.g * self.objective.scale
+        g, scale = self.objective.g, self.objective.scale
+        g = g * (1 / unit) if (unit := unit_of(norm(g), g.dtype)) != 1.0 else g
+        d = g if scale is None else g * scale
         curved = self.objective.op.damped(0.0, 0.0, self.objective.decay).multiply(d)
-        gg = dot(self.objective.g, d)
+        gg = dot(g, d)
         damping = abs(dot(d, curved)) / gg if gg > 0 else 0.0
         if not (math.isfinite(damping) and damping > 0):
-            damping = math.sqrt(gg) if gg > 0 else 1.0
+            damping = unit * math.sqrt(gg) if gg > 0 else 1.0
         return damping
 
     def calibrated(self) -> tuple[float, Candidate]:
@@ -234,12 +237,28 @@ class CandidateSearch:
             scale = self.objective.scale
             path = DampingPath(*solution.pairs, -self.objective.g, at, None if scale is None else 1 / scale)
             solution.pairs = None
+        f0, rounding = self.objective.f0, self.objective.rounding
+        first, clear = self.clear_of_rounding(rule, path, first)
         given = self.on_path(solution, path, first, at, path.solution(first))
-        self.by_rho = self.settings.backtracking == "none" or rule.data_have_changed(self.objective.f0)
+        self.by_rho = self.settings.backtracking == "none" or not clear or rule.data_have_changed(f0, rounding)
         best = given if self.by_rho else self.walk(rule, solution, path, at, given)
         # What is known of the last iterate is its own loss; on the first step, that of the same iterate for lambda.
         best.evaluated[solution.iterations] = best.value if calibrates else given.value
         return (best.damping or first) if calibrates else first, best
+
+    def clear_of_rounding(
+        self, rule: KrylovDamping, path: DampingPath | DenseSystem, first: float
+    ) -> tuple[float, bool]:
+        """The nearest lambda from ``first`` downwards that promises more than the loss's rounding error; if any does.
+
+        Below that, the loss would choose by the noise in its last digits, step after step.
+        """
+        rate, rounding = self.objective.rate, self.objective.rounding
+        for damping in (first, *rule.ladder(first, False)):
+            along, curved = path.model(damping)
+            if rate * along - 0.5 * rate**2 * curved > rounding:
+                return damping, True
+        return first, False
 
     def walk(
         self, rule: KrylovDamping, solution: Solution, path: DampingPath | DenseSystem, at: float, given: Candidate

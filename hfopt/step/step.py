@@ -141,8 +141,14 @@ class Step:
         if abs(candidate.quadratic) <= rounding and not candidate.value < at.f0:
             found = LineSearchResult(0.0, at.f0, 1)
         else:
-            slope = dot(at.model.g, candidate.p)
-            found = self.parts.line_search.search(lambda s: at.f(candidate.p, s), at.f0, slope, candidate.value)
+            slope, made = dot(at.model.g, candidate.p), at.evaluations
+
+            def f(s: float) -> float:
+                # Steps that promise less than the loss's rounding error cannot be judged by it.
+                return at.f(candidate.p, s) if abs(s * slope) > rounding else math.nan
+
+            found = self.parts.line_search.search(f, at.f0, slope, candidate.value)
+            found = replace(found, tries=min(found.tries, 1 + at.evaluations - made))
         # Rounding aside: steps that must have changed the loss, and did not.
         moved = at.farthest > 1e3 * eps * norm(at.theta)
         if moved and at.values == {at.f0_plain} and abs(candidate.quadratic) > rounding:
@@ -154,7 +160,7 @@ class Step:
         at, rule, rounding = self.objective, self.parts.damping, self.objective.rounding
         # Nor does a step below the rounding of the parameters, at a minimum where the loss is zero.
         least = 16 * torch.finfo(at.vector.dtype).eps * norm(at.theta)
-        if not accepted and (abs(candidate.quadratic) <= rounding or norm(candidate.p) <= least):
+        if abs(candidate.quadratic) <= rounding or (not accepted and norm(candidate.p) <= least):
             return
         chosen = None if self.search.by_rho else candidate.damping
         if isinstance(rule, KrylovDamping) and chosen is not None and math.isfinite(candidate.value):
@@ -176,7 +182,7 @@ class Step:
             damping=damping,
             new_damping=new_damping,
             cg_iterations=c.solution.iterations,
-            cg_reason=c.solution.reason,
+            cg_reason=c.solution.reason if accepted or abs(c.quadratic) > at.rounding else "converged",
             backtracked=c.chosen.iteration,
             step_length=found.length * at.rate,
             line_search_tries=found.tries,
