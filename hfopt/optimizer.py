@@ -176,7 +176,7 @@ class HessianFree(Optimizer):
         self.check = _check_option(check)
         # Rules have a state: what is given is copied, so that no other optimizer goes on with this one's lambda.
         self.damping = copy.deepcopy(as_damping(damping))
-        asked = cg is not None or preconditioner not in ("auto", None)
+        asked = cg is not None or preconditioner != "auto"
         self.solver: Solver = "cg" if solver == "auto" and asked else solver
         self.cg = CG() if cg is None else cg
         if preconditioner == "auto" and not isinstance(self.damping, KrylovDamping):
