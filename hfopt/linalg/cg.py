@@ -127,7 +127,7 @@ class CG(StoppingRules):
             by = 1 / unit
             if second is not None:
                 second = replace(second, op=InUnit(second.op, unit), b=second.b * by)
-            ending = None if stop is None else lambda i, x, phi: stop(i, x, phi * unit)  # type: ignore[misc]
+            ending = None if stop is None else lambda i, x, phi: stop(i, x, phi * unit)
             m = preconditioner_in_unit(preconditioner, unit)
             solution = self.solve(InUnit(op, unit), b * by, x0, m, ending, directions, augment, second)
             return from_unit(solution, unit)

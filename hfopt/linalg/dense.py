@@ -59,7 +59,8 @@ class DenseSystem:
 
     def solution(self, damping: float) -> Tensor:
         """``p(lambda)`` (P,); for ``lambda = 0`` the shortest one, as the pseudo-inverse gives it."""
-        return (self._basis @ self._coordinates(damping)).to(self._like)
+        p: Tensor = self._basis @ self._coordinates(damping)
+        return p.to(self._like)
 
     def model(self, damping: float) -> tuple[float, float]:
         """``(b'p, p'Bp)`` of ``p(lambda)``, without its damping."""

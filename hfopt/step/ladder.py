@@ -30,7 +30,7 @@ class Judged(Protocol):
 
     @property
     def damping(self) -> float | None:
-        """lambda."""
+        """The lambda that it belongs to."""
 
 
 C = TypeVar("C", bound=Judged)
