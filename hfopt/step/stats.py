@@ -22,8 +22,8 @@ class StepStats:
         new_damping: lambda for the next step; with :class:`hfopt.KrylovDamping` also that of this one.
         structural: mu.
         cg_iterations: number of CG iterations of the solve that gave the step.
-        cg_reason: why CG stopped, see :class:`hfopt.linalg.solution.Solution`; ``"dense"``, with no iterations, where the
-            whole matrix was diagonalised; ``"converged"`` if the step was not taken since it promised less than the
+        cg_reason: why CG stopped, see :class:`hfopt.linalg.solution.Solution`; ``"dense"``, with no iterations, where
+            the whole matrix was diagonalised; ``"converged"`` if the step was not taken since it promised less than the
             rounding error of the loss; ``"not finite"``, ``"zero gradient"`` or ``"zero learning rate"``, with no
             iterations, if the step was not tried.
         backtracked: the CG iteration whose iterate was taken.
