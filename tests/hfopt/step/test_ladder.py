@@ -112,7 +112,7 @@ def test_a_rule_given_twice_hands_nothing_on(rule: Any) -> None:
             optimizer.step(closure_of(model))
         ends.append(theta(model))
     assert rule.value is None
-    assert torch.equal(*ends)
+    assert torch.equal(ends[0], ends[1])
 
 
 def test_a_line_search_is_an_optimizers_own() -> None:
@@ -147,7 +147,7 @@ def test_small_networks_are_solved_densely_and_exactly() -> None:
     for options, reason in (({}, "dense"), ({"solver": "cg"}, "progress"), ({"cg": hfopt.CG()}, "progress")):
         p = nn.Parameter(torch.zeros(30, dtype=torch.float64))
         scales = torch.logspace(0, 2, 30, dtype=torch.float64)
-        optimizer = hfopt.HessianFree([p], damping=0, **options)
+        optimizer = hfopt.HessianFree([p], damping=0, **options)  # type: ignore[arg-type]
         optimizer.step(lambda p=p, scales=scales: F.mse_loss(scales * p, scales * target))
         s = optimizer.stats[0]
         assert s.cg_reason == reason
@@ -160,8 +160,8 @@ def test_dense_steps_with_structural_damping_groups_and_decay() -> None:
     for options in ({"solver": "dense"}, {"cg": hfopt.CG(tolerance=0.0, decay=0.0, max_iterations=60)}):
         model = mlp(3, 4, 2, seed=13)
         groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters()}]
-        optimizer = hfopt.HessianFree(groups, weight_decay=0.01, damping=0.1, backtracking="none", **options)
+        optimizer = hfopt.HessianFree(groups, weight_decay=0.01, damping=0.1, backtracking="none", **options)  # type: ignore[arg-type]
         for _ in range(3):
             optimizer.step(closure_of(model))
         ends.append(theta(model))
-    assert torch.allclose(*ends, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(ends[0], ends[1], rtol=1e-6, atol=1e-8)
