@@ -60,7 +60,7 @@ def test_a_loss_in_any_unit_of_single_precision(scale: float, options: Any) -> N
         x, y = randn(20, 3, seed=1).float(), randn(20, 2, seed=2).float()
         optimizer = hfopt.HessianFree(model.parameters(), **options)
         for _ in range(4):
-            optimizer.step(lambda model=model, x=x, y=y, s=s: s * F.mse_loss(model(x), y))
+            optimizer.step(lambda model=model, x=x, y=y, s=s: s * F.mse_loss(model(x), y))  # type: ignore[misc]
         assert all(step.accepted for step in optimizer.stats)
         losses.append([step.new_loss / s for step in optimizer.stats])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
@@ -91,7 +91,7 @@ def test_on_new_data_lambda_follows_rho() -> None:
     for _ in range(12):
         x = torch.randn(30, 3, generator=draws, dtype=torch.float64)
         y = torch.randn(30, 1, generator=draws, dtype=torch.float64)
-        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))  # type: ignore[misc]
     for s in optimizer.stats[1:]:
         factor = 4.0 if not s.accepted else 2 / 3 if s.rho > 0.75 else 1.0 if s.rho >= 0.25 else 1.5
         assert s.new_damping == pytest.approx(factor * s.damping)
@@ -147,8 +147,8 @@ def test_small_networks_are_solved_densely_and_exactly() -> None:
     for options, reason in (({}, "dense"), ({"solver": "cg"}, "progress"), ({"cg": hfopt.CG()}, "progress")):
         p = nn.Parameter(torch.zeros(30, dtype=torch.float64))
         scales = torch.logspace(0, 2, 30, dtype=torch.float64)
-        optimizer = hfopt.HessianFree([p], damping=0, **options)  # type: ignore[arg-type]
-        optimizer.step(lambda p=p, scales=scales: F.mse_loss(scales * p, scales * target))
+        optimizer = hfopt.HessianFree([p], damping=0, **options)
+        optimizer.step(lambda p=p, scales=scales: F.mse_loss(scales * p, scales * target))  # type: ignore[misc]
         s = optimizer.stats[0]
         assert s.cg_reason == reason
         assert (s.new_loss < 1e-20 * s.loss) == (reason == "dense")
@@ -160,7 +160,7 @@ def test_dense_steps_with_structural_damping_groups_and_decay() -> None:
     for options in ({"solver": "dense"}, {"cg": hfopt.CG(tolerance=0.0, decay=0.0, max_iterations=60)}):
         model = mlp(3, 4, 2, seed=13)
         groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[2].parameters()}]
-        optimizer = hfopt.HessianFree(groups, weight_decay=0.01, damping=0.1, backtracking="none", **options)  # type: ignore[arg-type]
+        optimizer = hfopt.HessianFree(groups, weight_decay=0.01, damping=0.1, backtracking="none", **options)
         for _ in range(3):
             optimizer.step(closure_of(model))
         ends.append(theta(model))
