@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from hfopt.errors import warn
 
 _ROOM = 1 << 30
 
@@ -43,7 +45,11 @@ class Damping(ABC):
 
 @dataclass
 class FixedDamping(Damping):
-    """The same lambda at every step."""
+    """The same lambda at every step.
+
+    The constant is a setting, as CG's are: a state that was saved with another one does not change it, and a warning
+    says so. With the same constant, a ``value`` that was set by hand comes back.
+    """
 
     constant: float
 
@@ -56,6 +62,22 @@ class FixedDamping(Damping):
 
     def update(self, rho: float, accepted: bool) -> None:
         """Do nothing."""
+
+    def state_dict(self) -> dict[str, float | None]:
+        """lambda, and the constant that it was made with."""
+        return {"value": self.value, "constant": self.constant}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`, if it was saved with the same constant."""
+        saved = state.get("constant", state["value"])
+        if saved == self.constant:
+            self.value = state["value"]
+            return
+        self.value = self.constant
+        warn(
+            f"the state was saved with lambda {saved}, but this optimizer has FixedDamping({self.constant}), which "
+            f"stays; give it FixedDamping({saved}) to go on as before"
+        )
 
 
 @dataclass
@@ -167,6 +189,9 @@ class KrylovDamping(LevenbergMarquardt):
                 f"{self.directions}"
             )
 
+    _expected: float | None = field(default=None, init=False, repr=False)
+    _gain: float | None = field(default=None, init=False, repr=False)
+
     def kept(self, size: int) -> int:
         """Return the number of directions, for vectors of ``size`` bytes."""
         return max(8, min(64, _ROOM // (2 * size))) if self.directions is None else self.directions
@@ -174,6 +199,28 @@ class KrylovDamping(LevenbergMarquardt):
     def choose(self, value: float) -> None:
         """Continue with the lambda that the loss chose."""
         self.value = self._clamped(value)
+
+    def data_have_changed(self, loss: float, rounding: float) -> bool:
+        """Whether ``loss``, before a step, is another than that after the step before, up to its rounding error.
+
+        A thousandth of what that step gained makes no difference to how it was judged.
+        """
+        if self._expected is None or self._gain is None:
+            return False
+        return abs(loss - self._expected) > 1e-3 * self._gain + 16 * rounding
+
+    def state_dict(self) -> dict[str, float | None]:
+        """lambda, the reference of its bounds, and the loss that the last step began and ended with."""
+        return {**super().state_dict(), "expected": self._expected, "gain": self._gain}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._expected, self._gain = state.get("expected"), state.get("gain")
+
+    def saw(self, before: float, after: float) -> None:
+        """Remember the loss that a step began and ended with."""
+        self._expected, self._gain = after, abs(before - after)
 
     def ladder(self, value: float, up: bool) -> list[float]:
         """Return the candidates above or below ``value`` within the bounds, the nearest first."""

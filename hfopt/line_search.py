@@ -22,12 +22,13 @@ class LineSearch:
     8.8).
 
     Args:
-        c: share of the predicted decrease that is asked for; 0: any decrease.
+        c: share of the decrease along the slope that is asked for; 0: any decrease. 1e-2, as Martens and Sutskever have
+            it, takes steps onto plateaus, a hundred times too long, for good.
         shrink: s is multiplied by this until the condition holds.
         max_tries: give up after so many evaluations; 1: the full step or none.
     """
 
-    c: float = 1e-2
+    c: float = 0.05
     shrink: float = 0.8
     max_tries: int = 60
 
@@ -63,6 +64,21 @@ class LineSearch:
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Restore :meth:`state_dict`."""
+
+
+def as_line_search(line_search: LineSearch | str | None) -> LineSearch:
+    """A rule from what a user gives: ``"armijo"``, a rule, or None for the full step or none.
+
+    Raises:
+        ValueError: another name.
+    """
+    if line_search is None:
+        return LineSearch(max_tries=1)
+    if isinstance(line_search, LineSearch):
+        return line_search
+    if line_search != "armijo":
+        raise ValueError(f"line_search is {line_search!r}, but must be 'armijo', None or a LineSearch")
+    return LineSearch()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
@@ -29,6 +30,7 @@ from hfopt.step.settings import (
     Closures,
     Curvature,
     Parameter,
+    Solver,
     StepInput,
     StepMemory,
     StepOutcome,
@@ -64,8 +66,13 @@ class HessianFree(Optimizer):
         curvature: ``"gauss-newton"``, ``"hessian"``, ``"fisher"`` (targets sampled from the model) or
             ``"empirical-fisher"``.
         damping: None (:class:`hfopt.KrylovDamping`: chosen by the loss), a number (lambda of the first step, which then
-            follows rho), or a rule such as :class:`hfopt.LevenbergMarquardt` or :class:`hfopt.FixedDamping`.
+            follows rho), or a rule such as :class:`hfopt.LevenbergMarquardt` or :class:`hfopt.FixedDamping`. Rules have
+            a state, and the optimizer takes a copy: its own is ``optimizer.damping``. So with ``line_search``.
         cg: settings of the solver, :class:`hfopt.CG`.
+        solver: ``"cg"``; ``"dense"``, which forms the matrix by P products in a few batched passes, diagonalises it and
+            has the exact solution for every lambda; or ``"auto"``: ``"dense"`` for networks of up to some 400
+            parameters where that is no more work than conjugate gradients, unless ``cg``, ``preconditioner`` or
+            ``curvature="hessian"`` asks for these.
         preconditioner: ``"auto"``, None, ``"empirical-fisher"``, ``"hutchinson"``, ``"nystrom"``, ``"kfac"``,
             ``"lbfgs"`` or an object of :mod:`hfopt.preconditioners`. ``"auto"`` is K-FAC for networks of linear and
             convolution layers whose lambda is chosen by the loss (``damping=None``), and otherwise none.
@@ -113,6 +120,7 @@ class HessianFree(Optimizer):
         curvature: Curvature = "gauss-newton",
         damping: float | Damping | None = None,
         cg: CG | None = None,
+        solver: Solver = "auto",
         preconditioner: str | Preconditioner | None = "auto",
         line_search: LineSearch | Literal["armijo"] | None = "armijo",
         backtracking: Backtracking = "walk",
@@ -133,6 +141,7 @@ class HessianFree(Optimizer):
         _one_of("curvature", curvature, get_args(Curvature))
         _one_of("backtracking", backtracking, get_args(Backtracking))
         _one_of("linearisation", linearisation, POLICIES)
+        _one_of("solver", solver, get_args(Solver))
         _one_of("debias_slopes", debias_slopes, SLOPES)
         _number("lr", lr)
         _number("weight_decay", weight_decay)
@@ -167,7 +176,10 @@ class HessianFree(Optimizer):
         self.loss, self.outputs = loss, outputs
         self.process_group, self.history = process_group, history
         self.check = _check_option(check)
-        self.damping = as_damping(damping)
+        # Rules have a state: what is given is copied, so that no other optimizer goes on with this one's lambda.
+        self.damping = copy.deepcopy(as_damping(damping))
+        asked = cg is not None or preconditioner != "auto"
+        self.solver: Solver = "cg" if solver == "auto" and asked else solver
         self.cg = CG() if cg is None else cg
         if preconditioner == "auto" and not isinstance(self.damping, KrylovDamping):
             preconditioner = None
@@ -175,7 +187,7 @@ class HessianFree(Optimizer):
         if line_search is None:
             self.line_search: LineSearch = LineSearch(max_tries=1)
         else:
-            self.line_search = LineSearch() if isinstance(line_search, str) else line_search
+            self.line_search = LineSearch() if isinstance(line_search, str) else copy.deepcopy(line_search)
         self.stats = []
         self.steps = 0
         self.chosen: PreviousChoice | None = None
@@ -280,6 +292,7 @@ class HessianFree(Optimizer):
         settings = StepSettings(
             curvature=self.curvature,
             backtracking=self.backtracking,
+            solver=self.solver,
             structural=self.structural_damping,
             linearisation=self.linearisation,
             memory_budget=self.memory_budget,

@@ -112,7 +112,7 @@ class GaussNewton(ClosureOperator):
                 "recurrences or call hfopt.structural.mark in the model, or set structural to 0"
             )
         self._versions = [p._version for p in self.params]
-        self._one_by_one = False
+        self.one_by_one = False
         whole = len(self.parts) == 1 and bool(self.parts[0].sites)
         self._again = model.again(self.parts[0]) if whole else None
         shares = [*built.gradients, *(part.space.direct for part in self.parts)]
@@ -192,7 +192,7 @@ class GaussNewton(ClosureOperator):
         so.
         """
         self._check_point()
-        if self._one_by_one:
+        if self.one_by_one:
             return super().multiply_many(v, structural=structural)
         width = columns_at_once(self.linearisation.column_bytes(), self.vector.size, self.memory_budget, self.device)
         try:
@@ -200,7 +200,7 @@ class GaussNewton(ClosureOperator):
         except RuntimeError as error:
             if not cannot_batch(error):
                 raise
-            self._one_by_one = True
+            self.one_by_one = True
             logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
             return super().multiply_many(v, structural=structural)
         return self.project(done[0] if len(done) == 1 else torch.cat(done, 1))
@@ -422,7 +422,7 @@ class Hessian(ClosureOperator):
             graph.refuse_once_differentiable(g for g in grads if g is not None)
         except RuntimeError as error:
             raise not_differentiable({"double-backward": error}) from error
-        self._one_by_one = False
+        self.one_by_one = False
         self.custom_backward = graph.has_custom_backward([seen.total])
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient, self.projection = hooked(self.vector, self._of_all(self.vector.flatten(grads)))
@@ -453,7 +453,7 @@ class Hessian(ClosureOperator):
         Raises:
             ValueError: for ``structural``, which a Hessian does not have.
         """
-        if structural or self._one_by_one or not self._live:
+        if structural or self.one_by_one or not self._live:
             return super().multiply_many(v, structural=structural)
         heads = [g for _, g in self._live]
         width = columns_at_once(2 * graph.saved_bytes(heads, self.params), self.vector.size, None, self.device)
@@ -466,7 +466,7 @@ class Hessian(ClosureOperator):
         except RuntimeError as error:
             if not cannot_batch(error):
                 raise
-            self._one_by_one = True
+            self.one_by_one = True
             logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
             return super().multiply_many(v)
         self.products += v.shape[1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from hfopt.linalg.cg_host import HostCG
 from hfopt.linalg.cuda_graphs import Attempts, recording
 from hfopt.linalg.rules import StoppingRules
 from hfopt.linalg.solution import LinearMap, Solution
+from hfopt.linalg.units import InUnit, from_unit, preconditioner_in_unit, unit_of
 from hfopt.linalg.vector import norm
 
 
@@ -122,6 +123,14 @@ class CG(StoppingRules):
         size_b = norm(b)
         if not (math.isfinite(size_b) and (second is None or math.isfinite(norm(second.b)))):
             raise ValueError("the right-hand side b is not finite")
+        if (unit := unit_of(size_b, b.dtype)) != 1.0:
+            by = 1 / unit
+            if second is not None:
+                second = replace(second, op=InUnit(second.op, unit), b=second.b * by)
+            ending = None if stop is None else lambda i, x, phi: stop(i, x, phi * unit)
+            m = preconditioner_in_unit(preconditioner, unit)
+            solution = self.solve(InUnit(op, unit), b * by, x0, m, ending, directions, augment, second)
+            return from_unit(solution, unit)
         if second is not None:
             if directions or augment is not None:
                 raise ValueError("a solve with a second quadratic keeps no directions and starts at x0 or at zero")

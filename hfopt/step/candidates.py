@@ -6,14 +6,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.damping import KrylovDamping
 from hfopt.linalg.cg_debiased import Quadratic
+from hfopt.linalg.dense import DenseSystem
 from hfopt.linalg.krylov import DampingPath
 from hfopt.linalg.solution import Iterate, Solution
-from hfopt.linalg.vector import dot
+from hfopt.linalg.units import unit_of
+from hfopt.linalg.vector import dot, norm
+from hfopt.step.ladder import walk
 from hfopt.step.objective import Objective
 from hfopt.step.settings import StepMemory, StepParts
 
@@ -21,8 +25,9 @@ from hfopt.step.settings import StepMemory, StepParts
 _CALIBRATION_TRIES = 8
 # Where one solve has to do for all of them, it is made with this multiple of that curvature.
 _CALIBRATION_DEPTH = 1e-3
-# Another lambda is better if the loss falls by so much more, as a share of the decrease.
-_CLEAR = 1e-2
+# Parameters up to which a matrix is diagonalised in the time of a solve by conjugate gradients, and what the batched
+# passes that form it may go through, in bytes, to cost no more than one.
+_DENSE, _DENSE_BYTES = 384, 1 << 27
 NOWHERE: Mapping[str, Tensor] = {}
 """No start: the solve begins at zero."""
 
@@ -51,6 +56,9 @@ class CandidateSearch:
 
     def __init__(self, objective: Objective, parts: StepParts, memory: StepMemory) -> None:
         self.objective, self.settings, self.parts, self.memory = objective, objective.settings, parts, memory
+        self.dense = False  # until the objective has begun
+        self.system: DenseSystem | None = None
+        self.by_rho = False  # whether lambda follows rho after this step
 
     def cg_start(self) -> dict[str, Tensor]:
         """What the last solution of CG is to the next solve: ``augment``, with a decay ``x0``, or nothing."""
@@ -64,6 +72,8 @@ class CandidateSearch:
 
     def solve(self, damping: float, start: Mapping[str, Tensor] = NOWHERE, directions: int = 0) -> Solution:
         """Solve with ``lambda = damping``; ``start`` as :meth:`cg_start` gives it."""
+        if self.dense:
+            return self.dense_solution(self.densely(damping), damping)
         at, mu, cg = self.objective, self.settings.structural, self.parts.cg
         x0, augment = start.get("x0"), start.get("augment")
         # In scaled coordinates lambda damps theta / sqrt(sigma), which is a damping of lambda / sigma here.
@@ -84,6 +94,42 @@ class CandidateSearch:
             solution = cg.solve(seen, -at.g, x0, preconditioner, second=second)
         at.products += solution.products
         return solution
+
+    def solves_densely(self) -> bool:
+        """Whether the matrix is formed and diagonalised, in place of conjugate gradients."""
+        op, size = self.objective.op, self.objective.vector.size
+        if self.settings.solver == "cg" or self.objective.model.op is not op:
+            return False
+        if self.settings.solver == "dense":
+            return True
+        if size > _DENSE or not isinstance(op, GaussNewton):
+            return False
+        # By counts, not by times: a resumed run takes the same steps.
+        parts = [part.linearisation for part in op.parts]
+        column = sum(math.inf if lin is None else lin.column_bytes() for lin in parts)
+        pays = not op.one_by_one and size * column <= _DENSE_BYTES
+        return pays if op.processes is None else op.processes.mean(float(pays)) == 1.0
+
+    def densely(self, damping: float) -> DenseSystem:
+        """The system of all lambdas; structural damping is that of one."""
+        at, mu = self.objective, self.settings.structural
+        if self.system is None or mu:
+            with_mu = damping if mu else 0.0
+            decay = at.decay if at.scale is None else at.decay + with_mu * (1 / at.scale - 1)
+            # Columns within the space that gradient hooks leave: outside of it, the operator is not symmetric.
+            eye = at.op.project(torch.eye(at.vector.size, dtype=at.vector.dtype, device=at.vector.device))
+            matrix = at.op.damped(with_mu, mu, decay).multiply_many(eye)
+            at.products += at.vector.size
+            metric = None if at.scale is None else 1 / at.scale
+            self.system = DenseSystem(matrix, -at.g, with_mu, metric, at.op.project)
+        return self.system
+
+    def dense_solution(self, system: DenseSystem, damping: float) -> Solution:
+        """The solution for one lambda in the form that conjugate gradients give theirs."""
+        x, scale = system.solution(damping), self.objective.scale
+        along, curved = system.model(damping)
+        curved += damping * dot(x, x if scale is None else x / scale)
+        return Solution(x, [Iterate(0, x, 0.5 * curved - along)], "dense", 0, 0)
 
     def candidate(self, damping: float, start: Mapping[str, Tensor] = NOWHERE) -> Candidate:
         """Solve with ``lambda = damping``, backtrack, and judge the step by rho."""
@@ -142,12 +188,14 @@ class CandidateSearch:
     def curvature_along_gradient(self) -> float:
         """``g'Gg / g'g``, a lambda of the loss's own scale; where that is of no use, another."""
         self.objective.products += 1
-        d = self.objective.g if self.objective.scale is None else self.objective.g * self.objective.scale
+        g, scale = self.objective.g, self.objective.scale
+        g = g * (1 / unit) if (unit := unit_of(norm(g), g.dtype)) != 1.0 else g
+        d = g if scale is None else g * scale
         curved = self.objective.op.damped(0.0, 0.0, self.objective.decay).multiply(d)
-        gg = dot(self.objective.g, d)
+        gg = dot(g, d)
         damping = abs(dot(d, curved)) / gg if gg > 0 else 0.0
         if not (math.isfinite(damping) and damping > 0):
-            damping = math.sqrt(gg) if gg > 0 else 1.0
+            damping = unit * math.sqrt(gg) if gg > 0 else 1.0
         return damping
 
     def calibrated(self) -> tuple[float, Candidate]:
@@ -181,51 +229,70 @@ class CandidateSearch:
         """
         calibrates, value = rule.calibrates, rule.value
         first = self.curvature_along_gradient() if value is None else value
-        at = first * _CALIBRATION_DEPTH if calibrates else first
-        kept = rule.kept(self.objective.vector.size * self.objective.g.element_size())
-        solution = self.solve(at, NOWHERE if calibrates else self.cg_start(), kept)
-        if solution.reason == "not finite" or solution.pairs is None or not len(solution.pairs[0]):
-            return at, self.judged(at, solution)
-        path = DampingPath(
-            *solution.pairs, -self.objective.g, at, None if self.objective.scale is None else 1 / self.objective.scale
-        )
-        solution.pairs = None
+        at = first if self.dense or not calibrates else first * _CALIBRATION_DEPTH
+        path: DampingPath | DenseSystem
+        if self.dense:
+            path = self.densely(at)
+            solution = self.dense_solution(path, at)
+        else:
+            kept = rule.kept(self.objective.vector.size * self.objective.g.element_size())
+            solution = self.solve(at, NOWHERE if calibrates else self.cg_start(), kept)
+            if solution.reason == "not finite" or solution.pairs is None or not len(solution.pairs[0]):
+                return at, self.judged(at, solution)
+            scale = self.objective.scale
+            path = DampingPath(*solution.pairs, -self.objective.g, at, None if scale is None else 1 / scale)
+            solution.pairs = None
+        f0, rounding = self.objective.f0, self.objective.rounding
+        first, clear = self.clear_of_rounding(rule, path, first)
         given = self.on_path(solution, path, first, at, path.solution(first))
-        best = given if self.settings.backtracking == "none" else self.walk(rule, solution, path, at, given)
+        self.by_rho = self.settings.backtracking == "none" or not clear or rule.data_have_changed(f0, rounding)
+        best = given if self.by_rho else self.walk(rule, solution, path, at, given)
         # What is known of the last iterate is its own loss; on the first step, that of the same iterate for lambda.
         best.evaluated[solution.iterations] = best.value if calibrates else given.value
         return (best.damping or first) if calibrates else first, best
 
+    def clear_of_rounding(
+        self, rule: KrylovDamping, path: DampingPath | DenseSystem, first: float
+    ) -> tuple[float, bool]:
+        """The nearest lambda from ``first`` downwards that promises more than the loss's rounding error; if any does.
+
+        Below that, the loss would choose by the noise in its last digits, step after step.
+        """
+        rate, rounding = self.objective.rate, self.objective.rounding
+        for damping in (first, *rule.ladder(first, False)):
+            along, curved = path.model(damping)
+            if rate * along - 0.5 * rate**2 * curved > rounding:
+                return damping, True
+        return first, False
+
     def walk(
-        self, rule: KrylovDamping, solution: Solution, path: DampingPath, at: float, given: Candidate
+        self, rule: KrylovDamping, solution: Solution, path: DampingPath | DenseSystem, at: float, given: Candidate
     ) -> Candidate:
         """The best candidate on the ladders of lambda.
 
         Where lambda is far below all curvatures, it changes nothing: such candidates are passed over upwards, and not
         gone to downwards, as each has to be better by a hundredth of the decrease.
         """
-        best, first, everything = given, given.damping or 0.0, self.settings.backtracking == "smallest"
-        upwards = not best.rho > 0.5
-        for up in (upwards, not upwards):
-            for damping in rule.ladder(max(first, path.least / rule.ratio) if up else first, up):
-                x = path.solution(damping)
-                value = self.objective.f(self.scaled(x))
-                if value < best.value - _CLEAR * max(self.objective.f0 - best.value, 0.0) or not math.isfinite(
-                    best.value
-                ):
-                    best = self.on_path(solution, path, damping, at, x, value)
-                elif best.value < self.objective.f0 and not everything:
-                    break
-            if not everything and (best is not given or (up and not best.value < self.objective.f0)):
-                break
-        return best
+
+        def judge(damping: float) -> Candidate:
+            return self.on_path(solution, path, damping, at, path.solution(damping))
+
+        return walk(
+            rule,
+            given,
+            judge,
+            self.objective.f0,
+            least=path.least,
+            everything=self.settings.backtracking == "smallest",
+            rounding=self.objective.rounding / 2,
+        )
 
     def on_path(
-        self, solution: Solution, path: DampingPath, damping: float, at: float, x: Tensor, value: float | None = None
+        self, solution: Solution, path: DampingPath | DenseSystem, damping: float, at: float, x: Tensor
     ) -> Candidate:
         """A step ``x = p(lambda)`` from a solve with ``lambda = at``, judged by rho."""
         p = self.scaled(x)
-        value = self.objective.f(p) if value is None else value
+        value = self.objective.f(p)
         along, curved = path.model(damping)
         if self.settings.structural and isinstance(self.objective.op, GaussNewton):
             curved -= at * self.settings.structural * self.objective.op.structural_quadratic(x)

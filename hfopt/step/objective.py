@@ -183,6 +183,11 @@ class Objective:
         policy = self.settings.linearisation
         return "checkpoint" in (policy, chosen if policy == "auto" else "")
 
+    @property
+    def rounding(self) -> float:
+        """The size of a change of the loss that says nothing: its rounding error."""
+        return 4 * torch.finfo(self.vector.dtype).eps * abs(self.f0)
+
     def decays(self) -> bool:
         """Tell whether any group has a penalty."""
         return isinstance(self.decay, Tensor) or self.decay != 0.0

@@ -20,6 +20,7 @@ from hfopt.step.stats import StepStats
 
 Curvature = Literal["gauss-newton", "hessian", "fisher", "empirical-fisher"]
 Backtracking = Literal["walk", "smallest", "none"]
+Solver = Literal["auto", "cg", "dense"]
 
 
 class Preconditioner(Protocol):
@@ -85,6 +86,7 @@ class StepSettings:
 
     curvature: Curvature = "gauss-newton"
     backtracking: Backtracking = "walk"
+    solver: Solver = "auto"
     structural: float = 0.0
     linearisation: str = "auto"
     memory_budget: int | None = None

@@ -22,8 +22,10 @@ class StepStats:
         new_damping: lambda for the next step; with :class:`hfopt.KrylovDamping` also that of this one.
         structural: mu.
         cg_iterations: number of CG iterations of the solve that gave the step.
-        cg_reason: why CG stopped, see :class:`hfopt.linalg.solution.Solution`; ``"not finite"``, ``"zero gradient"`` or
-            ``"zero learning rate"``, with no iterations, if the step was not tried.
+        cg_reason: why CG stopped, see :class:`hfopt.linalg.solution.Solution`; ``"dense"``, with no iterations, where
+            the whole matrix was diagonalised; ``"converged"`` if the step was not taken since it promised less than the
+            rounding error of the loss; ``"not finite"``, ``"zero gradient"`` or ``"zero learning rate"``, with no
+            iterations, if the step was not tried.
         backtracked: the CG iteration whose iterate was taken.
         step_length: the line search's multiple of that iterate (times lr); 0 if the step was rejected.
         line_search_tries: evaluations that the line search looked at.

@@ -108,7 +108,8 @@ class Step:
     def _solve_and_move(self) -> Move:
         """Find a candidate by the rule's way of choosing lambda, search along it, move, and let the rule learn."""
         at, rule, preconditioner = self.objective, self.parts.damping, self.parts.preconditioner
-        if preconditioner is not None:
+        self.search.dense = self.search.solves_densely()
+        if preconditioner is not None and not self.search.dense:
             preconditioner.refresh(at.op, self.memory.steps)
             at.gradients += preconditioner.runs
         calibrates = rule.calibrates
@@ -133,25 +134,28 @@ class Step:
         if accepted:
             at.accept(candidate.p, found.length)
         self._update_rule(candidate, accepted)
+        if isinstance(rule, KrylovDamping):
+            rule.saw(at.f0, found.value if accepted else at.f0)
         starts: tuple[Tensor | None, ...] = (None,) * len(at.vector.params)
         if accepted:
             starts = tuple(v.clone() for v in at.vector.views(candidate.solution.x))
         return Move(self._record(damping, rule.value or 0.0, candidate, found), starts)
 
-    def _rounding(self) -> float:
-        """Return the size of a change of the loss that says nothing: its rounding error."""
-        at = self.objective
-        return 4 * torch.finfo(at.vector.dtype).eps * abs(at.f0)
-
     def _searched(self, candidate: Candidate) -> LineSearchResult:
         """Search along a candidate, and warn where no point told anything."""
-        at, rounding, eps = self.objective, self._rounding(), torch.finfo(self.objective.vector.dtype).eps
+        at, rounding, eps = self.objective, self.objective.rounding, torch.finfo(self.objective.vector.dtype).eps
         # A decrease below the rounding error of the loss says nothing about the model: the minimum is reached.
         if abs(candidate.quadratic) <= rounding and not candidate.value < at.f0:
             found = LineSearchResult(0.0, at.f0, 1)
         else:
-            slope = dot(at.model.g, candidate.p)
-            found = self.parts.line_search.search(lambda s: at.f(candidate.p, s), at.f0, slope, candidate.value)
+            slope, made = dot(at.model.g, candidate.p), at.evaluations
+
+            def f(s: float) -> float:
+                # Steps that promise less than the loss's rounding error cannot be judged by it.
+                return at.f(candidate.p, s) if abs(s * slope) > rounding else math.nan
+
+            found = self.parts.line_search.search(f, at.f0, slope, candidate.value)
+            found = replace(found, tries=min(found.tries, 1 + at.evaluations - made))
         # Rounding aside: steps that must have changed the loss, and did not.
         moved = at.farthest > 1e3 * eps * norm(at.theta)
         if moved and at.values == {at.f0_plain} and abs(candidate.quadratic) > rounding:
@@ -160,12 +164,12 @@ class Step:
 
     def _update_rule(self, candidate: Candidate, accepted: bool) -> None:
         """Let the damping rule learn from a step, unless the step was too small to tell anything."""
-        at, rule, rounding = self.objective, self.parts.damping, self._rounding()
+        at, rule, rounding = self.objective, self.parts.damping, self.objective.rounding
         # Nor does a step below the rounding of the parameters, at a minimum where the loss is zero.
         least = 16 * torch.finfo(at.vector.dtype).eps * norm(at.theta)
-        if not accepted and (abs(candidate.quadratic) <= rounding or norm(candidate.p) <= least):
+        if abs(candidate.quadratic) <= rounding or (not accepted and norm(candidate.p) <= least):
             return
-        chosen = None if self.settings.backtracking == "none" else candidate.damping
+        chosen = None if self.search.by_rho else candidate.damping
         if isinstance(rule, KrylovDamping) and chosen is not None and math.isfinite(candidate.value):
             rule.choose(chosen)
         if chosen is None or not accepted:
@@ -185,7 +189,7 @@ class Step:
             damping=damping,
             new_damping=new_damping,
             cg_iterations=c.solution.iterations,
-            cg_reason=c.solution.reason,
+            cg_reason=c.solution.reason if accepted or abs(c.quadratic) > at.rounding else "converged",
             backtracked=c.chosen.iteration,
             step_length=found.length * at.rate,
             line_search_tries=found.tries,

@@ -403,7 +403,7 @@ def test_whole_steps(preconditioner: str | None, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(hfopt.linalg.cg, "HostCG", run)
         v, w, h0 = randn(6, 8, 5, seed=7), nn.Parameter(0.3 * randn(5, 5, seed=8)), nn.Parameter(randn(5, seed=9))
         readout, target = nn.Parameter(randn(5, 2, seed=10)), randn(6, 8, 2, seed=11)
-        options: dict[str, Any] = {"structural": 0.3, "preconditioner": preconditioner, "batch_dim": 1}
+        options: dict[str, Any] = {"structural": 0.3, "preconditioner": preconditioner, "batch_dim": 1, "solver": "cg"}
         optimizer = hfopt.HessianFree([w, h0, readout], weight_decay=1e-3, **options)
         for _ in range(4):
             optimizer.step(
