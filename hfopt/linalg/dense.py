@@ -71,7 +71,7 @@ class DenseSystem:
     def solution(self, damping: float) -> Tensor:
         """``p(lambda)`` (P,); for ``lambda = 0`` the shortest one, as the pseudo-inverse gives it."""
         p: Tensor = self._basis @ self._coordinates(damping)
-        return p.to(self._like)
+        return self._project(p.to(self._like))
 
     def model(self, damping: float) -> tuple[float, float]:
         """``(b'p, p'Bp)`` of ``p(lambda)``, without its damping."""
