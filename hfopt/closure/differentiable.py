@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,14 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, A
     return func(*args, **kwargs)
 
 
+@runtime_checkable
+class Repeated(Protocol):
+    """What a closure runs under, and what a piece of it has to run under again to be the same function."""
+
+    def repeated(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return the context of a piece that is computed again."""
+
+
 def _attention(_plain: Method) -> Method:
     return plain_attention
 
@@ -97,10 +105,14 @@ def _again_in_block(plain: Method) -> Method:
 
     def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = generators.torch_state() if generators.apart() else None
+        modes = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        seen = next((m for m in reversed(modes) if isinstance(m, Repeated)), None)
+        around = nullcontext if seen is None else seen.repeated()
 
         @functools.wraps(function)
         def again(*inputs: Any, **keywords: Any) -> Any:
-            with twice_differentiable(), nullcontext() if state is None else generators.drawing_from(state):
+            drawn = nullcontext() if state is None else generators.drawing_from(state)
+            with around(), twice_differentiable(), drawn:
                 return function(*inputs, **keywords)
 
         return plain(again, *args, **kwargs)

@@ -147,6 +147,12 @@ class Frozen:
             yield
 
     @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Run the block, and put back the buffers of the modules that it calls."""
+        with undone(self.put_back), self._watching():
+            yield
+
+    @contextmanager
     def first(self) -> Iterator[None]:
         """Run the block and keep its draws and buffer updates."""
         self._started = True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hfopt.closure import differentiable, recurrent_layers
+from hfopt.closure.frozen import Frozen
 from hfopt.closure.recurrent_layers import Purpose
 from hfopt.closure.squares import LOOKED_AT, argument
 from hfopt.errors import ClosureError
@@ -68,6 +70,19 @@ class ClosureMode(TorchFunctionMode):
                 "noted: take the gradient by torch.autograd.grad(loss, params, create_graph=True)"
             )
         return differentiable.call(func, args, kwargs)
+
+    def repeated(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return the context of a piece that is computed again: with the same replacements, and no effect on buffers."""
+        purpose, replaces = self.purpose, recurrent_layers.replaces()
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            mode = ClosureMode()
+            mode.purpose = purpose
+            with Frozen(torch.device("cpu")).unchanged(), recurrent_layers.replacing(replaces), mode:
+                yield
+
+        return again
 
     def _number(self) -> int:
         number, self._calls = self._calls, self._calls + 1

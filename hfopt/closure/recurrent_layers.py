@@ -41,6 +41,11 @@ _enabled: ContextVar[bool] = ContextVar("hfopt_replace_recurrences", default=Tru
 _told: set[str] = set()
 
 
+def replaces() -> bool:
+    """Return whether torch's recurrent layers are replaced here."""
+    return _enabled.get()
+
+
 @contextmanager
 def replacing(enabled: bool) -> Iterator[None]:
     """Set whether torch's recurrent layers are replaced in closures that run inside the block."""

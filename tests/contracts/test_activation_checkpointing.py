@@ -79,3 +79,38 @@ def test_dropout_inside_a_checkpoint_is_one_function_within_a_step() -> None:
         torch.manual_seed(step)
         plain.step(lambda: F.mse_loss(twin(X), Y))
     assert torch.allclose(theta(model), theta(twin), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recurrent_layer_inside_is_replaced_in_every_computation(reentrant: bool) -> None:
+    """What is computed again has to save what the forward run saved."""
+    torch.manual_seed(0)
+    lstm, readout = nn.LSTM(2, 8), nn.Linear(8, 1)
+    x, y = torch.randn(40, 4, 2), torch.randn(40, 4, 1)
+    params = [*lstm.parameters(), *readout.parameters()]
+
+    def closure(checkpointed: bool) -> Tensor:
+        given = x.clone().requires_grad_() if reentrant else x
+        run = lambda t: lstm(t)[0]  # noqa: E731
+        states = checkpoint(run, given, use_reentrant=reentrant) if checkpointed else run(given)
+        return F.mse_loss(readout(states), y)
+
+    v = torch.randn(sum(p.numel() for p in params))
+    a, b = (hfopt.GaussNewton(lambda c=c: closure(c), params) @ v for c in (True, False))
+    assert float((a - b).norm() / b.norm()) < 1e-5
+    optimizer = hfopt.HessianFree(params)
+    first = float(optimizer.step(lambda: closure(True)))
+    assert float(closure(False).detach()) < first
+
+
+def test_running_statistics_inside_are_updated_once_a_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
+    twin = copy.deepcopy(model)
+    x, y = torch.randn(20, 3), torch.randn(20, 1)
+    optimizer, other = (hfopt.HessianFree(m.parameters()) for m in (model, twin))
+    for _ in range(2):
+        optimizer.step(lambda: F.mse_loss(checkpoint(model, x, use_reentrant=False), y))
+        other.step(lambda: F.mse_loss(twin(x), y))
+    assert int(model[1].num_batches_tracked) == int(twin[1].num_batches_tracked) == 2
+    assert torch.allclose(model[1].running_mean, twin[1].running_mean, rtol=1e-4, atol=1e-6)
