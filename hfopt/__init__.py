@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hfopt.curvature.fisher import Fisher
-from hfopt.curvature.gauss_newton import GaussNewton, Hessian
+from hfopt.curvature.gauss_newton import GaussNewton
+from hfopt.curvature.hessian import Hessian
 from hfopt.damping import AverageRatio, FixedDamping, KrylovDamping, LevenbergMarquardt
 from hfopt.errors import CheckFailed, ClosureError, HfoptError, NotDifferentiable
 from hfopt.linalg.cg import CG, RisingDecay

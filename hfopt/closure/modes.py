@@ -72,7 +72,7 @@ class ClosureMode(TorchFunctionMode):
         return differentiable.call(func, args, kwargs)
 
     def repeated(self) -> Callable[[], AbstractContextManager[None]]:
-        """Return the context of a piece that is computed again: with the same replacements, and no effect on buffers."""
+        """Return the context of a piece that is computed again: the same replacements, no effect on buffers."""
         purpose, replaces = self.purpose, recurrent_layers.replaces()
 
         @contextmanager

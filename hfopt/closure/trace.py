@@ -415,3 +415,12 @@ def differentiate(
             raise ClosureError("the closure's loss does not depend on any parameter that requires a gradient")
         total.backward()  # type: ignore[no-untyped-call]
     return total.detach(), _public(result, total)
+
+
+def refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Refuse a gradient that is undefined everywhere: the loss uses the parameters of another model, often a copy."""
+    if params and all(g is None for g in grads):
+        raise ClosureError(
+            "the closure's loss does not depend on any of the parameters given: check that they are those of the model "
+            "that the closure calls (not of a copy, and not replaced since)"
+        )

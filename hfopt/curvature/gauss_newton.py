@@ -1,12 +1,4 @@
-"""Curvature matrices as operators: ``op @ v`` about a fixed point, built once and multiplied many times.
-
-    Gauss-Newton   G = J' H_L J + d2R/dtheta2        (Schraudolph, Neural Computation 2002)
-    Hessian        H = d2L/dtheta2                   (Pearlmutter, Neural Computation 1994)
-    Fisher         F = E[J' g g' J]                  with g = dL/dz for targets drawn from the model, or the data's own
-
-All are symmetric (P, P); G and F are positive semi-definite for convex losses and regularisers. Where gradient hooks of
-the parameters are a projection P, they are ``P G P``, ``P H P`` and ``P F P`` (:mod:`hfopt.curvature.gradient_hooks`).
-"""
+"""The Gauss-Newton matrix as an operator: ``op @ v`` about a fixed point, built once and multiplied many times."""
 
 from __future__ import annotations
 
@@ -18,7 +10,8 @@ from torch import Tensor, nn
 from hfopt.closure import loss_scaling
 from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
-from hfopt.closure.trace import Closure, trace
+from hfopt.closure.trace import Closure, refuse_independence
+from hfopt.curvature.columns import cannot_batch, columns_at_once, rows
 from hfopt.curvature.consistency import inconsistency
 from hfopt.curvature.gradient_hooks import hooked
 from hfopt.curvature.linearisation import (
@@ -26,9 +19,7 @@ from hfopt.curvature.linearisation import (
     Cost,
     DoubleBackward,
     Linearisation,
-    available_bytes,
     explained,
-    not_differentiable,
 )
 from hfopt.curvature.output_space import Joint, Matching
 from hfopt.curvature.parts import Maybe, Part, again
@@ -37,10 +28,7 @@ from hfopt.errors import ClosureError, NotDifferentiable, logger
 from hfopt.linalg import graph
 from hfopt.linalg.operators import ClosureOperator
 from hfopt.linalg.processes import Processes
-from hfopt.linalg.vector import ParameterVector, dot
-
-# Vectors in one batched pass at most.
-MANY = 64
+from hfopt.linalg.vector import dot
 
 
 class GaussNewton(ClosureOperator):
@@ -116,7 +104,7 @@ class GaussNewton(ClosureOperator):
         whole = len(self.parts) == 1 and bool(self.parts[0].sites)
         self._again = model.again(self.parts[0]) if whole else None
         shares = [*built.gradients, *(part.space.direct for part in self.parts)]
-        _refuse_independence(self.params, [g for share in shares for g in share])
+        refuse_independence(self.params, [g for share in shares for g in share])
         self.gradient, self.projection = hooked(self.vector, self._of_all(self._flat(shares)))
         heads = (z for part in self.parts for z in part.space.outputs)
         if verify and (self.linearisation.name == "recompute" or graph.has_custom_backward(heads)):
@@ -327,18 +315,6 @@ class GaussNewton(ClosureOperator):
         return None if self._again is None else self._again()[: self.parts[0].count]
 
 
-def rows(vector: ParameterVector, v: Tensor) -> list[Tensor]:
-    """Return the columns of ``v (P, k)`` in shapes and dtypes of the parameters, along a new first dimension."""
-    pieces = torch.split(v.t(), vector.sizes, dim=1)
-    return [x.reshape(len(x), *p.shape).to(p.dtype) for x, p in zip(pieces, vector.params, strict=True)]
-
-
-def columns(vector: ParameterVector, like: Sequence[Tensor], parts: Maybe) -> Tensor:
-    """Invert :func:`rows`: (P, k); None is zero."""
-    full = [torch.zeros_like(x) if g is None else g.detach() for x, g in zip(like, parts, strict=True)]
-    return torch.cat([g.reshape(len(g), -1).to(vector.dtype) for g in full], 1).t()
-
-
 class NoOutputs:
     """The linearisation of a part without outputs: a regulariser that has a ``backward()`` of its own."""
 
@@ -363,111 +339,3 @@ class NoOutputs:
     def kept_bytes(self) -> int:
         """Return zero."""
         return 0
-
-
-def columns_at_once(column: int, size: int, budget: int | None, device: torch.device) -> int:
-    """Return the number of vectors (P,) per batched pass, at ``column`` bytes each in addition to the vectors."""
-    given = int(0.8 * available_bytes(device)) if budget is None else budget
-    return max(1, min(MANY, given // (column + 4 * 8 * size)))
-
-
-def cannot_batch(error: Exception) -> bool:
-    """Return whether torch reports that it cannot batch an operation over several vectors."""
-    # A traced graph has the views of single vectors in it; a backward pass in numpy asks for a tensor's memory.
-    words = ("vmap", "atching rule", "functorch", "view size is not compatible", "doesn't have storage")
-    return any(word in str(error) for word in words)
-
-
-def _refuse_independence(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Refuse a gradient that is undefined everywhere: the loss uses the parameters of another model, often a copy."""
-    if params and all(g is None for g in grads):
-        raise ClosureError(
-            "the closure's loss does not depend on any of the parameters given: check that they are those of the model "
-            "that the closure calls (not of a copy, and not replaced since)"
-        )
-
-
-class Hessian(ClosureOperator):
-    """``H = d2L/dtheta2`` by a cached double backward pass; symmetric, and indefinite away from minima.
-
-    Args:
-        closure: computes the loss by any differentiable operations.
-        params: the parameters theta.
-        loss: a function of what the closure returns, if that is not the loss.
-        processes: as for :class:`GaussNewton`.
-    """
-
-    def __init__(
-        self,
-        closure: Closure,
-        params: Iterable[Tensor],
-        *,
-        loss: Callable[..., Tensor] | None = None,
-        frozen: Frozen | None = None,
-        processes: Processes | None = None,
-    ) -> None:
-        super().__init__(params, processes)
-        frozen = Frozen(self.device, (closure,)) if frozen is None else frozen
-        with frozen.run(), twice_differentiable(), loss_scaling.watching() as scaling:
-            seen = trace(closure, loss=loss, params=self.params, cut=False)
-        self.scaler, self.unit = scaling.scaler, scaling.unit
-        self.loss = self._loss_of_all(seen.total)
-        self.result, self.differentiates = seen.result, seen.differentiates
-        with graph.unhooked(self.params):
-            grads: Sequence[Tensor | None] = torch.autograd.grad(
-                seen.total, self.params, create_graph=True, allow_unused=True
-            )
-        _refuse_independence(self.params, grads)
-        try:
-            graph.refuse_once_differentiable(g for g in grads if g is not None)
-        except RuntimeError as error:
-            raise not_differentiable({"double-backward": error}) from error
-        self.one_by_one = False
-        self.custom_backward = graph.has_custom_backward([seen.total])
-        self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self.gradient, self.projection = hooked(self.vector, self._of_all(self.vector.flatten(grads)))
-
-    @explained
-    def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
-        """Return ``H v = d<grad L, v>/dtheta``.
-
-        Raises:
-            ValueError: for ``structural``, which a Hessian does not have.
-        """
-        if structural:
-            raise ValueError("structural is given, but the Hessian of a loss has no hidden states to damp")
-        self.products += 1
-        vs = self.vector.cast_views(self.project(v))
-        parts: Sequence[Tensor | None] = [None] * len(self.params)
-        if self._live:
-            heads, tangents = [g for _, g in self._live], [vs[i] for i, _ in self._live]
-            parts = graph.gradients(heads, self.params, tangents)
-        out = torch.empty(self.vector.size, dtype=self.dtype, device=self.device) if out is None else out
-        self._of_all(self.vector.flatten_into(out, parts))
-        return out if self.projection is None else self.projection.apply_(out)
-
-    @explained
-    def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
-        """Return ``H V`` for ``V (P, k)`` in batched passes, of as many columns as fit into memory.
-
-        Raises:
-            ValueError: for ``structural``, which a Hessian does not have.
-        """
-        if structural or self.one_by_one or not self._live:
-            return super().multiply_many(v, structural=structural)
-        heads = [g for _, g in self._live]
-        width = columns_at_once(2 * graph.saved_bytes(heads, self.params), self.vector.size, None, self.device)
-        done = []
-        try:
-            for part in torch.split(self.project(v), width, 1):
-                vs = rows(self.vector, part)
-                found = graph.gradients(heads, self.params, [vs[i] for i, _ in self._live], batched=True)
-                done.append(columns(self.vector, vs, found))
-        except RuntimeError as error:
-            if not cannot_batch(error):
-                raise
-            self.one_by_one = True
-            logger.warning("vectors are multiplied one by one, since the model cannot be batched: %s", error)
-            return super().multiply_many(v)
-        self.products += v.shape[1]
-        return self.project(self._of_all(torch.cat(done, 1).contiguous()))

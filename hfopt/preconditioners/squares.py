@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hfopt.curvature.gauss_newton import GaussNewton, cannot_batch, columns_at_once
+from hfopt.curvature.columns import cannot_batch, columns_at_once
+from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.linalg import graph
 from hfopt.preconditioners.layers import BLOCK, Layer, watched
 from hfopt.preconditioners.sequences import Sequences

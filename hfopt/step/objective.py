@@ -18,7 +18,8 @@ from hfopt.closure.frozen import Frozen
 from hfopt.closure.patch import undone
 from hfopt.closure.trace import Closure, differentiate, evaluate
 from hfopt.curvature.fisher import Fisher
-from hfopt.curvature.gauss_newton import GaussNewton, Hessian
+from hfopt.curvature.gauss_newton import GaussNewton
+from hfopt.curvature.hessian import Hessian
 from hfopt.curvature.policy import still_holds
 from hfopt.errors import logger
 from hfopt.linalg.vector import ParameterVector, dot, norm
