@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hfopt.experiment import report
-from hfopt.experiment.metrics import Measure
+from hfopt.experiment.metrics import Metric
 from hfopt.experiment.store.format import RunError
 from hfopt.experiment.store.reader import Run, read_run
 
@@ -96,7 +96,7 @@ def _facts(run: Run) -> dict[str, str]:
         facts["so far"] = f"{int(run.steps['updated'].sum())} updates, {report.duration(float(last['total_seconds']))}"
         if len(tested):
             best = tested[tested["error_rate"].argmin()]
-            measure = Measure.of(c)
+            measure = run.metrics[0]
             facts[measure.name or "wrong"] = (
                 f"{measure.quantity(tested[-1]['error_rate'])} at step {tested[-1]['step']}, "
                 f"least {measure.quantity(best['error_rate'])} at step {best['step']}"
@@ -109,8 +109,8 @@ def _facts(run: Run) -> dict[str, str]:
 def _steps(run: Run, count: int) -> Table:
     """The last steps; columns that the run does not have are left out."""
     rows = run.steps[-count:] if count > 0 else run.steps[:0]
-    measure = Measure.of(run.configuration)
-    columns: list[tuple[str, str, str | Measure]] = [
+    measure = run.metrics[0]
+    columns: list[tuple[str, str, str | Metric]] = [
         ("step", "step", "d"),
         ("train loss", "train_loss", ".4e"),
         ("test loss", "test_loss", ".4e"),
@@ -131,9 +131,9 @@ def _steps(run: Run, count: int) -> Table:
     return table
 
 
-def _text(value: Any, form: str | Measure) -> str:
+def _text(value: Any, form: str | Metric) -> str:
     """A number as text; empty if it is absent."""
-    if isinstance(form, Measure):
+    if isinstance(form, Metric):
         return form.number(float(value))
     if form in ("d", "/"):
         return "" if value < 0 else f"{'/' if form == '/' else ''}{int(value)}"

@@ -34,8 +34,8 @@ import torch
 import corpora
 import hfopt
 from corpora.picture import draw_images
-from hfopt.experiment.data import Growth, evaluate
 from hfopt.experiment.driver import HF
+from hfopt.experiment.roles import Growth, evaluate
 from hfopt.preconditioners import KFAC
 from models import FNN
 from runs.optimizers import STOCHASTIC, optimizer, pace
@@ -244,7 +244,7 @@ def visualize_batch(batch: Any = None, count: int = 12) -> Figure:
 def errors() -> dict[str, float]:
     """The squared errors now, summed over pixels, averaged over all training and all test images."""
     both = {role: problem.evaluated_on(role) for role in ("train", "test")}
-    return {role: evaluate(hf.tested, images, images.test_batches)[1] for role, images in both.items()}
+    return {role: evaluate(hf.tested, images, images.test_batches).error for role, images in both.items()}
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hfopt.experiment.metrics import Measure
+from hfopt.experiment.metrics import Metric, metrics_in
 from hfopt.experiment.store.format import CHECK_TYPE, DETAILED, RESULTS, RUN, STEP_TYPE, Row, complete
 
 _HEADING_EVERY = 20
@@ -24,7 +24,7 @@ _TIMES = f" {'seconds':>8} {'total':>8}"
 class Progress:
     """Aligned lines, one a step; `second_order` adds lambda, rho, CG iterations and step length."""
 
-    def __init__(self, measure: Measure, *, second_order: bool) -> None:
+    def __init__(self, measure: Metric, *, second_order: bool) -> None:
         self._measure, self._second_order = measure, second_order
         self._width = max(8, len(measure.title))
         self._lines = 0
@@ -35,11 +35,12 @@ class Progress:
 
     def line(self, row: Row) -> str:
         """The line of one step, preceded by the heading when it is due."""
+        value = row.get(self._measure.column, math.nan)
         row = complete(row, STEP_TYPE)
         heading = self.heading() + "\n" if self._lines % _HEADING_EVERY == 0 else ""
         self._lines += 1
         line = f"{row['step']:6d} {_loss(row['train_loss'])} {_loss(row['test_loss'])}"
-        line += f" {self._measure.number(row['error_rate']):>{self._width}}"
+        line += f" {self._measure.number(value):>{self._width}}"
         if self._second_order:
             line += self._second(row) if row["updated"] else " " * len(_CURVED)
         line += f" {row['seconds']:8.2f} {row['total_seconds']:8.1f}"
@@ -76,8 +77,9 @@ def introduction(
     if threshold == 0:  # which no error is below
         goal = "no threshold"
     else:
-        bound = Measure.of(configuration).bound
-        goal = f"success below {bound(threshold)}" if isinstance(threshold, float) else f"success by {threshold}"
+        bound = metrics_in(configuration)[0].bound
+        beyond = "above" if metrics_in(configuration)[0].better == "higher" else "below"
+        goal = f"success {beyond} {bound(threshold)}" if isinstance(threshold, float) else f"success by {threshold}"
     return (
         f"{what}{length}: {type(model).__name__} with {count:,} parameters on {device}, "
         f"{type(optimizer).__name__}\n"
@@ -85,16 +87,16 @@ def introduction(
     )
 
 
-def ending(outcome: str, step: int, seconds: float, wrong: str, saved_step: int | None) -> str:
-    """One sentence on how a run ended; `wrong` is what the last test said."""
+def ending(outcome: str, step: int, seconds: float, wrong: str, saved_step: int | None, why: str = "") -> str:
+    """One sentence on how a run ended; `wrong` is what the last test said, `why` what stopped it."""
     took = f"{step} steps, {duration(seconds)}"
     return {
         "success": f"success after {took}{wrong}",
         "max_steps": f"no success within {took}{wrong}",
         "no threshold": f"ended after {took}{wrong}",
         "interrupted": f"interrupted and saved after {took}",
-        "diverged": f"the training loss is nan: given up after {took}; the last checkpoint is that of "
-        f"step {saved_step}",
+        "stopped": f"stopped after {took}, {why}{wrong}",
+        "diverged": f"{why}: given up after {took}; the last checkpoint is that of step {saved_step}",
     }[outcome]
 
 
@@ -131,9 +133,10 @@ def block(
     row: Row,
     totals: Mapping[str, float],
     checks: Iterable[Row] | None = None,
-    measure: Measure = Measure(),  # noqa: B008 - a frozen name
+    metrics: Sequence[Metric] = (),
 ) -> str:
     """One step for the text logs; `totals` are those of the run up to it, `checks` adds the table of CG checks."""
+    values = {metric: row.get(metric.column, math.nan) for metric in metrics}
     row = complete(row, STEP_TYPE)
     lines = [f"step {row['step']}"]
 
@@ -141,9 +144,10 @@ def block(
         lines.append(f"    {name:<20} {value}")
 
     say("train loss", f"{row['train_loss']:.6e}")
-    if math.isfinite(row["test_loss"]) or math.isfinite(row["error_rate"]):
+    if math.isfinite(row["test_loss"]) or any(map(math.isfinite, values.values())):
         say("test loss", f"{row['test_loss']:.6e}  (test - train {row['test_loss'] - row['train_loss']:+.3e})")
-        say(measure.name or "error rate", measure.quantity(row["error_rate"], 3))
+        for metric, value in values.items():
+            say(metric.name, metric.quantity(value, 3))
     if not row["updated"]:
         say("seconds", f"{row['seconds']:.3f}")
         return "\n".join([*lines, ""]) + "\n"

@@ -133,7 +133,7 @@ def test_curves_are_as_many_as_asked_and_the_same_again() -> None:
     train = {row.numpy().tobytes() for i in problem.train_batches for row in problem(i).inputs}
     assert len(train) == 600
     assert not train & {row.numpy().tobytes() for row in problem(-1).inputs}
-    with pytest.raises(ValueError, match="data_seed = 0, but these images have 1"):
+    with pytest.raises(ValueError, match="data_seed = 0, but Images has 1"):
         other.load_state_dict(corpora.curves(10, 50).state_dict())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hfopt.experiment.data import Growth
+from hfopt.experiment.roles import Growth
 from hfopt.experiment.driver import HF
 from hfopt.experiment.identity import describe, differences
 from hfopt.experiment.store.format import RunError
@@ -122,7 +122,7 @@ def changed_dropout(path: Path) -> HF:
         (changed_seed, r"seed was 0 and is 1"),
         (changed_batches, r"batches\.gradient was \[0, 1, 2\] and is \[0, 1\]"),
         (changed_rate, r"optimizer\.groups\[0\]\.lr was 0\.01 and is 0\.02"),
-        (changed_dropout, r"p=0\.2.*p=0\.3"),
+        (changed_dropout, r"drop\.p was 0\.2 and is 0\.3"),
     ],
 )
 def test_loading_refuses_what_does_not_continue(tmp_path: Path, change: Callable[[Path], HF], sentence: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfopt.cli import main
 from hfopt.experiment.driver import HF
-from hfopt.experiment.metrics import Measure
+from hfopt.experiment.metrics import ERROR_RATE, Metric
 from hfopt.experiment.store.reader import read_run
 from hfopt.experiment.visualize import plot_runs
 from tests.hfopt.tiny import Batch, Running, Sums, experiment
@@ -29,7 +29,7 @@ class Distances(Sums):
 
 
 def test_words() -> None:
-    share, distance = Measure(), Measure("distance")
+    share, distance = Metric("error rate", unit="%", column=ERROR_RATE), Metric("distance", column=ERROR_RATE)
     assert (share.title, share.number(0.125), share.quantity(0.125), share.bound(0.01)) == (
         "wrong %",
         "12.50",
