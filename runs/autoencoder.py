@@ -26,10 +26,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if find_spec("models") is None:
+    sys.exit("runs.autoencoder: type python -m runs.autoencoder in the folder of the checkout")
 
 import corpora
 import hfopt
@@ -39,7 +43,7 @@ from hfopt.experiment.roles import Growth, evaluate
 from hfopt.preconditioners import KFAC
 from models import FNN
 from runs.optimizers import STOCHASTIC, optimizer, pace
-from runs.settings import Action, Training, hints, main, parse, status
+from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,13 +176,11 @@ options: dict[str, Any] = {
     "seed": settings.seed,
     "device": settings.device,
 }
-try:
+with sentences("runs.autoencoder", settings):
     if settings.data == "mnist":
         problem = corpora.mnist(settings.folder, **options)
     else:
         problem = {"digits": corpora.digits, "curves": corpora.curves}[settings.data](**options)
-except (FileNotFoundError, ModuleNotFoundError) as error:
-    sys.exit(f"runs.autoencoder: {error}")
 
 # 2. Model and its initialisation.
 model = FNN.autoencoder(settings.sizes, nonlinearity=settings.nonlinearity)
@@ -188,7 +190,7 @@ model.to(settings.device)
 # 3. Loss: the images bring their own, problem.loss(outputs, batch), and their measure of error, problem.errors.
 
 # 4. Optimizer and driver.
-name = settings.name or f"autoencoder-{settings.data}-{settings.optimizer}-seed{settings.seed}"
+name = settings.name or run_name(f"autoencoder-{preset or 'digits'}", settings, PRESETS[preset or "digits"])
 driven = pace(settings.optimizer, settings.max_steps)
 roles: dict[str, Any] = {}
 if not stochastic:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,8 +124,8 @@ class HF:
             per_step=batches_per_step,
         )
         self._averaged = None if average is None else averaged(model, average)
-        frequencies = {"test_freq": test_freq, "save_freq": save_freq, "keep_checkpoints": keep_checkpoints}
-        for name, value in {**frequencies, "max_skipped": max_skipped}.items():
+        counts = {"test_freq": test_freq, "save_freq": save_freq, "keep_checkpoints": keep_checkpoints}
+        for name, value in {**counts, "max_skipped": max_skipped}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.metrics = metrics_of(problem, metrics)
@@ -495,5 +494,6 @@ class HF:
         self._say(sentence)
 
     def _say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stdout, flush=True)
+        if not self.quiet and not report.say(text):  # python -m runs.demo | head
+            self.quiet = True
+            self.stop("nobody reads its output any more")

@@ -157,8 +157,8 @@ def default_metric(problem: Any) -> Metric | None:
         if count > of:
             if not told:
                 logger.warning(
-                    "zero_one_loss counts %g wrong cases in a batch that has %g by %s(batch), so all are taken for wrong; "
-                    "let the data object's cases(batch) return how many there are",
+                    "zero_one_loss counts %g wrong cases in a batch that has %g by %s(batch), so all are taken for "
+                    "wrong; let the data object's cases(batch) return how many there are",
                     count,
                     of,
                     "cases" if hasattr(problem, "cases") else "size",

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfopt.experiment.roles import Growth
 from hfopt.experiment.driver import HF
+from hfopt.experiment.roles import Growth
 from hfopt.experiment.store.format import RunError
 from hfopt.experiment.store.reader import read_run
 from tests.hfopt.tiny import OPTIMIZERS, Running, Sums, bits, experiment

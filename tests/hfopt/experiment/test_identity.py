@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from hfopt.experiment.roles import Growth
 from hfopt.experiment.driver import HF
 from hfopt.experiment.identity import describe, differences
+from hfopt.experiment.roles import Growth
 from hfopt.experiment.store.format import RunError
 from hfopt.experiment.store.reader import read_run
 from hfopt.preconditioners import KFAC
