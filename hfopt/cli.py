@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "-w", "--where", action="append", default=[], metavar="CONDITION", help="such as 'error<0.01' or 'problem.T=30'"
     )
-    listing.add_argument("-s", "--sort", metavar="COLUMN", help="a column; -s=-COLUMN for the largest first")
+    listing.add_argument("-s", "--sort", metavar="COLUMN", help="a column, such as error")
+    listing.add_argument("-r", "--reverse", action="store_true", help="the largest first")
     compare = commands.add_parser("compare", help="show in what runs differ, and how they went")
     compare.add_argument("path", nargs="+", help=_PATH)
     export = commands.add_parser("export", help="write the table of steps for other programs")
@@ -111,7 +112,7 @@ def _list(chosen: argparse.Namespace) -> None:
             f"there is no folder {folder}; runs are in runs/logs of the folder they were started in"
         )
     entries = [catalogue.entry(run, folder) for run in catalogue.find_runs(folder)]
-    found = catalogue.select(entries, chosen.where, chosen.sort)
+    found = catalogue.select(entries, chosen.where, chosen.sort, reverse=chosen.reverse)
     rows = [[_cell(e, column) for column in catalogue.COLUMNS] for e in found]
     console = _console()
     console.print(_table(list(catalogue.COLUMNS), rows, console.width, drop=("model", "optimizer", "problem", "loss")))
@@ -138,7 +139,7 @@ def _compare(chosen: argparse.Namespace) -> None:
         rows += [[column, *(_cell(e, column) for e in found)] for column in ("state", "step", "loss", "error")]
         rows.append(["seconds", *(f"{run.steps['seconds'].sum():.1f}" for run in runs)])
     console = _console()
-    console.print(_table(["", *(run.name for run in runs)], rows, console.width, right=False))
+    console.print(_table(["", *(run.name for run in runs)], rows, console.width, words=1 + len(runs)))
 
 
 def _brief(value: Any) -> str:
@@ -218,9 +219,9 @@ def _table(
     width: int,
     *,
     drop: Sequence[str] = (),
-    right: bool = True,
+    words: int = 1,
 ) -> Table:
-    """Aligned columns without lines; where they are too wide together, those to `drop` are left out, one by one."""
+    """Aligned columns without lines; the first so many are `words`. Of too wide ones those to `drop` are left out."""
     rows = [[_clean(cell) for cell in row] for row in rows]
     titles = [_clean(title) for title in titles]
     widths = {
@@ -234,9 +235,8 @@ def _table(
     table = Table(box=None, padding=(0, 0, 0, 1), header_style="bold")
     for i, title in enumerate(titles):
         if title not in left_out:
-            table.add_column(
-                title, justify="right" if right and i else "left", no_wrap=i == 0 or right, overflow="fold"
-            )
+            side: Literal["left", "right"] = "left" if i < words else "right"
+            table.add_column(title, justify=side, no_wrap=words < len(titles), overflow="fold")
     for row in rows:
         table.add_row(*(cell for title, cell in zip(titles, row, strict=True) if title not in left_out))
     return table
@@ -257,7 +257,7 @@ def _facts(run: Run) -> dict[str, str]:
         "optimizer": f"{c['optimizer']['class']}  {_pairs({**group, **optimizer})}",
         "batches": f"{batches}, test {len(c['problem']['test_batches'])}",
         "versions": _pairs({key: v[key] for key in ("hfopt", "torch", "numpy", "python", "device", "threads")}),
-        **({"commit": str(v["commit"])} if v.get("commit") else {}),
+        **({"commit": str(session["versions"]["commit"])} if session else {}),
         **({"command": f"{session['command']}  on {session['versions']['host']}"} if session else {}),
         "state": f"{catalogue.state_of(run)}{f' ({run.outcome})' if run.outcome else ''}",
         "checkpoints": ", ".join(p.key if p.named else str(p.step) for p in run.checkpoints),
@@ -268,7 +268,7 @@ def _facts(run: Run) -> dict[str, str]:
         if len(tested):
             best = tested[tested["error_rate"].argmin()]
             measure = run.metrics[0]
-            facts[measure.name or "wrong"] = (
+            facts["wrong" if measure.counted else measure.name] = (
                 f"{measure.quantity(tested[-1]['error_rate'])} at step {tested[-1]['step']}, "
                 f"least {measure.quantity(best['error_rate'])} at step {best['step']}"
             )
@@ -297,7 +297,7 @@ def _steps(run: Run, count: int, width: int) -> Table:
     shown = [column for column in columns if any(_text(row[column[1]], column[2]) for row in run.steps)]
     cells = [[_text(row[name], form) for _, name, form in shown] for row in rows]
     drop = ("taken", "length", *(metric.title for metric in reversed(others)), "seconds", "ρ", "λ")
-    return _table([title for title, _, _ in shown], cells, width, drop=drop)
+    return _table([title for title, _, _ in shown], cells, width, drop=drop, words=0)
 
 
 def _text(value: Any, form: str | Metric) -> str:

@@ -103,8 +103,10 @@ def entry(folder: Path, root: Path) -> Entry:
     )
 
 
-def select(entries: Iterable[Entry], where: Sequence[str] = (), sort: str | None = None) -> list[Entry]:
-    """Those entries for which all conditions hold, sorted by a column (`-column`: from the largest).
+def select(
+    entries: Iterable[Entry], where: Sequence[str] = (), sort: str | None = None, *, reverse: bool = False
+) -> list[Entry]:
+    """Those entries for which all conditions hold, sorted by a column.
 
     A condition is `column=value`, with `=`, `!=`, `<`, `<=`, `>`, `>=` or `~` (contains); the column is one of
     `COLUMNS`, or a setting of the run such as `problem.T`, `optimizer.groups.0.lr` or `settings.hidden`. Runs that do
@@ -118,12 +120,11 @@ def select(entries: Iterable[Entry], where: Sequence[str] = (), sort: str | None
         name, sign, value = match.groups()
         chosen = [e for e in chosen if _holds(_value(e, name), sign, value)]
     if sort is not None:
-        column = sort.removeprefix("-")
-        if column not in COLUMNS:
-            raise ValueError(f"--sort {sort}: choose from {', '.join(COLUMNS)}, with - before it for the largest first")
-        known = [e for e in chosen if getattr(e, column) == getattr(e, column)]
-        rest = [e for e in chosen if e not in known]
-        chosen = sorted(known, key=lambda e: getattr(e, column), reverse=sort.startswith("-")) + rest
+        if sort not in COLUMNS:
+            raise ValueError(f"--sort {sort}: choose from {', '.join(COLUMNS)}")
+        known = [e for e in chosen if getattr(e, sort) == getattr(e, sort)]
+        absent = [e for e in chosen if getattr(e, sort) != getattr(e, sort)]
+        chosen = sorted(known, key=lambda e: getattr(e, sort), reverse=reverse) + absent
     return chosen
 
 
