@@ -52,6 +52,7 @@ class Progress:
         if math.isnan(row["damping"]):
             return " " * len(_CURVED)
         iterations = f"{row['backtracked']}/{row['cg_iterations']}"
+        iterations = iterations if len(iterations) <= 7 else str(row["cg_iterations"])
         length = _short(row["step_length"]) if row["accepted"] else "none"
         return f" {row['damping']:8.2e} {ratio(row['rho'])} {iterations:>7} {length:>6}"
 
@@ -223,7 +224,7 @@ def duration(seconds: float) -> str:
 
 
 def _loss(value: float) -> str:
-    return " " * 10 if math.isnan(value) else f"{value:10.4e}"
+    return " " * 10 if math.isnan(value) else f"{value:10.4e}" if value >= 0 else f"{value:10.3e}"
 
 
 def ratio(value: float) -> str:

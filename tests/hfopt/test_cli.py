@@ -238,14 +238,13 @@ def test_a_reader_that_goes_away(runs: dict[str, Path]) -> None:
         f"experiment(pathlib.Path({str(runs['hf'].parent / 'piped')!r}), quiet=False, max_steps=10**5).optimize()"
     )
     for line in (program, training):
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        process.wait()
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
     run = read_run(runs["hf"].parent / "piped")
     assert run.outcome == "stopped"
     assert run.find().step == run.steps["step"][-1]

@@ -229,7 +229,7 @@ def _checked(path: Path, key: str, facts: Mapping[str, Any]) -> Checkpoint:
         and (named or key == f"{step:08d}")
     ):
         return Checkpoint(key, step, serial, named, float(saved))
-    raise RunError(f"{path} is no checkpoint, or damaged; remove it, or restore it from a copy")
+    raise RunError(f"{path} is no checkpoint, or damaged; {sealed.way_out(path)}")
 
 
 def read_checkpoint(path: Path, serial: int, part: str | None = None) -> Any:

@@ -28,6 +28,7 @@ class Run:
         checkpoints: the saved states, in the order of saving.
         header: name, seed, configuration, versions, metrics, sessions, outcome.
         version: of the format.
+        missing: what is wrong if the newest checkpoint is gone, so that none of the others is the last.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Run:
     checkpoints: list[Checkpoint]
     header: Header
     version: int = runfile.VERSION
+    missing: str = ""
 
     @property
     def name(self) -> str:
@@ -86,9 +88,13 @@ class Run:
         """The checkpoint of a step (an int), `"last"`, `"best"` (best first metric, then test loss), or a
         name.
 
-        Negative numbers count from the end: -1 is the last. Raises KeyError with the list of those there are.
+        Negative numbers count from the end: -1 is the last. Raises KeyError with the list of those there are, and
+        RunError if the newest is missing and not another one is asked for by its step or name.
         """
         found: Checkpoint | None = None
+        if self.missing and (which in ("last", "best") or (isinstance(which, int) and which < 0)):
+            there = ", ".join(c.key if c.named else str(c.step) for c in self.checkpoints)
+            raise RunError(f"{self.missing}; restore it from a copy, or load another one: there are {there or 'none'}")
         if which == "last" or (isinstance(which, int) and which < 0):
             place = -1 if isinstance(which, str) else which
             found = self.checkpoints[place] if -place <= len(self.checkpoints) else None
@@ -151,7 +157,7 @@ def read_run(path: str | Path) -> Run:
     while True:
         contents = read_contents(folder / runfile.RUN)
         header = contents.header
-        checkpoints = _checkpoints(folder, contents)
+        checkpoints, missing = _checkpoints(folder, contents)
         at = runfile.journal_path(folder, header.journal)
         journal = runfile.read_journal(at, contents.version)
         # A save between the two readings has moved the journal's rows into a newer version.
@@ -160,20 +166,19 @@ def read_run(path: str | Path) -> Run:
     with reading(at):
         steps = runfile.supersede(contents.steps, journal, contents.steps.dtype)
         checks = runfile.supersede(contents.checks, journal, contents.checks.dtype)
-    return Run(folder, steps, checks, checkpoints, header, contents.version)
+    return Run(folder, steps, checks, checkpoints, header, contents.version, missing)
 
 
-def _checkpoints(folder: Path, contents: Contents) -> list[Checkpoint]:
-    """The checkpoints that are there: those in the folder; of format 1, those in run.h5."""
+def _checkpoints(folder: Path, contents: Contents) -> tuple[list[Checkpoint], str]:
+    """The checkpoints that are there, in the folder or, of format 1, in run.h5; and a sentence if the newest is not."""
     listed = sorted(contents.checkpoints, key=lambda c: c.serial)
     if contents.version == 1:
-        return listed
+        return listed, ""
     found = list_checkpoints(folder, contents.header.run)
     # The newest of all is never removed, and a newer one would have a larger number.
     if listed and (not found or found[-1].serial < listed[-1].serial):
-        path = folder / runfile.CHECKPOINTS / f"{listed[-1].key}.h5"
-        raise RunError(f"{path} is missing or truncated; restore it from a copy, or start a new run under another name")
-    return found
+        return found, f"{folder / runfile.CHECKPOINTS / f'{listed[-1].key}.h5'} is missing or truncated"
+    return found, ""
 
 
 def run_path(path: str | Path) -> Path:

@@ -20,12 +20,11 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hfopt.experiment.store.format import RunError, WriteError
+from hfopt.experiment.store.format import CHECKPOINTS, RunError, WriteError
 
 BLOCK = 512
 _TITLE = b"hfopt sealed HDF5\n"
 _DIGEST = 32
-_ELSEWHERE = "restore it from a copy, or start a new run under another name"
 # What HDF5 and what reads from it raise on contents that are not as they should be.
 UNREADABLE = (
     OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, MemoryError,
@@ -127,7 +126,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return _facts(file.read(BLOCK))[0]
     except UNREADABLE as error:
-        raise RunError(f"{path} is truncated or damaged ({error}); {_ELSEWHERE}") from error
+        raise RunError(f"{path} is truncated or damaged ({error}); {way_out(path)}") from error
 
 
 def is_sealed(path: Path) -> bool:
@@ -157,6 +156,13 @@ def _facts(block: bytes) -> tuple[dict[str, Any], int]:
     return facts, len(_TITLE) + len(line) + 1
 
 
+def way_out(path: Path) -> str:
+    """What to do about a file that cannot be read."""
+    if path.parent.name == CHECKPOINTS:
+        return "restore it from a copy, or remove it and load another checkpoint by its step"
+    return "restore it from a copy, or start a new run under another name"
+
+
 @contextmanager
 def open_sealed(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """The facts and the HDF5 root of a sealed file, after its checksum was found right.
@@ -177,7 +183,7 @@ def open_sealed(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
             raise ValueError("its bytes do not have the checksum they were written with")
     except UNREADABLE as error:
         raise RunError(
-            f"{path} has been truncated, damaged or changed since it was written ({error}); {_ELSEWHERE}"
+            f"{path} has been truncated, damaged or changed since it was written ({error}); {way_out(path)}"
         ) from error
     with reading(path), h5py.File(io.BytesIO(data), "r") as file:
         yield facts, file
@@ -193,7 +199,7 @@ def reading(path: Path) -> Iterator[None]:
     except (*UNREADABLE, RecursionError) as error:
         said = str(error).strip("\"'").replace("\n", " ")
         raise RunError(
-            f"{path} cannot be read: it is truncated, damaged or no HDF5 file of a run ({said}); {_ELSEWHERE}"
+            f"{path} cannot be read: it is truncated, damaged or no HDF5 file of a run ({said}); {way_out(path)}"
         ) from error
 
 

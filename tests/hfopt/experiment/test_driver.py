@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import signal
 import threading
 from pathlib import Path
@@ -14,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hfopt.experiment.driver import HF
+from hfopt.experiment.identity import commit
 from hfopt.experiment.roles import Growth
 from hfopt.experiment.store.format import RunError
 from hfopt.experiment.store.reader import read_run
 from tests.hfopt.tiny import OPTIMIZERS, Running, Sums, bits, experiment
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_rows(tmp_path: Path) -> None:
@@ -375,6 +380,9 @@ def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert HF("one", model, problem, optimizer=make).path == Path("runs/logs/one")
     assert HF("./one", model, problem, optimizer=make).path == Path("one")
     assert HF(Path("one"), model, problem, optimizer=make).path == Path("one")
+    for name in ("", ".", "..", "a/..", "/", " ", "a\nb", "\0", Path()):
+        with pytest.raises(ValueError, match="names no folder for a run"):
+            HF(name, model, problem, optimizer=make)
     assert list(tmp_path.iterdir()) == []  # building an experiment writes nothing
 
 
@@ -417,6 +425,12 @@ def test_the_record_of_the_run(tmp_path: Path) -> None:
     assert run.versions["torch"] == str(torch.__version__)
     assert run.versions["threads"] == torch.get_num_threads()
     assert run.versions["device"] == "cpu"
+    (session,) = run.sessions
+    assert session["process"] == os.getpid()
+    assert session["command"]
+    assert session["versions"] == run.versions
+    assert run.versions["host"] == platform.node()
+    assert run.versions["commit"] == commit(ROOT)
     assert run.configuration["settings"] == {"why": "to see", "rate": 0.5}
     assert run.configuration["problem"]["T"] == 3
     assert run.configuration["optimizer"]["groups"][0]["lr"] == 0.01
@@ -448,3 +462,29 @@ def test_the_forward_function_sees_the_batch(tmp_path: Path) -> None:
     plain.optimize()
     assert bits(plain) == bits(given)
     assert len(seen) == 3 * (2 + 3) + 2 + 3
+
+
+def test_a_continuation_by_something_else_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = "hfopt.recurrences.native.build.identity"
+    monkeypatch.setattr(build, lambda: {"compiler": "gcc 12", "flags": "-O3"}, raising=False)
+    experiment(tmp_path / "run", quiet=False).optimize(2)
+    assert "may differ" not in capsys.readouterr().out
+    monkeypatch.setattr(build, lambda: {"compiler": "gcc 13", "flags": "-O3", "new": 1}, raising=False)
+    monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    hf = experiment(tmp_path / "run", quiet=False)
+    hf.load()
+    hf.optimize(4)
+    printed = capsys.readouterr().out
+    assert "native.compiler was 'gcc 12' and is 'gcc 13'; the bits may differ" in printed
+    assert "and is 'elsewhere'; the bits may differ" in printed
+    assert printed.count("may differ") == 2
+    run = read_run(tmp_path / "run")
+    assert [session["step"] for session in run.sessions] == [0, 2]
+    assert run.versions["native"]["compiler"] == "gcc 12"
+    assert "gcc 13" in (tmp_path / "run" / "results").read_text()
+    # A compiler that cannot be asked is no reason not to start.
+    monkeypatch.setattr(build, lambda: 1 / 0, raising=False)
+    experiment(tmp_path / "other").optimize(1)
+    assert read_run(tmp_path / "other").versions["native"] == {}

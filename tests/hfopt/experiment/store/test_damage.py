@@ -111,12 +111,24 @@ def test_the_newest_checkpoint_is_missed(good: Path, tmp_path: Path) -> None:
     for damage in (newest.unlink, lambda: newest.write_bytes(b"")):
         whole = newest.read_bytes()
         damage()
-        with pytest.raises(RunError, match=r"00000008\.h5 is missing or truncated"):
-            read_run(tmp_path / "run")
+        run = read_run(tmp_path / "run")
+        for which in ("last", "best", -1):
+            with pytest.raises(RunError, match=r"00000008\.h5 is missing or truncated.*there are .*4, 6"):
+                run.parameters(which)
+        assert run.find(6).step == 6
         newest.write_bytes(whole)
     # After a power cut, a file that was never flushed may be empty; run.h5 does not know it.
     shutil.copy(newest, newest.with_name("00000010.h5"))
     (newest.with_name("00000010.h5")).write_bytes(bytes(4096))
+    assert read_run(tmp_path / "run").find().step == 8
+    # An earlier one is the way out, and leads to the same.
+    newest.unlink()
+    hf = experiment(tmp_path / "run", optimizer="adam", save_freq=2)
+    with pytest.raises(RunError, match="missing"):
+        hf.load()
+    hf.load(6)
+    hf.optimize(8)
+    assert newest.read_bytes()[512:] != b""
     assert read_run(tmp_path / "run").find().step == 8
 
 
