@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ def read_idx(path: Path, most: int = 1 << 30) -> npt.NDArray[np.uint8]:
         raise ValueError(f"{path} is no complete gzip file ({error}); fetch it again") from error
 
 
-def _read(path: Path, file: IO[bytes], most: int) -> npt.NDArray[np.uint8]:
+def _read(path: Path, file: gzip.GzipFile | BufferedReader, most: int) -> npt.NDArray[np.uint8]:
     """The array in an opened file. No more is unpacked than its header says, and a byte to see that nothing follows."""
     start = file.read(4)
     if len(start) < 4 or start[:2] != b"\0\0" or start[2] != _UNSIGNED_BYTE:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,17 +195,17 @@ def _plain_array(value: Any) -> np.ndarray[Any, Any]:
 # -- reading ----------------------------------------------------------------------------------------------
 
 
-def list_checkpoints(folder: Path, run: str) -> list[Checkpoint]:
+def list_checkpoints(folder: Path, run: str, known: Container[str] = ()) -> list[Checkpoint]:
     """The checkpoints of a run by their files' first bytes, in the order of saving.
 
-    A file that was never finished, which a power cut can leave, is left out. Raises RunError for any other that is
-    no checkpoint.
+    A file that was never finished, which a power cut can leave, is left out, unless its key is `known` from run.h5.
+    Raises RunError for any other that is no checkpoint.
     """
     found = []
     for path in sorted((folder / CHECKPOINTS).glob("*.h5")):
         name = _FILE.fullmatch(path.name)
         try:
-            if name is None or not sealed.is_finished(path):
+            if name is None or (name.group(1) not in known and not sealed.is_finished(path)):
                 continue
             facts = sealed.read_facts(path)
         except FileNotFoundError:  # it made room for newer ones meanwhile

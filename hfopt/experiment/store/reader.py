@@ -174,7 +174,8 @@ def _checkpoints(folder: Path, contents: Contents) -> tuple[list[Checkpoint], st
     listed = sorted(contents.checkpoints, key=lambda c: c.serial)
     if contents.version == 1:
         return listed, ""
-    found = list_checkpoints(folder, contents.header.run)
+    known = {c.key for c in listed[:-1]}
+    found = list_checkpoints(folder, contents.header.run, known)
     # The newest of all is never removed, and a newer one would have a larger number.
     if listed and (not found or found[-1].serial < listed[-1].serial):
         return found, f"{folder / runfile.CHECKPOINTS / f'{listed[-1].key}.h5'} is missing or truncated"
