@@ -441,7 +441,7 @@ class HF:
                 self.path, self._serial, self._newest, keep=self.keep_checkpoints, metrics=metrics, session=session
             )
             self._log.note(f"resumed at step {self.step}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            for change in identity.differences(self._log.earlier_versions, versions):
+            for change in identity.version_changes(self._log.earlier_versions, versions):
                 self._note_and_say(f"since the run was last continued, {change}; the bits may differ")
             return
         header = {

@@ -170,6 +170,16 @@ def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     return differences(*_same_terms(saved, present))
 
 
+def version_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """One phrase per thing that a run is continued on and that was another before; what was not known is none."""
+
+    def known(tree: Mapping[str, Any]) -> dict[str, Any]:
+        nested = {key: known(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+        return {key: value for key, value in nested.items() if value not in (None, "", {})}
+
+    return differences(known(saved), known(present))
+
+
 def differences(saved: Any, present: Any, name: str = "") -> list[str]:
     """One phrase per setting that both `saved` and `present` have, two nested descriptions, with different values."""
     if isinstance(saved, Mapping) and isinstance(present, Mapping):

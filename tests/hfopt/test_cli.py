@@ -230,6 +230,7 @@ def test_export(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["export", str(runs["hf"]), "-o", str(tmp_path / "no" / "where")]) == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away(runs: dict[str, Path]) -> None:
     """`hfopt show run | head`, and a run whose output nobody reads any more: no traceback, and all is saved."""
     program = f"import sys; from hfopt.cli import main; sys.exit(main(['export', {str(runs['hf'])!r}]))"

@@ -468,10 +468,12 @@ def test_a_continuation_by_something_else_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build = "hfopt.recurrences.native.build.identity"
-    monkeypatch.setattr(build, lambda: {"compiler": "gcc 12", "flags": "-O3"}, raising=False)
+    monkeypatch.setattr(build, lambda: {"compiler": "gcc 12", "flags": "-O3", "library": None}, raising=False)
     experiment(tmp_path / "run", quiet=False).optimize(2)
     assert "may differ" not in capsys.readouterr().out
-    monkeypatch.setattr(build, lambda: {"compiler": "gcc 13", "flags": "-O3", "new": 1}, raising=False)
+    monkeypatch.setattr(
+        build, lambda: {"compiler": "gcc 13", "flags": "-O3", "new": 1, "library": "a1b2"}, raising=False
+    )
     monkeypatch.setattr(platform, "node", lambda: "elsewhere")
     hf = experiment(tmp_path / "run", quiet=False)
     hf.load()

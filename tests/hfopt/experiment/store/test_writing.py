@@ -131,6 +131,7 @@ print(json.dumps({"outcome": outcome, "said": said, "bits": {k: v.hex() for k, v
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 3000, 12000])
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on(tmp_path: Path, limit: int) -> None:
     """Files cannot grow beyond a limit: the journal at 100 bytes, then a text log, then run.h5 or a checkpoint."""
@@ -210,6 +211,7 @@ hf.optimize()
 """
 
 
+@pytest.mark.slow
 def test_a_live_run_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     holder = subprocess.Popen(
