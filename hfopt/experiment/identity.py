@@ -31,8 +31,6 @@ from hfopt.experiment.metrics import Metric
 from hfopt.experiment.roles import Roles
 
 _SCALARS = (bool, int, float, str)
-# What torch.optim.Optimizer and its schedulers keep, and HessianFree's record.
-_NO_SETTINGS = ("defaults", "state", "param_groups", "step", "stats", "steps")
 
 
 def describe(value: Any) -> Any:
@@ -49,6 +47,8 @@ def describe(value: Any) -> Any:
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [describe(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((describe(item) for item in value), key=str)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # A field that is not compared changes no result.
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
@@ -149,8 +149,13 @@ def _same_terms(saved: Any, present: Any) -> tuple[Any, Any]:
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Class and settings of an optimizer; of each parameter group the settings and the number of tensors."""
-    own = {name: value for name, value in vars(optimizer).items() if name not in _NO_SETTINGS and name[0] != "_"}
+    """Class and settings of an optimizer; of each parameter group the settings and the number of tensors.
+
+    Settings are what its constructors take and it keeps under the same names; all else is its state.
+    """
+    makers = [vars(kind)["__init__"] for kind in type(optimizer).__mro__[:-1] if "__init__" in vars(kind)]
+    taken = {name for maker in makers for name in inspect.signature(maker).parameters}
+    own = {name: value for name, value in vars(optimizer).items() if name in taken and name not in ("self", "defaults")}
     groups = [
         {
             **{key: describe(value) for key, value in group.items() if key != "params"},
