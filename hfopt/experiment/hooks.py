@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from hfopt.experiment.driver import HF
+from hfopt.experiment.metrics import Metric
+
+
+class Experiment(Protocol):
+    """What a callback may rely on: :class:`hfopt.HF` has it, and more."""
+
+    model: nn.Module
+    problem: Any
+    optimizer: torch.optim.Optimizer
+    metrics: list[Metric]
+    step: int
+
+    @property
+    def second_order(self) -> bool: ...
+    def save(self, name: str | None = None) -> None: ...
+    def stop(self, why: str) -> None: ...
 
 
 class Callback:
@@ -23,25 +37,25 @@ class Callback:
     resumed only with the same.
     """
 
-    def attach(self, hf: HF) -> None:
+    def attach(self, hf: Experiment) -> None:
         """Once, when the experiment has been built."""
 
-    def before_update(self, hf: HF) -> None:
+    def before_update(self, hf: Experiment) -> None:
         """Before the optimizer's step; `hf.step` updates have been made."""
 
-    def after_gradient(self, hf: HF) -> None:
+    def after_gradient(self, hf: Experiment) -> None:
         """After a gradient was computed and before the optimizer uses it.
 
         Not called for optimizers such as :class:`hfopt.HessianFree` whose steps compute more than gradients.
         """
 
-    def after_update(self, hf: HF, row: Mapping[str, Any]) -> None:
+    def after_update(self, hf: Experiment, row: Mapping[str, Any]) -> None:
         """After the optimizer's step; `row` is what is recorded of it."""
 
-    def after_test(self, hf: HF, row: Mapping[str, Any]) -> None:
+    def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
         """After a test; `row` has `step`, `test_loss`, and every metric under its column."""
 
-    def after_save(self, hf: HF, key: str) -> None:
+    def after_save(self, hf: Experiment, key: str) -> None:
         """After a checkpoint was written; `key` is its name."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,11 +76,11 @@ class Schedule(Callback):
     def __init__(self, make: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]) -> None:
         self._make = make
 
-    def attach(self, hf: HF) -> None:
+    def attach(self, hf: Experiment) -> None:
         """Make the scheduler."""
         self._scheduler = self._make(hf.optimizer)
 
-    def after_update(self, hf: HF, row: Mapping[str, Any]) -> None:
+    def after_update(self, hf: Experiment, row: Mapping[str, Any]) -> None:
         """Take its step, unless the optimizer skipped its own."""
         if row["accepted"] and math.isfinite(row["train_loss"]):
             self._scheduler.step()
@@ -88,7 +102,7 @@ class ClipGradient(Callback):
             raise ValueError(f"norm={norm}: must be above 0")
         self.norm = norm
 
-    def attach(self, hf: HF) -> None:
+    def attach(self, hf: Experiment) -> None:
         """Refuse an optimizer that is no optimizer of gradients."""
         if hf.second_order:
             raise ValueError(
@@ -96,7 +110,7 @@ class ClipGradient(Callback):
                 "its length is limited by damping"
             )
 
-    def after_gradient(self, hf: HF) -> None:
+    def after_gradient(self, hf: Experiment) -> None:
         """Clip."""
         nn.utils.clip_grad_norm_(hf.model.parameters(), self.norm)
 
@@ -111,7 +125,7 @@ class Project(Callback):
     def __init__(self, project: Callable[[nn.Module], Any]) -> None:
         self._project = project
 
-    def after_update(self, hf: HF, row: Mapping[str, Any]) -> None:
+    def after_update(self, hf: Experiment, row: Mapping[str, Any]) -> None:
         """Project."""
         with torch.no_grad():
             self._project(hf.model)
@@ -132,14 +146,14 @@ class KeepBest(Callback):
         self.metric, self.name = metric, name
         self._best: list[float] = [math.inf, math.inf]
 
-    def attach(self, hf: HF) -> None:
+    def attach(self, hf: Experiment) -> None:
         """Find the metric."""
         found = [m for m in hf.metrics if self.metric in (None, m.name, m.column)]
         if not found:
             raise ValueError(f"KeepBest: there is no metric {self.metric!r}; there are {[m.name for m in hf.metrics]}")
         self._metric = found[0]
 
-    def after_test(self, hf: HF, row: Mapping[str, Any]) -> None:
+    def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
         """Save if this is the best."""
         now = [self._metric.rank(row[self._metric.column]), row["test_loss"]]
         if now < self._best:
@@ -169,7 +183,7 @@ class StopWithout(Callback):
         self.progress_in, self.metric = progress_in, metric
         self._best, self._worse = math.inf, 0
 
-    def after_test(self, hf: HF, row: Mapping[str, Any]) -> None:
+    def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
         """Count, and stop."""
         metric = next(m for m in hf.metrics if self.metric in (None, m.name, m.column))
         rank = metric.rank(row[metric.column])
