@@ -5,19 +5,22 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 _UNSIGNED_BYTE = 8
+_PIECE = 1 << 20
 
 
-def read_idx(path: Path) -> npt.NDArray[np.uint8]:
+def read_idx(path: Path, most: int = 1 << 30) -> npt.NDArray[np.uint8]:
     """The array of unsigned bytes in an idx file, gzipped if its name ends so.
 
     Header: two zero bytes, the type (8 for unsigned bytes), the number of dimensions, then each dimension as four
-    bytes, the most significant first.
+    bytes, the most significant first. A packed file of some MB can unpack to many GB; arrays of more than `most` bytes
+    are refused by what the header says.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -25,18 +28,30 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
     Source: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
     """
-    data = path.read_bytes()
-    if path.name.endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no complete gzip file ({error}); fetch it again") from error
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] != _UNSIGNED_BYTE:
-        raise ValueError(f"{path} is no idx file of unsigned bytes: it begins with {data[:4].hex(' ') or 'nothing'}")
-    start = 4 + 4 * data[3]
-    if len(data) < start:
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            return _read(path, file, most)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no complete gzip file ({error}); fetch it again") from error
+
+
+def _read(path: Path, file: gzip.GzipFile | BufferedReader, most: int) -> npt.NDArray[np.uint8]:
+    """The array in an opened file. No more is unpacked than its header says, and a byte to see that nothing follows."""
+    start = file.read(4)
+    if len(start) < 4 or start[:2] != b"\0\0" or start[2] != _UNSIGNED_BYTE:
+        raise ValueError(f"{path} is no idx file of unsigned bytes: it begins with {start.hex(' ') or 'nothing'}")
+    sizes = file.read(4 * start[3])
+    if len(sizes) < 4 * start[3]:
         raise ValueError(f"{path} ends within its header; fetch it again")
-    shape = tuple(np.frombuffer(data[4:start], dtype=">u4").tolist())
-    if len(data) - start != math.prod(shape):
-        raise ValueError(f"{path} has {len(data) - start} bytes of data where {shape} needs {math.prod(shape)}")
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+    shape = tuple(np.frombuffer(sizes, dtype=">u4").tolist())
+    count = math.prod(shape)
+    if count > most:
+        raise ValueError(f"{path} says that it holds {count:,} bytes, {shape}; more than {most:,} are not read")
+    # In pieces: a header may promise what does not follow.
+    data = bytearray()
+    while len(data) <= count and (piece := file.read(min(_PIECE, count + 1 - len(data)))):
+        data += piece
+    if len(data) != count:
+        there = f"more than {count}" if len(data) > count else str(len(data))
+        raise ValueError(f"{path} has {there} bytes of data where {shape} needs {count}")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)

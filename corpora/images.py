@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hfopt.experiment.data import Shuffled
+
 LOSSES = ("cross-entropy", "squared-error")
 EVALUATED = ("test", "train")
 
@@ -28,7 +30,7 @@ class Batch:
         return self.inputs
 
 
-class Images:
+class Images(Shuffled[Batch]):
     """A set of images in minibatches, with the losses and the error of a network that reconstructs them.
 
     Training minibatches have the indices 0, 1, ..; together they are all training images in random order, in parts of
@@ -51,6 +53,7 @@ class Images:
             follow the training error, which is what was published on deep autoencoders.
         device: where images and minibatches lie. Orders are drawn on the CPU: a seed gives the same on every device.
         dtype: floating-point type of the minibatches.
+        memory: bytes that the kept minibatches may take in all.
         recorded: further settings (plain numbers or strings) that tell this set of images from others; attributes.
 
     Attributes:
@@ -80,24 +83,15 @@ class Images:
         evaluate_on: str = "test",
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        memory: int = 2 << 30,
         **recorded: int | float | str,
     ) -> None:
         for argument, value, known in (("loss", loss, LOSSES), ("evaluate_on", evaluate_on, EVALUATED)):
             if value not in known:
                 raise ValueError(f"{argument} is {value!r}; choose {' or '.join(map(repr, known))}")
-        batch_size = len(train) if batch_size is None else batch_size
-        for argument, number, least in (
-            ("batch_size", batch_size, 1),
-            ("shuffle_every", 1 if shuffle_every is None else shuffle_every, 1),
-            ("seed", seed, 0),
-        ):
-            if number < least:
-                raise ValueError(f"{argument} is {number}; choose an integer of at least {least}")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; choose a floating-point type such as torch.float32")
-        self.name, self.shape = name, shape
-        self.white, self.seed = white, seed
-        self.batch_size = min(batch_size, len(train))
+        self.name, self.shape, self.white = name, shape, white
         self.criterion, self.evaluate_on = loss, evaluate_on
         self.device, self.dtype = torch.device(device), dtype
         self.V = self.O = shape[0] * shape[1]
@@ -106,13 +100,9 @@ class Images:
         self._held_out = self._pixels("test", test)
         self._test = self._held_out if evaluate_on == "test" else self._train
         self.train_images, self.test_images = len(train), len(test)
-        self.train_batches = range(_parts(len(self._train), self.batch_size))
-        self.test_batches = range(-1, -1 - _parts(len(self._test), self.batch_size), -1)
-        self.shuffle_every = len(self.train_batches) if shuffle_every is None else shuffle_every
-        self.train_mem: dict[int, Batch] = {}
-        self.test_mem: dict[int, Batch] = {}
-        self._epoch = 0
-        self._order: tuple[int, Tensor] | None = None  # of which pass, and the order
+        super().__init__(
+            len(train), len(self._test), batch_size=batch_size, seed=seed, shuffle_every=shuffle_every, memory=memory
+        )
 
     def _pixels(self, role: str, images: npt.NDArray[np.uint8]) -> Tensor:
         if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != self.V or not len(images):
@@ -131,48 +121,18 @@ class Images:
             raise ValueError(f"role is {role!r}; choose {' or '.join(map(repr, EVALUATED))}")
         other = copy(self)
         other.evaluate_on, other._test = role, self._held_out if role == "test" else self._train
-        other.test_batches = range(-1, -1 - _parts(len(other._test), self.batch_size), -1)
+        other._test_count = len(other._test)
+        other.test_batches = range(-1, -1 - -(-other._test_count // self.batch_size), -1)
         other.train_mem, other.test_mem = {}, {}
         return other
 
     # -- minibatches ------------------------------------------------------------------------------------
 
-    def __call__(self, i: int) -> Batch:
-        """Minibatch `i`: training for `i >= 0`, test for `i < 0`.
-
-        Raises:
-            IndexError: there is no such minibatch.
-        """
-        if i in self.train_batches:
-            if i not in self.train_mem:
-                part = _part(i, len(self._train), len(self.train_batches))
-                self.train_mem[i] = self._batch(self._train[self._present_order()[part]])
-            return self.train_mem[i]
-        if i in self.test_batches:
-            if i not in self.test_mem:
-                part = _part(-1 - i, len(self._test), len(self.test_batches))
-                self.test_mem[i] = self._batch(self._test[part])
-            return self.test_mem[i]
-        raise IndexError(
-            f"there is no minibatch {i}: training has 0 to {self.train_batches[-1]}, test -1 to "
-            f"{self.test_batches[-1]}; a smaller batch_size= makes more"
-        )
-
-    def _batch(self, pixels: Tensor) -> Batch:
-        return Batch(pixels.to(self.dtype) / self.white)
-
-    def _present_order(self) -> Tensor:
-        # A driver forgets before every step, the first one too.
-        number = max(0, self._epoch - 1) // self.shuffle_every
-        if self._order is None or self._order[0] != number:
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, number])))
-            self._order = number, torch.from_numpy(generator.permutation(len(self._train))).to(self.device)
-        return self._order[1]
-
-    def forget(self) -> None:
-        """Drop all training minibatches; every `shuffle_every` calls put the images in a new order."""
-        self.train_mem.clear()
-        self._epoch += 1
+    def take(self, role: str, cases: slice | Tensor) -> Batch:
+        """The given images, in floating point."""
+        pixels = self._train if role == "train" else self._test
+        chosen = pixels[cases if isinstance(cases, slice) else cases.to(self.device)]
+        return Batch(chosen.to(self.dtype) / self.white)
 
     def size(self, batch: Batch) -> int:
         """The number of images of a minibatch, which its loss is the mean over."""
@@ -218,30 +178,10 @@ class Images:
                 "output per pixel, before the output nonlinearity"
             )
 
-    # -- state and pictures -----------------------------------------------------------------------------
+    # -- identity and pictures --------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, int | float | str]:
-        """All that the next minibatches depend on, as plain numbers and strings."""
-        return {**self._identity(), "seed": self.seed, "epoch": self._epoch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the data object whose :meth:`state_dict` this is; its minibatches are made again when used.
-
-        Raises:
-            ValueError: the state is that of other images, or of minibatches of another size.
-        """
-        for key, own in self._identity().items():
-            if state.get(key) != own:
-                raise ValueError(
-                    f"the state has {key} = {state.get(key)!r}, but these images have {own!r}; build them with the "
-                    "arguments of the run that wrote the state"
-                )
-        self.seed, self._epoch = int(state["seed"]), int(state["epoch"])
-        self._order = None
-        self.train_mem.clear()
-        self.test_mem.clear()
-
-    def _identity(self) -> dict[str, int | float | str]:
+    def identity(self) -> dict[str, int | float | str]:
+        """Name, numbers of images, minibatches, what is evaluated, and the settings recorded."""
         return {
             "name": self.name,
             "train_images": self.train_images,
@@ -265,12 +205,3 @@ class Images:
             f"batch_size={self.batch_size}, seed={self.seed}, loss={self.criterion!r}, "
             f"evaluate_on={self.evaluate_on!r}, device={str(self.device)!r}, dtype={self.dtype})"
         )
-
-
-def _parts(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-def _part(i: int, count: int, parts: int) -> slice:
-    """Part `i` of `count` things in parts of nearly equal size."""
-    return slice(i * count // parts, (i + 1) * count // parts)

@@ -22,14 +22,14 @@ from hfopt.preconditioners import EmpiricalFisherDiagonal
 from hfopt.step.stats import StepStats
 
 if TYPE_CHECKING:
-    from hfopt.experiment.data import Growth
     from hfopt.experiment.driver import HF
+    from hfopt.experiment.roles import Growth
     from hfopt.experiment.store.format import RunError
     from hfopt.experiment.store.reader import Run, read_run
 
 _LAZY = {
     "HF": "hfopt.experiment.driver",
-    "Growth": "hfopt.experiment.data",
+    "Growth": "hfopt.experiment.roles",
     "Run": "hfopt.experiment.store.reader",
     "RunError": "hfopt.experiment.store.format",
     "read_run": "hfopt.experiment.store.reader",

@@ -71,8 +71,9 @@ class Memorization(ClassAnswer):
             lengths=torch.full((B,), steps, dtype=torch.int64, device=self.device),
         )
 
-    def _identity(self) -> dict[str, int | str]:
-        return {**super()._identity(), "only_memory_bits": int(self.only_memory_bits)}
+    def identity(self) -> dict[str, int | float | str]:
+        """That of every problem, and what is scored."""
+        return {**super().identity(), "only_memory_bits": int(self.only_memory_bits)}
 
 
 class Memorization5Bit(Memorization):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from hfopt.experiment.data import Minibatches, integer
+from pathological.batch import Batch
 from pathological.stream import Stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pathological.batch import Batch
 
-
-class Problem(ABC):
+class Problem(Minibatches[Batch]):
     """A synthetic problem as a data object: minibatches by index, a loss, a measure of error.
 
     Training minibatches have the indices ``0 .. train_batches - 1``, test minibatches ``-1, -2, ..``.
@@ -73,17 +73,11 @@ class Problem(ABC):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype is {dtype}; choose a floating-point type such as torch.float32")
         self.form = form
-        self.T = _integer("T", T, self.shortest[form], f"{self.name} in the {form} form needs")
-        self.batch_size = _integer("batch_size", batch_size, 1)
-        self.train_batches = range(_integer("train_batches", train_batches, 1))
-        self.test_batches = range(-1, -1 - _integer("test_batches", test_batches, 1), -1)
-        self.seed = _integer("seed", seed, 0)
+        super().__init__(train_batches, test_batches, seed=seed, memory=memory)
+        self.T = integer("T", T, self.shortest[form], f"{self.name} in the {form} form needs")
+        self.batch_size = integer("batch_size", batch_size, 1)
         self.device = torch.device(device)
         self.dtype = dtype
-        self._memory = _integer("memory", memory, 0)
-        self.train_mem: dict[int, Batch] = {}
-        self.test_mem: dict[int, Batch] = {}
-        self._epoch = 0
         self.V, self.O = self._sizes()
 
     @abstractmethod
@@ -113,37 +107,17 @@ class Problem(ABC):
 
     # -- minibatches ------------------------------------------------------------------------------------
 
-    def __call__(self, i: int) -> Batch:
-        """Minibatch ``i``: training for ``i >= 0``, test for ``i < 0``.
-
-        Raises:
-            IndexError: there is no such minibatch.
-        """
-        if i in self.train_batches:
-            role, epoch, memory = "train", self._epoch, self.train_mem
-        elif i in self.test_batches:
-            role, epoch, memory = "test", 0, self.test_mem
-        else:
-            raise IndexError(
-                f"there is no minibatch {i}: training has 0 to {self.train_batches[-1]}, test -1 to "
-                f"{self.test_batches[-1]}; more come with train_batches= or test_batches="
-            )
-        if i in memory:
-            return memory[i]
-        batch = self._draw(Stream(self.seed, role, epoch, i))
-        kept = sum(other.nbytes for mem in (self.train_mem, self.test_mem) for other in mem.values())
-        if kept + batch.nbytes <= self._memory:
-            memory[i] = batch
-        return batch
-
-    def forget(self) -> None:
-        """Drop all training minibatches: the next use of each draws a new one. Test minibatches stay."""
-        self.train_mem.clear()
-        self._epoch += 1
+    def draw(self, i: int, epoch: int) -> Batch:
+        """Minibatch ``i`` from a stream of its own."""
+        return self._draw(Stream(self.seed, "train" if i >= 0 else "test", epoch, i))
 
     def size(self, batch: Batch) -> int:
         """The number of scored steps of a minibatch, which its loss is the mean over."""
         return batch.scored.numel()
+
+    def cases(self, batch: Batch) -> int:
+        """The number of sequences, B, which :meth:`zero_one_loss` counts the wrong ones of."""
+        return batch.mask.shape[1]
 
     # -- judging outputs --------------------------------------------------------------------------------
 
@@ -181,28 +155,7 @@ class Problem(ABC):
             )
         return batch.select(outputs)
 
-    # -- state and pictures -----------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, int | str]:
-        """All that the next draws depend on, as plain numbers and strings."""
-        return {**self._identity(), "seed": self.seed, "epoch": self._epoch}
-
-    def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Go on as the problem whose :meth:`state_dict` this is; its minibatches are drawn again when used.
-
-        Raises:
-            ValueError: the state is that of another problem, form or size.
-        """
-        for key, own in self._identity().items():
-            if state.get(key) != own:
-                raise ValueError(
-                    f"the state has {key} = {state.get(key)!r}, but this problem has {own!r}; build the "
-                    "problem with the arguments of the run that wrote the state"
-                )
-        self.seed = _integer("seed", state.get("seed"), 0)
-        self._epoch = _integer("epoch", state.get("epoch"), 0)
-        self.train_mem.clear()
-        self.test_mem.clear()
+    # -- identity and pictures --------------------------------------------------------------------------
 
     def plot(self, b: int = 0, batch: Batch | None = None) -> Figure:
         """A picture of sequence ``b`` of a minibatch (default: training minibatch 0); needs matplotlib."""
@@ -210,7 +163,8 @@ class Problem(ABC):
 
         return draw_sequence(self, self(0) if batch is None else batch, b)
 
-    def _identity(self) -> dict[str, int | str]:
+    def identity(self) -> dict[str, int | float | str]:
+        """Name, form, length and size of a minibatch."""
         return {"name": self.name, "form": self.form, "T": self.T, "batch_size": self.batch_size}
 
     def __repr__(self) -> str:
@@ -224,15 +178,3 @@ class Problem(ABC):
 def percent(T: int, k: int) -> int:
     """``k`` per cent of ``T``, rounded down; in integers, so that 100 per cent of 29 are 29."""
     return k * T // 100
-
-
-def _integer(name: str, value: object, least: int, why: str = "choose") -> int:
-    """``value`` as an int not below ``least``, or a ValueError that names the argument."""
-    try:
-        number = int(value)  # type: ignore[call-overload]
-        whole = not isinstance(value, bool | str) and number == value
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole or number < least:
-        raise ValueError(f"{name} is {value!r}; {why} an integer of at least {least}")
-    return int(number)

@@ -26,20 +26,24 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+if find_spec("models") is None:
+    sys.exit("runs.autoencoder: type python -m runs.autoencoder in the folder of the checkout")
+
 import corpora
 import hfopt
 from corpora.picture import draw_images
-from hfopt.experiment.data import Growth, evaluate
 from hfopt.experiment.driver import HF
+from hfopt.experiment.roles import Growth, evaluate
 from hfopt.preconditioners import KFAC
 from models import FNN
 from runs.optimizers import STOCHASTIC, optimizer, pace
-from runs.settings import Action, Training, hints, main, parse, status
+from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,13 +176,11 @@ options: dict[str, Any] = {
     "seed": settings.seed,
     "device": settings.device,
 }
-try:
+with sentences("runs.autoencoder", settings):
     if settings.data == "mnist":
         problem = corpora.mnist(settings.folder, **options)
     else:
         problem = {"digits": corpora.digits, "curves": corpora.curves}[settings.data](**options)
-except (FileNotFoundError, ModuleNotFoundError) as error:
-    sys.exit(f"runs.autoencoder: {error}")
 
 # 2. Model and its initialisation.
 model = FNN.autoencoder(settings.sizes, nonlinearity=settings.nonlinearity)
@@ -188,7 +190,7 @@ model.to(settings.device)
 # 3. Loss: the images bring their own, problem.loss(outputs, batch), and their measure of error, problem.errors.
 
 # 4. Optimizer and driver.
-name = settings.name or f"autoencoder-{settings.data}-{settings.optimizer}-seed{settings.seed}"
+name = settings.name or run_name(f"autoencoder-{preset or 'digits'}", settings, PRESETS[preset or "digits"])
 driven = pace(settings.optimizer, settings.max_steps)
 roles: dict[str, Any] = {}
 if not stochastic:
@@ -244,7 +246,7 @@ def visualize_batch(batch: Any = None, count: int = 12) -> Figure:
 def errors() -> dict[str, float]:
     """The squared errors now, summed over pixels, averaged over all training and all test images."""
     both = {role: problem.evaluated_on(role) for role in ("train", "test")}
-    return {role: evaluate(hf.tested, images, images.test_batches)[1] for role, images in both.items()}
+    return {role: evaluate(hf.tested, images, images.test_batches).error for role, images in both.items()}
 
 
 if __name__ == "__main__":

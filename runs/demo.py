@@ -20,17 +20,21 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+if find_spec("models") is None:
+    sys.exit("runs.demo: type python -m runs.demo in the folder of the checkout")
 
 from hfopt.experiment.driver import HF
 from hfopt.experiment.visualize import draw_sequence
 from models import RNN
 from pathological import PROBLEMS
 from runs.optimizers import optimizer, pace
-from runs.settings import Action, Training, hints, main, parse, status
+from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,15 +103,16 @@ if settings.threads is not None:
     torch.set_num_threads(settings.threads)
 
 # 1. Problem.
-problem = PROBLEMS[settings.problem](
-    settings.T,
-    form=settings.form,
-    batch_size=settings.batch_size,
-    train_batches=settings.gradient_batches,
-    test_batches=settings.test_batches,
-    seed=settings.seed,
-    device=settings.device,
-)
+with sentences("runs.demo", settings):
+    problem = PROBLEMS[settings.problem](
+        settings.T,
+        form=settings.form,
+        batch_size=settings.batch_size,
+        train_batches=settings.gradient_batches,
+        test_batches=settings.test_batches,
+        seed=settings.seed,
+        device=settings.device,
+    )
 
 # 2. Model and its initialisation.
 model = RNN(problem.V, settings.hidden, problem.O, nonlinearity=settings.nonlinearity)
@@ -119,7 +124,8 @@ model.to(settings.device)
 # 3. Loss: the problem brings its own, problem.loss(outputs, batch), and its measure of error, zero_one_loss.
 
 # 4. Optimizer and driver.
-name = settings.name or f"{settings.problem}-T{settings.T}-{settings.optimizer}-seed{settings.seed}"
+stem = f"{settings.problem}-T{settings.T}"
+name = settings.name or run_name(stem, settings, CommandLine(), known=("problem", "T"))
 hf = HF(
     Path(__file__).parent / "logs" / name,
     model,

@@ -21,10 +21,14 @@ on problems that only chance solves at first, lambda then falls until nothing is
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+if find_spec("models") is None:
+    sys.exit("runs.pathological: type python -m runs.pathological in the folder of the checkout")
 
 from hfopt.experiment.driver import HF
 from hfopt.experiment.visualize import draw_sequence
@@ -32,7 +36,7 @@ from models import RNN
 from pathological import PROBLEMS
 from runs.optimizers import STOCHASTIC, optimizer, pace
 from runs.presets import PATHOLOGICAL as PRESETS
-from runs.settings import hints, main, parse, status
+from runs.settings import hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,16 +63,17 @@ if settings.fresh_evaluation:
 others = max(len(gradient), evaluation.stop)
 debias = range(others, others + (0 if stochastic else settings.debias_batches))
 options: dict[str, Any] = {"only_memory_bits": True} if settings.only_memory_bits else {}
-problem = PROBLEMS[settings.problem](
-    settings.T,
-    form=settings.form,
-    batch_size=batch_size,
-    train_batches=debias.stop,
-    test_batches=-(-settings.test_sequences // batch_size),
-    seed=settings.seed,
-    device=settings.device,
-    **options,
-)
+with sentences("runs.pathological", settings):
+    problem = PROBLEMS[settings.problem](
+        settings.T,
+        form=settings.form,
+        batch_size=batch_size,
+        train_batches=debias.stop,
+        test_batches=-(-settings.test_sequences // batch_size),
+        seed=settings.seed,
+        device=settings.device,
+        **options,
+    )
 
 # 2. Model and its initialisation.
 model = RNN(problem.V, settings.hidden, problem.O, nonlinearity=settings.nonlinearity)
@@ -80,7 +85,8 @@ model.to(settings.device)
 # 3. Loss: the problem brings its own, problem.loss(outputs, batch), and its measure of error, zero_one_loss.
 
 # 4. Optimizer and driver.
-name = settings.name or f"pathological-{preset}-T{settings.T}-{settings.optimizer}-seed{settings.seed}"
+stem = f"pathological-{preset}-T{settings.T}"
+name = settings.name or run_name(stem, settings, PRESETS[preset], known=("T",))
 driven = pace(settings.optimizer, settings.max_steps)
 if settings.optimizer == "hf":
     driven["test_freq"] = settings.test_every

@@ -1,10 +1,11 @@
-"""Runs a whole table of published results, cell by cell, and writes what came of it into docs/reproduction.md.
+"""Runs a whole table of published results, cell by cell, and writes what came of it into a document beside its logs.
 
     python -m runs.reproduce pathological                 what is missing of the table; then the document
     python -m runs.reproduce pathological --jobs 2 --budget-minutes 10
     python -m runs.reproduce pathological-long --device cuda --seeds 1
     python -m runs.reproduce pathological --only "addition*" "xor*"
     python -m runs.reproduce --write                      the document alone, from what is there
+    python -m runs.reproduce --write --document docs/reproduction.md
 
 A cell is one run: a problem, its length, its settings, a seed. Cells that are finished are read from their run.h5;
 unfinished ones go on where they were last saved, also after a kill. A cell that has used up its budget counts as not
@@ -55,8 +56,8 @@ class CommandLine:
     """Where to compute: cpu, cuda, cuda:1, ..."""
     folder: Path = ROOT / "runs" / "logs" / "reproduce"
     """Where the runs lie."""
-    document: Path = ROOT / "docs" / "reproduction.md"
-    """The document; its figures go to the folder images beside it."""
+    document: Path | None = None
+    """The document, by default reproduction.md in that folder; its figures go to the folder images beside it."""
     write: bool = False
     """Run nothing: write the document from the runs that are there."""
 
@@ -178,8 +179,9 @@ def main(settings: CommandLine) -> int:
             status = int(bool(run_cells(cells, settings.folder, **options)))  # type: ignore[arg-type]
         except KeyboardInterrupt:
             status = 130
-    write_document(TABLES, settings.folder, settings.document)
-    print(settings.document)
+    document = settings.folder / "reproduction.md" if settings.document is None else settings.document
+    write_document(TABLES, settings.folder, document)
+    print(document)
     return status
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+import torch
 import tyro
 
 import hfopt
@@ -69,8 +74,68 @@ class Action:
 
 def parse(default: S, typed: Sequence[str], module: str) -> S:
     """The settings typed after `python -m module`; those not given are as in `default`."""
+    _say_refusals(module.partition(" ")[0])
     flags = (tyro.conf.FlagCreatePairsOff,)
     return tyro.cli(type(default), args=typed, prog=f"python -m {module}", default=default, config=flags)
+
+
+# What a run may be continued with or without, and what its name has by itself.
+_NOT_IN_NAMES = ("name", "device", "threads", "max_steps", "threshold", "folder", "test_every", "optimizer", "seed")
+_LONGEST_NAME = 100
+
+
+def run_name(stem: str, settings: Training, preset: object, *, known: Sequence[str] = ()) -> str:
+    """The default name of a run: `<stem>-<optimizer>-seed<seed>`, and every setting that is not as in its preset.
+
+    So that a run with other settings is another run. `known` are settings that the stem tells.
+    """
+    parts = [stem, settings.optimizer, f"seed{settings.seed}"]
+    left_out = {*_NOT_IN_NAMES, *known, *(f.name for f in fields(Action))}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in left_out and value != getattr(preset, field.name):
+            words = "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            parts.append(f"{field.name.replace('_', '-')}-{re.sub('[^A-Za-z0-9.+-]+', '-', words)}")
+    name = "-".join(parts)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 9]}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+
+
+@contextmanager
+def sentences(module: str, settings: Training) -> Iterator[None]:
+    """End the program with a sentence where settings do not fit each other or the machine, not with a traceback."""
+    try:
+        device = torch.device(settings.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here, or torch was built without CUDA; choose --device cpu")
+        torch.empty(0, device=device)
+        yield
+    except REFUSALS as error:
+        sys.exit(sentence(module, error))
+
+
+def sentence(module: str, error: BaseException) -> str:
+    """What a program says in place of a traceback."""
+    return f"{module}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+REFUSALS = (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError, hfopt.HfoptError)
+
+
+def _say_refusals(module: str) -> None:
+    """Until training begins, end the program that was typed with a sentence where something is refused."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None or spec.name != module:
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, REFUSALS):
+            print(sentence(module, error), file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def hints(module: str, typed: Sequence[str], seen: str) -> dict[str, str]:
@@ -86,6 +151,7 @@ def main(module: str, action: Action, hf: HF, visualize: Callable[[], Figure]) -
 
     A run that cannot be read or continued ends the program with a sentence.
     """
+    sys.excepthook = sys.__excepthook__
     try:
         if action.resume or action.picture:
             hf.load()
@@ -94,8 +160,11 @@ def main(module: str, action: Action, hf: HF, visualize: Callable[[], Figure]) -
         visualize().savefig(action.picture, dpi=130)
         print(action.picture)
         return None
-    except (hfopt.HfoptError, FileNotFoundError) as error:
+    except (hfopt.HfoptError, OSError) as error:
         sys.exit(f"{module}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{module}: stopped at once; what was saved last is in {report.short(hf.path)}", file=sys.stderr)
+        sys.exit(130)
 
 
 def status(outcome: str | None, *, wanted: bool = True) -> int:

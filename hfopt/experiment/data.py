@@ -1,27 +1,33 @@
-"""What an experiment asks of a data object, and the losses over several of its batches."""
+"""Data objects: what an experiment asks of one, and ready-made bases that have all of it but the data."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+
+from hfopt.experiment.metrics import Metric
+
+B = TypeVar("B")
 
 
 class Batch(Protocol):
-    """Sequences of one batch: `inputs (T, B, V)`, and whatever the problem's losses look at."""
+    """What the default `forward` looks at: `inputs`, of whatever shape the model takes."""
 
     @property
     def inputs(self) -> Tensor: ...
 
 
 class Data(Protocol):
-    """A data object: batches by index, drawn anew after `forget()`, and their loss."""
+    """A data object: batches by index, drawn anew after `forget()`, and their loss.
+
+    `size(batch)` is the number of scored outputs, which `loss` is the mean over. `state_dict` holds what the next
+    draws depend on.
+    """
 
     @property
     def train_batches(self) -> Sequence[int]: ...
@@ -36,7 +42,11 @@ class Data(Protocol):
 
 
 class Counted(Data, Protocol):
-    """A data object whose answers are right or wrong: `zero_one_loss` is the number of wrong sequences."""
+    """A data object whose answers are right or wrong: `zero_one_loss` is the number of wrong cases.
+
+    There are `size(batch)` cases in a batch; if not every scored output is a case of its own, a method `cases(batch)`
+    says how many there are. `zero_one_loss` may also return which cases are wrong, `(N,)`.
+    """
 
     def zero_one_loss(self, outputs: Tensor, batch: Any, /) -> Tensor: ...
 
@@ -49,163 +59,378 @@ class Measured(Data, Protocol):
     def errors(self, outputs: Tensor, batch: Any, /) -> Tensor: ...
 
 
-Problem = Counted | Measured
+class Judged(Data, Protocol):
+    """A data object with metrics of its own, the first of which judges a run unless errors are counted or measured."""
+
+    @property
+    def metrics(self) -> Sequence[Metric]: ...
 
 
-Forward = Callable[[nn.Module, Any], Tensor]
+Problem = Counted | Measured | Judged
+
+_NEEDED = {
+    "train_batches": "the indices of the training batches",
+    "test_batches": "the indices of the test batches",
+    "__call__": "the batch of an index, problem(i)",
+    "size": "size(batch): how many scored outputs its loss is the mean over",
+    "forget": "forget(): the next use of a training batch draws a new one",
+    "loss": "loss(outputs, batch): the mean loss, a scalar tensor",
+    "state_dict": "state_dict(): what the next draws depend on; {} if nothing",
+    "load_state_dict": "load_state_dict(state): go on from there",
+}
 
 
-def chosen_batches(name: str, given: Sequence[int] | None, there: Sequence[int], default: list[int]) -> list[int]:
-    """The batches of a role: those given, or the default; ValueError if the problem does not have them."""
-    chosen = default if given is None else list(given)
-    foreign = [i for i in chosen if i not in there]
-    if foreign or not chosen:
-        raise ValueError(f"{name}={chosen}: choose at least one of the problem's train_batches, {list(there)}")
-    return chosen
-
-
-@dataclass(frozen=True)
-class Growth:
-    """How many batches a step takes where they are to grow: ``n_k = first (last / first)^(k / steps)``, then ``last``.
-
-    The first steps need few cases to go the right way; the last ones need many to stand out from their noise (Byrd,
-    Chin, Nocedal & Wu, Math. Program. 2012; with this schedule Martens & Grosse, arXiv:1503.05671, section 13).
-
-    Args:
-        first: of step 0.
-        last: of step ``steps`` and of all after it.
-        steps: that it takes to get there.
+def check_data(problem: Any) -> None:
+    """Check that a data object has all that an experiment asks of it.
 
     Raises:
-        ValueError: a number below 1.
+        TypeError: members are missing; all of them are named.
+        ValueError: there is no training or no test batch.
+    """
+    missing = [
+        f"{name} ({what})"
+        for name, what in _NEEDED.items()
+        if not (callable(problem) if name == "__call__" else hasattr(problem, name))
+    ]
+    if not any(hasattr(problem, name) for name in ("zero_one_loss", "errors", "metrics")):
+        missing.append("zero_one_loss (zero_one_loss(outputs, batch): the number of wrong cases), errors or metrics")
+    if hasattr(problem, "errors") and not hasattr(problem, "error_name"):
+        missing.append("error_name (what errors(outputs, batch) measures)")
+    if missing:
+        raise TypeError(
+            f"the data object, a {type(problem).__name__}, lacks {'; '.join(missing)}. "
+            "hfopt.experiment.data.Minibatches and Samples have most of these ready-made"
+        )
+    for name in ("train_batches", "test_batches"):
+        if not len(getattr(problem, name)):
+            raise ValueError(f"{name} of the data object, a {type(problem).__name__}, is empty; give at least one")
+
+
+class Minibatches(ABC, Generic[B]):
+    """The base of a data object: minibatches by index, kept until they are forgotten, and a state to go on from.
+
+    Training minibatches have the indices ``0 .. train_batches - 1``, test minibatches ``-1, -2, ..``. ``problem(i)``
+    draws a minibatch on first use and keeps it; :meth:`forget` drops the training draws, so that the next use draws new
+    ones, while test draws stay. A subclass defines :meth:`draw`, `size`, `loss` and `zero_one_loss` (or `errors` and
+    `error_name`, or `metrics`), and says in :meth:`identity` what tells it from others.
+
+    Args:
+        train_batches, test_batches: the numbers of minibatches.
+        seed: a non-negative integer that draws may depend on.
+        memory: bytes that the kept minibatches may take in all; one that finds no room is drawn again at each use.
+
+    Attributes:
+        train_batches, test_batches: the indices, as ranges.
+        train_mem, test_mem: the minibatches kept so far, by index.
+        epoch: the number of calls of `forget`.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
-    first: int
-    last: int
-    steps: int
+    def __init__(self, train_batches: int, test_batches: int, *, seed: int = 0, memory: int = 2 << 30) -> None:
+        self.train_batches = range(integer("train_batches", train_batches, 1))
+        self.test_batches = range(-1, -1 - integer("test_batches", test_batches, 1), -1)
+        self.seed = integer("seed", seed, 0)
+        self._memory = integer("memory", memory, 0)
+        self.train_mem: dict[int, B] = {}
+        self.test_mem: dict[int, B] = {}
+        self._epoch = 0
 
-    def __post_init__(self) -> None:
-        if min(self.first, self.last, self.steps) < 1:
-            raise ValueError(f"Growth needs numbers of at least 1, but has {self.first}, {self.last}, {self.steps}")
+    @property
+    def epoch(self) -> int:
+        """The number of calls of `forget`, which training draws depend on."""
+        return self._epoch
 
-    def at(self, step: int) -> int:
-        """The number of batches of a step."""
-        return round(self.first * math.pow(self.last / self.first, min(step / self.steps, 1.0)))
+    @abstractmethod
+    def draw(self, i: int, epoch: int) -> B:
+        """A new minibatch: a function of `i`, the epoch (0 for test minibatches) and `seed` alone."""
 
-    def before(self, step: int) -> int:
-        """The number of batches of all earlier steps together."""
-        growing = min(step, self.steps)
-        return sum(map(self.at, range(growing))) + self.last * (step - growing)
+    def __call__(self, i: int) -> B:
+        """Minibatch ``i``: training for ``i >= 0``, test for ``i < 0``.
+
+        Raises:
+            IndexError: there is no such minibatch.
+        """
+        if i in self.train_batches:
+            memory, epoch = self.train_mem, self._epoch
+        elif i in self.test_batches:
+            memory, epoch = self.test_mem, 0
+        else:
+            raise IndexError(
+                f"there is no minibatch {i}: training has 0 to {self.train_batches[-1]}, test -1 to "
+                f"{self.test_batches[-1]}; {self._more_batches}"
+            )
+        if i in memory:
+            return memory[i]
+        batch = self.draw(i, epoch)
+        kept = sum(map(nbytes, (*self.train_mem.values(), *self.test_mem.values())))
+        if kept + nbytes(batch) <= self._memory:
+            memory[i] = batch
+        return batch
+
+    _more_batches = "more come with train_batches= or test_batches="
+
+    def keeps(self, i: int) -> bool:
+        """Whether minibatch `i` is kept at the moment."""
+        return i in self.train_mem or i in self.test_mem
+
+    def forget(self) -> None:
+        """Drop all training minibatches: the next use of each draws a new one. Test minibatches stay."""
+        self.train_mem.clear()
+        self._epoch += 1
+
+    def identity(self) -> dict[str, int | float | str]:
+        """What a state must have in common with the object that goes on from it, as plain numbers and strings."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next draws depend on, as plain numbers and strings."""
+        return {**self.identity(), "seed": self.seed, "epoch": self._epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the object whose :meth:`state_dict` this is; its minibatches are drawn again when used.
+
+        What only one of the two knows is not compared: a later version may have more settings.
+
+        Raises:
+            ValueError: the state is that of other data, or of minibatches of another size.
+        """
+        for key, own in self.identity().items():
+            if key in state and state[key] != own:
+                raise ValueError(
+                    f"the state has {key} = {state[key]!r}, but {type(self).__name__} has {own!r}; build the data "
+                    "object with the arguments of the run that wrote the state"
+                )
+        self.seed = integer("seed", state.get("seed"), 0)
+        self._epoch = integer("epoch", state.get("epoch"), 0)
+        self.train_mem.clear()
+        self.test_mem.clear()
 
 
-def in_turn(batches: list[int], per_step: int | Growth, step: int) -> list[int]:
-    """Those of the batches that a step takes: all, or so many of them in turn."""
-    pace = per_step if isinstance(per_step, Growth) else Growth(per_step, per_step, 1)
-    count, first = pace.at(step), pace.before(step)
-    return batches if count == len(batches) else [batches[(first + i) % len(batches)] for i in range(count)]
+class Shuffled(Minibatches[B]):
+    """Minibatches of a finite set: all training cases in random order, in parts of (nearly) equal size.
 
+    :meth:`forget` puts the cases in a new order. Test minibatches are the test cases in the order of the data. A
+    subclass defines :meth:`take` in place of `draw`.
 
-def averaged(model: nn.Module, share: float) -> AveragedModel:
-    """A copy of the model with a running average of its parameters: ``min(1 - 1/n, share)`` of it stays at update n.
+    Args:
+        train, test: the numbers of cases, N and M.
+        batch_size: cases in a minibatch at most; None: all training cases in one.
+        seed: what the order of the training cases is drawn from.
+        shuffle_every: calls of `forget` that make a new order: 1 for optimizers that take all minibatches at a step,
+            None, the number of minibatches, for those that take one, so that they see every case before one comes
+            again.
+        memory: see :class:`Minibatches`.
 
-    So the first updates are averaged evenly, where a fixed share would keep the very first for many steps.
+    Raises:
+        ValueError: an argument is out of its range.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"average={share}: must be above 0 and below 1")
 
-    def mix(averages: Sequence[Tensor], now: Sequence[Tensor], before: Tensor | int) -> None:
-        get_ema_multi_avg_fn(min(1 - 1 / (int(before) + 1), share))(averages, now, before)  # type: ignore[no-untyped-call]
+    _more_batches = "a smaller batch_size= makes more"
 
-    return AveragedModel(model, multi_avg_fn=mix)
+    def __init__(
+        self,
+        train: int,
+        test: int,
+        *,
+        batch_size: int | None = None,
+        seed: int = 0,
+        shuffle_every: int | None = 1,
+        memory: int = 2 << 30,
+    ) -> None:
+        self._count, self._test_count = integer("train", train, 1), integer("test", test, 1)
+        self.batch_size = min(train, train if batch_size is None else integer("batch_size", batch_size, 1))
+        parts = [-(-count // self.batch_size) for count in (train, test)]
+        super().__init__(*parts, seed=seed, memory=memory)
+        self.shuffle_every = parts[0] if shuffle_every is None else integer("shuffle_every", shuffle_every, 1)
+        self._order: tuple[int, Tensor] | None = None  # of which pass, and the order
+
+    @abstractmethod
+    def take(self, role: str, cases: slice | Tensor) -> B:
+        """A minibatch of the given cases; role "train" or "test"."""
+
+    def draw(self, i: int, epoch: int) -> B:
+        """Part `i` of the training cases in their present order, or part `-1 - i` of the test cases."""
+        if i < 0:
+            return self.take("test", _part(-1 - i, self._test_count, len(self.test_batches)))
+        return self.take("train", self._present_order(epoch)[_part(i, self._count, len(self.train_batches))])
+
+    def _present_order(self, epoch: int) -> Tensor:
+        # A driver forgets before every step, the first one too.
+        number = max(0, epoch - 1) // self.shuffle_every
+        if self._order is None or self._order[0] != number:
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, number])))
+            self._order = number, torch.from_numpy(generator.permutation(self._count))
+        return self._order[1]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`Minibatches.load_state_dict`."""
+        super().load_state_dict(state)
+        self._order = None
+
+    def identity(self) -> dict[str, int | float | str]:
+        """The numbers of cases, the size of a minibatch and the pace of the orders."""
+        return {
+            "train_cases": self._count,
+            "test_cases": self._test_count,
+            "batch_size": self.batch_size,
+            "shuffle_every": self.shuffle_every,
+        }
 
 
-def on_inputs(model: nn.Module, batch: Batch) -> Tensor:
-    """The outputs of a model that wants the inputs and nothing else."""
-    outputs: Tensor = model(batch.inputs)
-    return outputs
+class Pair(NamedTuple):
+    """A minibatch of inputs and targets, N of each."""
+
+    inputs: Any
+    targets: Any
 
 
-def closure(
-    model: nn.Module,
-    problem: Problem,
-    indices: Sequence[int],
-    forward: Forward = on_inputs,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Callable[[], Tensor]:
-    """A closure of the mean loss over the scored outputs of some batches: batch i weighs `size(i) / sum of
-    sizes`.
+class Samples(Shuffled[Pair]):
+    """Inputs and targets, from tensors or from torch datasets, with a criterion: a data object ready for use.
 
-    With an optimizer it clears the gradients first and makes one backward pass per batch, so that only one
-    batch's graph is held at a time; without, the loss is returned with its graph.
+    ``Samples((x, y), (x_test, y_test), torch.nn.CrossEntropyLoss(), batch_size=500)``
+
+    Args:
+        train, test: pairs of tensors (inputs, targets), N cases along the first dimension; or map-style torch datasets
+            whose items are such pairs.
+        criterion: the mean loss of (outputs, targets).
+        errors: the error of each case `(N,)`, a function of (outputs, targets). By default, where targets are class
+            indices `(N,)`, the wrong ones are counted; other targets have the squared error, summed over the rest.
+        error_name: what `errors` measures.
+        metrics: further metrics.
+        name: of the data, compared when a run is resumed.
+        device: where minibatches lie.
+        options: the others of :class:`Shuffled`: batch_size, seed, shuffle_every, memory.
+
+    Raises:
+        ValueError: inputs and targets differ in number, or an argument is out of its range.
     """
-    weights = _weights([problem.size(problem(i)) for i in indices])
 
-    def loss_of_batches() -> Tensor:
-        if optimizer is not None:
-            optimizer.zero_grad()
-        total: Tensor | None = None
-        for i, weight in zip(indices, weights, strict=True):
-            batch = problem(i)  # held no longer than it is needed: a problem may keep few of large ones
-            loss = problem.loss(forward(model, batch), batch)
-            if weight != 1:
-                loss = loss * weight
-            if optimizer is not None:
-                loss.backward()  # type: ignore[no-untyped-call]
-                loss = loss.detach()
-            total = loss if total is None else total + loss
-        assert total is not None
-        return total
+    def __init__(
+        self,
+        train: Any,
+        test: Any,
+        criterion: Callable[[Tensor, Any], Tensor],
+        *,
+        errors: Callable[[Tensor, Any], Tensor] | None = None,
+        error_name: str | None = None,
+        metrics: Iterable[Metric] = (),
+        name: str = "samples",
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> None:
+        self._data = {"train": _counted("train", train), "test": _counted("test", test)}
+        super().__init__(len(self._data["train"]), len(self._data["test"]), **options)
+        self.name, self.metrics = name, list(metrics)
+        self._criterion, self._device = criterion, device
+        if errors is None and self._has_classes():
+            self.zero_one_loss = self._wrong
+        else:
+            given = self._squared if errors is None else errors
+            self.errors = lambda outputs, batch: given(outputs, batch.targets)
+            self.error_name = error_name or ("squared error" if errors is None else "error")
 
-    return loss_of_batches
+    def _has_classes(self) -> bool:
+        """Whether targets are class indices."""
+        target = self._data["train"][0][1]
+        return isinstance(target, int) or (
+            isinstance(target, Tensor) and target.dim() == 0 and not target.is_floating_point()
+        )
+
+    def take(self, role: str, cases: slice | Tensor) -> Pair:
+        """The given inputs and targets, stacked."""
+        data = self._data[role]
+        if isinstance(data, _Tensors):
+            pair = data.take(cases)
+        else:
+            order = range(len(data))[cases] if isinstance(cases, slice) else cases.tolist()
+            inputs, targets = torch.utils.data.default_collate([data[k] for k in order])
+            pair = Pair(inputs, targets)
+        return pair if self._device is None else Pair(*(_moved(part, self._device) for part in pair))
+
+    def size(self, batch: Pair) -> int:
+        """The number of cases."""
+        return len(batch.targets)
+
+    def loss(self, outputs: Tensor, batch: Pair) -> Tensor:
+        """The criterion's."""
+        return self._criterion(outputs, batch.targets)
+
+    @staticmethod
+    def _wrong(outputs: Tensor, batch: Pair) -> Tensor:
+        """Which cases have another class as their largest output, ``(N,)``; all where an output is NaN."""
+        wrong: Tensor = (outputs.argmax(1) != batch.targets) | outputs.isnan().any(1)
+        return wrong
+
+    @staticmethod
+    def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).double().square().flatten(1).sum(1).nan_to_num(nan=torch.inf)
+
+    def identity(self) -> dict[str, int | float | str]:
+        """See :meth:`Shuffled.identity`; and the name."""
+        return {"name": self.name, **super().identity()}
 
 
-def evaluate(
-    model: nn.Module, problem: Problem, indices: Sequence[int], forward: Forward = on_inputs
-) -> tuple[float, float]:
-    """Mean loss over the scored outputs of some batches, and the share of their cases that are wrong.
+class _Tensors:
+    """Tensors of the same length as one sequence of pairs."""
 
-    If the problem measures errors instead of counting them, the second is the mean error of the cases. The model is
-    in evaluation mode meanwhile.
-    """
-    losses, sizes, wrong, cases = [], [], 0.0, 0
-    with torch.no_grad(), _evaluating(model):
-        for i in indices:
-            batch = problem(i)
-            outputs = forward(model, batch)
-            losses.append(float(problem.loss(outputs, batch)))
-            sizes.append(problem.size(batch))
-            batch_wrong, batch_cases = _errors(problem, outputs, batch)
-            wrong, cases = wrong + batch_wrong, cases + batch_cases
-    return sum(weight * loss for weight, loss in zip(_weights(sizes), losses, strict=True)), wrong / cases
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.pair = inputs, targets
+
+    def __len__(self) -> int:
+        return len(self.pair[0])
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        return self.pair[0][k], self.pair[1][k]
+
+    def take(self, cases: slice | Tensor) -> Pair:
+        return Pair(*(x[cases if isinstance(cases, slice) else cases.to(x.device)] for x in self.pair))
 
 
-def _errors(problem: Problem, outputs: Tensor, batch: Any) -> tuple[float, int]:
-    """The sum of the cases' errors, a wrong case counting 1, and the number of cases."""
-    measured = getattr(problem, "errors", None)
-    if measured is None:
-        counted: Callable[[Tensor, Any], Tensor] = problem.zero_one_loss  # type: ignore[union-attr]
-        return int(counted(outputs, batch)), batch.inputs.shape[1]
-    errors: Tensor = measured(outputs, batch)
-    return float(errors.sum(dtype=torch.float64)), errors.numel()
+def _counted(role: str, data: Any) -> Any:
+    """A dataset, or tensors as one; ValueError if it has no pairs."""
+    tensors = getattr(data, "tensors", data)
+    if isinstance(tensors, (tuple, list)) and all(isinstance(x, Tensor) for x in tensors):
+        if len(tensors) != 2 or len(tensors[0]) != len(tensors[1]):
+            shapes = [tuple(x.shape) for x in tensors]
+            raise ValueError(f"{role} has tensors of shapes {shapes}; give a pair (inputs, targets), N of each")
+        return _Tensors(*tensors)
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise ValueError(
+            f"{role} is a {type(data).__name__}; give a pair of tensors or a map-style dataset, with len and items"
+        )
+    return data
 
 
-def norm(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all tensors together, summed in float64."""
-    return math.hypot(*(float(torch.linalg.vector_norm(t.detach(), dtype=torch.float64)) for t in tensors))
+def _moved(part: Any, device: torch.device | str) -> Any:
+    return part.to(device) if hasattr(part, "to") else part
 
 
-def _weights(sizes: Sequence[int]) -> list[float]:
-    total = sum(sizes)
-    return [size / total for size in sizes]
+def _part(i: int, count: int, parts: int) -> slice:
+    """Part `i` of `count` things in parts of nearly equal size."""
+    return slice(i * count // parts, (i + 1) * count // parts)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the whole model; afterwards every module has the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def nbytes(batch: Any) -> int:
+    """Bytes of a minibatch: its own `nbytes`, or those of the tensors in it."""
+    own = getattr(batch, "nbytes", None)
+    if isinstance(own, int):
+        return own
+    if isinstance(batch, Mapping):
+        return sum(map(nbytes, batch.values()))
+    if isinstance(batch, (tuple, list)):
+        return sum(map(nbytes, batch))
+    return sum(map(nbytes, vars(batch).values())) if hasattr(batch, "__dict__") else 0
+
+
+def integer(name: str, value: object, least: int, why: str = "choose") -> int:
+    """``value`` as an int not below ``least``, or a ValueError that names the argument."""
     try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        number = int(value)  # type: ignore[call-overload]
+        whole = not isinstance(value, bool | str) and number == value
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole or number < least:
+        raise ValueError(f"{name} is {value!r}; {why} an integer of at least {least}")
+    return int(number)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,23 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from hfopt.experiment import identity, report
-from hfopt.experiment.data import (
-    Forward,
-    Growth,
-    Problem,
-    averaged,
-    chosen_batches,
-    closure,
-    evaluate,
-    in_turn,
-    norm,
-    on_inputs,
-)
+from hfopt.experiment.data import Problem, check_data
+from hfopt.experiment.hooks import Callback, Callbacks
 from hfopt.experiment.interrupt import Interrupt
-from hfopt.experiment.metrics import Measure
+from hfopt.experiment.metrics import Metric, metrics_of
+from hfopt.experiment.roles import Drawn, Forward, Growth, Roles, averaged, closure, evaluate, norm, on_inputs
 from hfopt.experiment.store import format as runfile
-from hfopt.experiment.store.format import Row, RunError
-from hfopt.experiment.store.reader import read_run
+from hfopt.experiment.store.format import Row, RunError, WriteError
+from hfopt.experiment.store.reader import Run, read_run, run_path
 from hfopt.experiment.store.writer import RunLog
 
 
@@ -41,14 +30,14 @@ class HF:
 
     Each step drops the training draws, evaluates the test batches, stops with success if their error rate is
     below the threshold, and otherwise updates the parameters once. The loss is the mean over scored outputs
-    of all batches of a role: batch i weighs `size(i) / sum of sizes`.
+    of all batches of a role: batch i weighs `size(i) / sum of sizes`. A batch is asked of the problem once a step.
 
     Args:
         path: name of the run, then its folder is `runs/logs/<name>`; or the folder, as a Path or with a
             separator.
         model: returns what the problem's losses take.
-        problem: the data object. Its errors are counted (`zero_one_loss`), or measured (`errors`, `error_name`): then
-            "error rate" is the mean error of the test cases here.
+        problem: the data object (`hfopt.experiment.data`). Its errors are counted (`zero_one_loss`), or measured
+            (`errors`, `error_name`): then "error rate" is the mean error of the test cases here; or it has `metrics`.
         forward: outputs of (model, batch); default `model(batch.inputs)`.
         optimizer: over the model's parameters, or a function that makes one of them (`torch.optim.Adam`,
             say); default `hfopt.HessianFree`.
@@ -65,8 +54,13 @@ class HF:
             ``s = min(1 - 1/n, average)`` at the nth, in place of the parameters, whose last noise it lacks (Polyak &
             Juditsky, SIAM J. Control Optim. 1992; Martens & Grosse, arXiv:1503.05671, section 13): `tested` is the
             model that has it. Default none.
-        threshold: success is an error rate below it, 0 for none; or a function of (test loss, error rate) that says.
+        metrics: further metrics of the test batches (`hfopt.experiment.metrics`).
+        callbacks: what else happens at each step (`hfopt.experiment.hooks`): schedules, clipping, projections, ...
+        threshold: success is a first metric better than it (an error rate below it), 0 for none; or a function of
+            (test loss, first metric) that says.
         max_steps: updates in all, those before `load()` included.
+        max_skipped: the run is given up after so many steps in a row whose loss was not finite. The optimizer
+            must have skipped them: parameters that are not finite end the run at once.
         test_freq: evaluate the test batches before every so many updates. The terminal and the text logs
             show these steps; run.h5 has all.
         save_freq: save after every so many updates.
@@ -79,8 +73,9 @@ class HF:
         quiet: print nothing.
 
     Raises:
-        ValueError: for batches that the problem does not have, a role that the optimizer does not have, and frequencies
-            below 1.
+        TypeError: for a data object that lacks members; all of them are named.
+        ValueError: for a name that is none, batches that the problem does not have, a role that the optimizer does not
+            have, and frequencies below 1.
     """
 
     def __init__(
@@ -97,8 +92,11 @@ class HF:
         debias_batches: Sequence[int] | None = None,
         batches_per_step: int | Growth | None = None,
         average: float | None = None,
+        metrics: Iterable[Metric] = (),
+        callbacks: Iterable[Callback] = (),
         threshold: float | Callable[[float, float], bool] = 0.01,
         max_steps: int = 500,
+        max_skipped: int = 10,
         test_freq: int = 1,
         save_freq: int = 5,
         keep_checkpoints: int | None = 3,
@@ -108,110 +106,112 @@ class HF:
         hints: Mapping[str, str] | None = None,
         quiet: bool = False,
     ) -> None:
-        name_only = isinstance(path, str) and Path(path).name == path
-        self.path = Path("runs", "logs", path) if name_only else Path(path)
+        check_data(problem)
+        self.path = run_path(path)
         self.model, self.problem, self.forward = model, problem, forward
         if optimizer is None:
             from hfopt.optimizer import HessianFree
 
             optimizer = HessianFree
         self.optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
-        taken = set(inspect.signature(self.optimizer.step).parameters)
-        if debias_batches is not None and "debias" not in taken:
-            raise ValueError(f"debias_batches: the step of {type(self.optimizer).__name__} takes no debias=")
-        self._roles = taken & {"curvature", "evaluation", *(["debias"] if debias_batches is not None else [])}
-        train = problem.train_batches
-        self.gradient_batches = chosen_batches("gradient_batches", gradient_batches, train, list(train))
-        self.curvature_batches = chosen_batches(
-            "curvature_batches", curvature_batches, train, self.gradient_batches[:1]
+        self.roles = Roles(
+            self.optimizer,
+            problem.train_batches,
+            gradient=gradient_batches,
+            curvature=curvature_batches,
+            evaluation=evaluation_batches,
+            debias=debias_batches,
+            per_step=batches_per_step,
         )
-        self.debias_batches = chosen_batches("debias_batches", debias_batches, train, self.gradient_batches)
-        judges = self.gradient_batches if debias_batches is None else self.debias_batches
-        self.evaluation_batches = chosen_batches("evaluation_batches", evaluation_batches, train, judges)
-        roles = {"curvature": curvature_batches, "evaluation": evaluation_batches}
-        self._given = {role for role, batches in roles.items() if batches is not None}
-        most = len(self.gradient_batches)
-        self.batches_per_step: int | Growth = most if batches_per_step is None else batches_per_step
-        n = self.batches_per_step
-        if not all(1 <= count <= most for count in ((n.first, n.last) if isinstance(n, Growth) else (n,))):
-            raise ValueError(f"batches_per_step={n}: choose from 1 to {most}")
         self._averaged = None if average is None else averaged(model, average)
-        for name, value in (("test_freq", test_freq), ("save_freq", save_freq), ("keep_checkpoints", keep_checkpoints)):
+        counts = {"test_freq": test_freq, "save_freq": save_freq, "keep_checkpoints": keep_checkpoints}
+        for name, value in {**counts, "max_skipped": max_skipped}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        self.metrics = metrics_of(problem, metrics)
+        taken = [m.column for m in self.metrics if m.column in runfile.STEP_COLUMNS and m.column != "error_rate"]
+        if taken:
+            raise ValueError(f"a metric is called {taken[0]!r}, as a column of every run is; give it another name")
+        self.callbacks = Callbacks(callbacks)
         self.threshold: float | Callable[[float, float], bool] = threshold
-        self.max_steps, self.test_freq, self.save_freq = max_steps, test_freq, save_freq
+        self.max_steps, self.max_skipped, self.test_freq, self.save_freq = max_steps, max_skipped, test_freq, save_freq
         self.keep_checkpoints, self.seed, self.overwrite, self.quiet = keep_checkpoints, seed, overwrite, quiet
         self.hints = hints or {}
         self.step = 0
         self.totals: dict[str, float] = {"seconds": 0.0, "cg_iterations": 0, "products": 0, "evaluations": 0}
         self._error_rate = math.nan  # the latest
+        self._skipped = 0  # steps in a row whose loss was not finite
+        self._stop = ""
         self._log: RunLog | None = None
         self._serial: int | None = None  # the checkpoint that the present state goes on from; None before a run
         self._newest = 0
         self._saved_step: int | None = None
+        self._save_due = False
         self._broken: str | None = None
-        self._compared = {
-            "model": identity.describe_model(model),
-            "problem": identity.describe_problem(problem),
-            "optimizer": identity.describe_optimizer(self.optimizer),
-            "batches": {
-                "gradient": self.gradient_batches,
-                "curvature": self.curvature_batches,
-                "evaluation": self.evaluation_batches,
-                **({"debias": self.debias_batches} if "debias" in self._roles else {}),
-                "per_step": identity.describe(self.batches_per_step),
-                "roles": ["gradient", *sorted(self._roles)],
-            },
-            "average": average,
-        }
-        self._measure = Measure.of(self._compared)
+        self._compared = identity.describe_experiment(
+            model, problem, self.optimizer, self.roles, average, self.metrics[0], self.callbacks.named
+        )
         self._configuration = {
             **self._compared,
             "driver": identity.describe(
-                {
-                    "threshold": threshold,
-                    "max_steps": max_steps,
-                    "test_freq": test_freq,
-                    "save_freq": save_freq,
-                }
+                {"threshold": threshold, "max_steps": max_steps, "test_freq": test_freq, "save_freq": save_freq}
             ),
             "settings": identity.describe(settings),
+            "metrics": [metric.describe() for metric in self.metrics],
         }
+        for callback in self.callbacks:
+            callback.attach(self)
 
     @property
     def tested(self) -> nn.Module:
         """The model whose errors are tested, with the averaged parameters where an average is kept."""
         return self.model if self._averaged is None else self._averaged.module
 
+    @property
+    def second_order(self) -> bool:
+        """Whether the optimizer's steps are more than gradients: it takes `curvature=` or `evaluation=`."""
+        return bool(self.roles.names)
+
+    # -- what a user calls ------------------------------------------------------------------------------
+
     def optimize(self, max_steps: int | None = None) -> str:
         """Go on until success or until `max_steps` updates have been made in all, and say which it was.
 
-        Returns `"success"`, `"max_steps"`, `"interrupted"` (Ctrl-C: the step in progress was finished and
-        everything saved) or `"diverged"` (the training loss is nan; nothing can come of it).
+        Returns `"success"`, `"max_steps"`, `"stopped"` (by a callback), `"interrupted"` (Ctrl-C: the step in progress
+        was finished and everything saved) or `"diverged"` (the training loss is nan; nothing can come of it).
 
         Raises RunError if another process writes to the same run, or if the last call ended in the middle of
-        a step.
+        a step; and WriteError if a file cannot be written: nothing is lost, and the next call goes on.
         """
         self._check_state()
         self._begin()
         assert self._log is not None
+        closing = True
         try:
             with Interrupt("step") as interrupt:
+                self._log.retry()
                 outcome = self._loop(self.max_steps if max_steps is None else max_steps, interrupt)
                 self._finish(outcome)
                 interrupt.pass_on()
             return outcome
+        except WriteError:
+            closing = False  # the log has what could not be written
+            raise
         except BaseException as error:
             self._broken = f"step {self.step} ended in the middle ({type(error).__name__})"
-            self._log.note(f"{self._broken}; the last checkpoint is that of step {self._saved_step}")
-            if not isinstance(error, KeyboardInterrupt):
-                self._log.note(traceback.format_exc())
             with suppress(Exception):  # the journal has the rows anyway; the error that counts is the first
-                self._log.save(None)
+                self._log.note(f"{self._broken}; the last checkpoint is that of step {self._saved_step}")
+                if not isinstance(error, KeyboardInterrupt):
+                    self._log.note(traceback.format_exc())
+                self._log.finish("broken off")
             raise
         finally:
-            self._close()
+            if closing:
+                self._close()
+
+    def stop(self, why: str) -> None:
+        """End the run before its next update; for callbacks."""
+        self._stop = why
 
     def save(self, name: str | None = None) -> None:
         """Save the present state; with a `name` it stays, while numbered ones make room for newer."""
@@ -231,56 +231,79 @@ class HF:
 
         Raises:
             FileNotFoundError: there is no run in the folder.
-            RunError: the file is damaged or foreign, or model, problem, optimizer, batches or seed are not
+            RunError: a file is damaged or foreign, or model, problem, optimizer, batches or seed are not
                 those of the run; the message lists what differs.
             KeyError: there is no such checkpoint.
         """
         run = read_run(self.path)
-        saved = {**{key: run.configuration.get(key) for key in self._compared}, "seed": run.seed}
-        differing = identity.differences(saved, {**self._compared, "seed": self.seed})
+        self._compare(run)
+        found = run.find(checkpoint)
+        state = run.checkpoint(found.key)
+        self._close()
+        parts: dict[str, Any] = {"problem": self.problem, "parameters": self.model, "optimizer": self.optimizer}
+        if self._averaged is not None:
+            parts["average"] = self._averaged
+        name = ""
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise RunError(f"checkpoint {found.key} of {self.path}: its {name} cannot be loaded: {error}") from error
+        notes = self.callbacks.load_state_dict(state.get("callbacks", {}))
+        identity.set_generators(state["generators"])
+        self.step, self.totals = state["step"], dict(state["totals"])
+        self._skipped = int(self.totals.pop("skipped", 0))
+        self._serial, self._newest, self._saved_step = found.serial, run.serial, self.step
+        self._broken, self._stop, self._save_due = None, "", False
+        self._say("; ".join([f"loaded step {self.step} of {report.short(self.path)}", *notes]))
+
+    def _compare(self, run: Run) -> None:
+        """Raise RunError if a run was made by something else than this."""
+        saved = {key: run.configuration.get(key) for key in self._compared if key in run.configuration}
+        saved |= {"seed": run.seed, "metric": run.metrics[0].name}
+        differing = identity.changes(saved, {**self._compared, "seed": self.seed})
         if differing:
             raise RunError(
                 f"the run in {self.path} was made with other settings: {'; '.join(differing)}. Use its "
                 "settings, or start a run under another name; its parameters alone are "
                 "hfopt.read_run(path).parameters()"
             )
-        found = run.find(checkpoint)
-        state = run.checkpoint(found.key)
-        self.problem.load_state_dict(state["problem"])
-        self.model.load_state_dict(state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self._averaged is not None:
-            self._averaged.load_state_dict(state["average"])
-        identity.set_generators(state["generators"])
-        self.step, self.totals = state["step"], dict(state["totals"])
-        self._serial, self._newest, self._saved_step = found.serial, run.checkpoints[-1].serial, self.step
-        self._broken = None
-        self._say(f"loaded step {self.step} of {report.short(self.path)}")
+
+    # -- steps ------------------------------------------------------------------------------------------
 
     def _loop(self, limit: int, interrupt: Interrupt) -> str:
         """Steps until something ends them."""
-        progress = report.Progress(self._measure, second_order=bool(self._roles))
+        progress = report.Progress(self.metrics[0], second_order=self.second_order)
+        if self._save_due:
+            self._save()
         while True:
             started = (time.perf_counter(), time.process_time())
             last = self.step >= limit
             tested = last or self.step % self.test_freq == 0
-            test_loss, error_rate = (
-                evaluate(self.tested, self.problem, self.problem.test_batches, self.forward)
-                if tested
-                else (math.nan, math.nan)
-            )
-            success = tested and self._succeeded(test_loss, error_rate)
-            self._error_rate = error_rate if tested else self._error_rate
-            row: Row = {"step": self.step, "test_loss": test_loss, "error_rate": error_rate}
-            if last or success:
+            row: Row = {"step": self.step, "test_loss": math.nan, "error_rate": math.nan}
+            success = False
+            if tested:
+                found = evaluate(self.tested, self.problem, self.problem.test_batches, self.forward, self.metrics)
+                row |= {"test_loss": found.loss, **found.values}
+                self._error_rate = found.error
+                success = self._succeeded(found.loss, found.error)
+                for callback in self.callbacks:
+                    callback.after_test(self, row)
+            if last or success or self._stop:
                 row |= {"updated": False, "train_loss": self._closing_train_loss()}
                 self._record(row, [], started, progress)
                 self._save_rest()
-                return "success" if success else "max_steps"
+                return "success" if success else "stopped" if self._stop else "max_steps"
+            for callback in self.callbacks:
+                callback.before_update(self)
             update, checks = self._update()
-            self._record(row | update, checks, started, progress)
-            self.step += 1
-            if math.isnan(update["train_loss"]):
+            for callback in self.callbacks:
+                callback.after_update(self, update)
+            try:
+                self._record(row | update, checks, started, progress)
+            finally:  # where a full disk does not take the row, the update has been made all the same
+                self.step += 1
+            if self._is_lost(update):
                 return "diverged"
             if self.step % self.save_freq == 0:
                 self._save()
@@ -291,18 +314,12 @@ class HF:
     def _update(self) -> tuple[Row, list[Row]]:
         """One step of the optimizer on new training draws: its row and the rows of its CG checks."""
         self.problem.forget()
-        chosen = in_turn(self.gradient_batches, self.batches_per_step, self.step)
-        gradient = closure(self.model, self.problem, chosen, self.forward, self.optimizer)
-        judges = self.debias_batches if "debias" in self._roles else chosen
-        others = {
-            "curvature": (self.curvature_batches if "curvature" in self._given else chosen[:1], chosen),
-            "evaluation": (self.evaluation_batches if "evaluation" in self._given else judges, judges),
-            "debias": (self.debias_batches, None),
-        }
+        drawn = Drawn(self.problem)
+        chosen, others = self.roles.of(self.step)
+        gradient = closure(self.model, self.problem, chosen, self.forward, self.optimizer, drawn)
         roles = {
-            role: None if batches == default else closure(self.model, self.problem, batches, self.forward)
-            for role, (batches, default) in others.items()
-            if role in self._roles
+            role: None if batches is None else closure(self.model, self.problem, batches, self.forward, drawn=drawn)
+            for role, batches in others.items()
         }
         norms: list[float] = []
 
@@ -310,12 +327,14 @@ class HF:
             loss = gradient()
             if not norms:  # of the first evaluation: optimizers may make several
                 norms.append(norm(p.grad for p in self.model.parameters() if p.grad is not None))
+            for callback in self.callbacks:
+                callback.after_gradient(self)
             return loss
 
         stats = getattr(self.optimizer, "stats", None)
         before = stats[-1] if stats else None
         started = time.perf_counter()
-        loss: Any = self.optimizer.step(gradient if self._roles else noting_the_norm, **roles)  # type: ignore[arg-type]
+        loss: Any = self.optimizer.step(gradient if roles else noting_the_norm, **roles)  # type: ignore[arg-type]
         loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
         row: Row = {"train_loss": loss, "updated": True, "accepted": True}
         row["optimizer_seconds"] = time.perf_counter() - started
@@ -331,20 +350,40 @@ class HF:
             checks = [{"step": self.step, **check} for check in checks]
         return row, checks
 
+    def _is_lost(self, update: Row) -> bool:
+        """Whether nothing can come of the run any more: the parameters are gone, or no batch has a finite loss."""
+        if math.isfinite(update["train_loss"]):
+            self._skipped = 0
+            return False
+        self._skipped += 1
+        if not math.isfinite(update["parameter_norm"]):
+            self._broken = f"the training loss is {update['train_loss']}, and so are parameters"
+            return True
+        if self._skipped >= self.max_skipped:
+            self._broken = f"the training loss was not finite in {self._skipped} steps in a row (max_skipped)"
+            return True
+        self._note_and_say(
+            f"step {self.step - 1} was skipped: its training loss is {update['train_loss']}; the run goes on, and is "
+            f"given up after {self.max_skipped} such steps in a row ({self._skipped} so far)"
+        )
+        return False
+
     def _closing_train_loss(self) -> float:
         """The training loss on the draws that the next step would see; the generators stay as they were."""
         problem, generators = self.problem.state_dict(), identity.generators()
         self.problem.forget()
-        chosen = in_turn(self.gradient_batches, self.batches_per_step, self.step)
-        loss, _ = evaluate(self.model, self.problem, chosen, self.forward)
+        chosen, _ = self.roles.of(self.step)
+        loss = evaluate(self.model, self.problem, chosen, self.forward, []).loss
         self.problem.load_state_dict(problem)
         identity.set_generators(generators)
         return loss
 
-    def _succeeded(self, test_loss: float, error_rate: float) -> bool:
+    def _succeeded(self, test_loss: float, value: float) -> bool:
         if callable(self.threshold):
-            return bool(self.threshold(test_loss, error_rate))
-        return error_rate < self.threshold
+            return bool(self.threshold(test_loss, value))
+        return self.threshold != 0 and self.metrics[0].reaches(value, self.threshold)
+
+    # -- recording --------------------------------------------------------------------------------------
 
     def _record(self, row: Row, checks: list[Row], started: tuple[float, float], progress: report.Progress) -> None:
         """Complete a row, log it, and only then show it."""
@@ -355,49 +394,55 @@ class HF:
             self.totals[name] += max(0, row.get(name, 0))
         row |= {"total_seconds": self.totals["seconds"], "finished": time.time()}
         shown = self.step % self.test_freq == 0 or not row["updated"]
-        block = report.block(row, self.totals, measure=self._measure) if shown else ""
-        detailed = report.block(row, self.totals, checks, self._measure) if shown else ""
+        block = report.block(row, self.totals, metrics=self.metrics) if shown else ""
+        detailed = report.block(row, self.totals, checks, self.metrics) if shown else ""
         self._log.append(row, checks, block, detailed)
         if shown:
             self._say(progress.line(row))
 
     def _save(self, name: str | None = None) -> None:
         assert self._log is not None
+        self._save_due = name is None  # until it is done: a full disk may have room again later
         self._log.save(self._state(), name)
+        self._save_due = False
         self._serial = self._newest = self._log.serial
         self._saved_step = self.step
+        for callback in self.callbacks:
+            callback.after_save(self, name or f"{self.step:08d}")
 
     def _save_rest(self) -> None:
-        """Save what the last save does not have: the state if it is newer, else the rows alone."""
-        assert self._log is not None
-        if self._saved_step == self.step:
-            self._log.save(None)
-        else:
+        """Save the state if it is newer than the last save's."""
+        if self._saved_step != self.step:
             self._save()
 
     def _state(self) -> dict[str, Any]:
         """All that the next step depends on."""
+        states = self.callbacks.state_dict()
         return {
             "step": self.step,
-            "totals": self.totals,
+            "totals": {**self.totals, "skipped": self._skipped},
             "parameters": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "problem": self.problem.state_dict(),
             "generators": identity.generators(),
             **({} if self._averaged is None else {"average": self._averaged.state_dict()}),
+            **({"callbacks": states} if states else {}),
         }
 
     def _begin(self) -> None:
         """Open the run's log, new or continued."""
         if self._log is not None:
             return
-        device = next(self.model.parameters()).device
-        versions = identity.versions(device)
+        versions = identity.versions(next(self.model.parameters()).device)
+        session = identity.session(self.step, versions)
+        metrics = self._configuration["metrics"]
         if self._serial is not None:
-            self._log = RunLog.resume(self.path, self._serial, self._newest, keep=self.keep_checkpoints)
+            self._log = RunLog.resume(
+                self.path, self._serial, self._newest, keep=self.keep_checkpoints, metrics=metrics, session=session
+            )
             self._log.note(f"resumed at step {self.step}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-            for change in identity.differences(read_run(self.path).versions, versions):
-                self._log.note(f"since the run began, {change}; the bits may differ\n")
+            for change in identity.version_changes(self._log.earlier_versions, versions):
+                self._note_and_say(f"since the run was last continued, {change}; the bits may differ")
             return
         header = {
             "name": self.path.name,
@@ -405,6 +450,8 @@ class HF:
             "seed": self.seed,
             "configuration": self._configuration,
             "versions": versions,
+            "metrics": metrics,
+            "session": session,
         }
         self._log, moved = RunLog.start(
             self.path, header, self._state(), keep=self.keep_checkpoints, overwrite=self.overwrite
@@ -423,13 +470,13 @@ class HF:
     def _finish(self, outcome: str) -> None:
         """Say how the run ended, where it is, and what to type next."""
         assert self._log is not None
-        if outcome == "diverged":
-            self._log.save(None)
-            self._broken = "the training loss is nan"
-        wrong = "" if math.isnan(self._error_rate) else f": {self._measure.sentence(self._error_rate)}"
+        last = "" if math.isnan(self._error_rate) else f": {self.metrics[0].sentence(self._error_rate)}"
         said = "no threshold" if outcome == "max_steps" and self.threshold == 0 else outcome
-        sentence = report.ending(said, self.step, self.totals["seconds"], wrong, self._saved_step)
+        why = self._broken if outcome == "diverged" else self._stop
+        sentence = report.ending(said, self.step, self.totals["seconds"], last, self._saved_step, why or "")
+        self._stop = ""
         self._log.note(sentence + "\n")
+        self._log.finish(outcome)
         self._say("\n".join([sentence, *report.hints(self.path, self.hints)]))
 
     def _check_state(self) -> None:
@@ -441,6 +488,12 @@ class HF:
             self._log.close()
             self._log = None
 
+    def _note_and_say(self, sentence: str) -> None:
+        assert self._log is not None
+        self._log.note(sentence + "\n")
+        self._say(sentence)
+
     def _say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stdout, flush=True)
+        if not self.quiet and not report.say(text):  # python -m runs.demo | head
+            self.quiet = True
+            self.stop("nobody reads its output any more")

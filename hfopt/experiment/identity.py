@@ -1,13 +1,23 @@
-"""What a run has in common with its continuation: settings are compared, generators restored."""
+"""What a run has in common with its continuation: settings are compared, generators restored.
+
+Only what both know is compared: a run stays loadable when an option, a metric or a word in a model's printed form has
+been added since, or taken away.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import importlib.metadata
 import inspect
+import os
 import platform
 import re
+import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,9 +27,10 @@ import h5py
 import numpy as np
 import torch
 
+from hfopt.experiment.metrics import Metric
+from hfopt.experiment.roles import Roles
+
 _SCALARS = (bool, int, float, str)
-# What torch.optim.Optimizer and its schedulers keep, and HessianFree's record.
-_NO_SETTINGS = ("defaults", "state", "param_groups", "step", "stats", "steps")
 
 
 def describe(value: Any) -> Any:
@@ -36,6 +47,8 @@ def describe(value: Any) -> Any:
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [describe(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((describe(item) for item in value), key=str)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # A field that is not compared changes no result.
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
@@ -45,6 +58,34 @@ def describe(value: Any) -> Any:
     if callable(value):
         return _arguments(value) or class_name(value)
     return {"class": class_name(value), **_scalars(value)}
+
+
+def describe_experiment(
+    model: torch.nn.Module,
+    problem: Any,
+    optimizer: torch.optim.Optimizer,
+    roles: Roles,
+    average: float | None,
+    metric: Metric,
+    callbacks: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that changes what a run computes; what of it differs is in the way of a resumption."""
+    return {
+        "model": describe_model(model),
+        "problem": describe_problem(problem),
+        "optimizer": describe_optimizer(optimizer),
+        "batches": {
+            "gradient": roles.gradient,
+            "curvature": roles.curvature,
+            "evaluation": roles.evaluation,
+            **({"debias": roles.debias} if "debias" in roles.names else {}),
+            "per_step": describe(roles.per_step),
+            "roles": ["gradient", *sorted(roles.names)],
+        },
+        "average": average,
+        "metric": metric.name,
+        "callbacks": {name: describe(callback) for name, callback in callbacks.items()},
+    }
 
 
 def describe_problem(problem: Any) -> dict[str, Any]:
@@ -57,19 +98,64 @@ def describe_problem(problem: Any) -> dict[str, Any]:
 
 
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:
-    """Class, printed form, and the type and shape of everything in the model's state, by name."""
+    """Class, printed form, settings of all modules, and the type and shape of everything in the state, by name."""
     shapes = {
         name: f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
         for name, value in model.state_dict().items()
         if isinstance(value, torch.Tensor)
     }
+    modules = {
+        name: {
+            "class": class_name(module),
+            **{key: value for key, value in _scalars(module).items() if key not in _NO_MODULE_SETTINGS},
+        }
+        for name, module in model.named_modules()
+    }
     printed = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
-    return {"class": class_name(model), "printed": printed, "parameters": shapes}
+    return {"class": class_name(model), "printed": printed, "parameters": shapes, "modules": modules}
+
+
+_NO_MODULE_SETTINGS = ("training", "call_super_init", "dump_patches")
+_PRINTED = re.compile(r"^(?P<indent> *)(?:\((?P<name>[^)]*)\): )?(?P<class>[A-Za-z_][\w.]*)\((?P<settings>.*)$")
+
+
+def _settings_printed(printed: str) -> dict[str, dict[str, str]]:
+    """The classes and the settings `name=value` of the modules in a printed model, by their paths."""
+    found: dict[str, dict[str, str]] = {}
+    above: list[str] = []
+    for line in printed.splitlines():
+        match = _PRINTED.match(line)
+        if match is None:
+            continue
+        above = [*above[: len(match["indent"]) // 2], match["name"] or ""]
+        settings = dict(re.findall(r"(\w+)=(\([^)]*\)|[^,()]+)", match["settings"]))
+        found[".".join(above).strip(".")] = {"class": match["class"], **settings}
+    return found
+
+
+def _same_terms(saved: Any, present: Any) -> tuple[Any, Any]:
+    """Two descriptions of models in terms that both know: older ones have the settings in the printed form alone."""
+    models = [description.get("model") for description in (saved, present)]
+    if not all(isinstance(model, Mapping) for model in models):
+        return saved, present
+    if all("modules" in model for model in models):
+        models = [{key: value for key, value in model.items() if key != "printed"} for model in models]
+    else:
+        models = [
+            {"class": m.get("class"), "parameters": m.get("parameters"), **_settings_printed(str(m.get("printed")))}
+            for m in models
+        ]
+    return {**saved, "model": models[0]}, {**present, "model": models[1]}
 
 
 def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Class and settings of an optimizer; of each parameter group the settings and the number of tensors."""
-    own = {name: value for name, value in vars(optimizer).items() if name not in _NO_SETTINGS and name[0] != "_"}
+    """Class and settings of an optimizer; of each parameter group the settings and the number of tensors.
+
+    Settings are what its constructors take and it keeps under the same names; all else is its state.
+    """
+    makers = [vars(kind)["__init__"] for kind in type(optimizer).__mro__[:-1] if "__init__" in vars(kind)]
+    taken = {name for maker in makers for name in inspect.signature(maker).parameters}
+    own = {name: value for name, value in vars(optimizer).items() if name in taken and name not in ("self", "defaults")}
     groups = [
         {
             **{key: describe(value) for key, value in group.items() if key != "params"},
@@ -84,28 +170,40 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     }
 
 
+def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """One phrase per setting that changes what a run computes and is not the same as when it was saved."""
+    return differences(*_same_terms(saved, present))
+
+
+def version_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """One phrase per thing that a run is continued on and that was another before; what was not known is none."""
+
+    def known(tree: Mapping[str, Any]) -> dict[str, Any]:
+        nested = {key: known(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+        return {key: value for key, value in nested.items() if value not in (None, "", {})}
+
+    return differences(known(saved), known(present))
+
+
 def differences(saved: Any, present: Any, name: str = "") -> list[str]:
-    """One phrase per setting that is not the same in `saved` and `present`, two nested descriptions."""
+    """One phrase per setting that both `saved` and `present` have, two nested descriptions, with different values."""
     if isinstance(saved, Mapping) and isinstance(present, Mapping):
         return [
             phrase
-            for key in dict.fromkeys([*saved, *present])
-            for phrase in differences(saved.get(key, _NOTHING), present.get(key, _NOTHING), f"{name}.{key}".lstrip("."))
+            for key in saved
+            if key in present
+            for phrase in differences(saved[key], present[key], f"{name}.{key}".lstrip("."))
         ]
+    # An earlier version may have known of an object no more than its class.
+    for one, other in ((saved, present), (present, saved)):
+        if isinstance(one, str) and isinstance(other, Mapping) and other.get("class") == one:
+            return []
     if isinstance(saved, list) and isinstance(present, list) and len(saved) == len(present):
         pairs = enumerate(zip(saved, present, strict=True))
         return [phrase for i, (old, new) in pairs for phrase in differences(old, new, f"{name}[{i}]")]
     if saved == present or (saved != saved and present != present):
         return []
     return [f"{name} was {saved!r} and is {present!r}"]
-
-
-class _Nothing:
-    def __repr__(self) -> str:
-        return "absent"
-
-
-_NOTHING = _Nothing()
 
 
 def class_name(value: Any) -> str:
@@ -155,15 +253,60 @@ def versions(device: torch.device) -> dict[str, Any]:
         own = "not installed, used from a checkout"
     return {
         "hfopt": own,
+        "commit": commit(Path(__file__).resolve().parent),
+        "native": _native(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "numpy": np.__version__,
         "h5py": h5py.__version__,
+        "host": platform.node(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
     }
+
+
+def session(step: int, versions: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is started or continued by, for the record."""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    return {
+        "step": step,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "process": os.getpid(),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "folder": os.getcwd(),
+        "script_commit": commit(Path(main).resolve().parent) if main else "",
+        "versions": dict(versions),
+    }
+
+
+@functools.cache
+def commit(folder: Path) -> str:
+    """The git commit of a checkout, with "+changes" if files differ from it; empty where there is none."""
+    if not any((parent / ".git").exists() for parent in (folder, *folder.parents)):
+        return ""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _native() -> dict[str, Any]:
+    """What the compiled recurrences are, as far as they tell: another compiler may round differently."""
+    try:
+        build = importlib.import_module("hfopt.recurrences.native.build")
+        found = build.identity()
+        return {str(key): describe(value) for key, value in found.items()}
+    except Exception:  # whatever is wrong with a compiler is no reason not to start a run
+        return {}
 
 
 def _processor() -> str:

@@ -6,27 +6,29 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hfopt.experiment.metrics import Measure
+from hfopt.experiment.metrics import Metric, metrics_in
 from hfopt.experiment.store.format import CHECK_TYPE, DETAILED, RESULTS, RUN, STEP_TYPE, Row, complete
 
 _HEADING_EVERY = 20
-_PLAIN = f"{'step':>6} {'train loss':>12} {'test loss':>12}"
-_CURVED = f" {'lambda':>9} {'rho':>7} {'CG':>9} {'length':>7}"
-_TIMES = f" {'seconds':>8} {'total':>8}"
+# Together 80 columns, as wide as a terminal at least is.
+_PLAIN = f"{'step':>5} {'train loss':>10} {'test loss':>10}"
+_CURVED = f" {'lambda':>8} {'rho':>6} {'CG':>7} {'length':>6}"
+_TIMES = f" {'sec.':>6} {'total':>6}"
 
 
 class Progress:
     """Aligned lines, one a step; `second_order` adds lambda, rho, CG iterations and step length."""
 
-    def __init__(self, measure: Measure, *, second_order: bool) -> None:
+    def __init__(self, measure: Metric, *, second_order: bool) -> None:
         self._measure, self._second_order = measure, second_order
-        self._width = max(8, len(measure.title))
+        self._width = max(7, len(measure.title))
         self._lines = 0
 
     def heading(self) -> str:
@@ -35,24 +37,24 @@ class Progress:
 
     def line(self, row: Row) -> str:
         """The line of one step, preceded by the heading when it is due."""
+        value = row.get(self._measure.column, math.nan)
         row = complete(row, STEP_TYPE)
         heading = self.heading() + "\n" if self._lines % _HEADING_EVERY == 0 else ""
         self._lines += 1
-        line = f"{row['step']:6d} {_loss(row['train_loss'])} {_loss(row['test_loss'])}"
-        line += f" {self._measure.number(row['error_rate']):>{self._width}}"
+        line = f"{row['step']:5d} {_loss(row['train_loss'])} {_loss(row['test_loss'])}"
+        line += f" {self._measure.number(value):>{self._width}}"
         if self._second_order:
             line += self._second(row) if row["updated"] else " " * len(_CURVED)
-        line += f" {row['seconds']:8.2f} {row['total_seconds']:8.1f}"
-        if row["updated"] and not row["accepted"]:
-            line += "  rejected"
-        return heading + line
+        return heading + line + f" {seconds(row['seconds'], 2)} {seconds(row['total_seconds'], 1)}"
 
     @staticmethod
     def _second(row: Row) -> str:
         if math.isnan(row["damping"]):
             return " " * len(_CURVED)
         iterations = f"{row['backtracked']}/{row['cg_iterations']}"
-        return f" {row['damping']:9.2e} {_ratio(row['rho'])} {iterations:>9} {row['step_length']:7.3g}"
+        iterations = iterations if len(iterations) <= 7 else str(row["cg_iterations"])
+        length = _short(row["step_length"]) if row["accepted"] else "none"
+        return f" {row['damping']:8.2e} {ratio(row['rho'])} {iterations:>7} {length:>6}"
 
 
 def introduction(
@@ -76,8 +78,9 @@ def introduction(
     if threshold == 0:  # which no error is below
         goal = "no threshold"
     else:
-        bound = Measure.of(configuration).bound
-        goal = f"success below {bound(threshold)}" if isinstance(threshold, float) else f"success by {threshold}"
+        bound = metrics_in(configuration)[0].bound
+        beyond = "above" if metrics_in(configuration)[0].better == "higher" else "below"
+        goal = f"success {beyond} {bound(threshold)}" if isinstance(threshold, float) else f"success by {threshold}"
     return (
         f"{what}{length}: {type(model).__name__} with {count:,} parameters on {device}, "
         f"{type(optimizer).__name__}\n"
@@ -85,16 +88,16 @@ def introduction(
     )
 
 
-def ending(outcome: str, step: int, seconds: float, wrong: str, saved_step: int | None) -> str:
-    """One sentence on how a run ended; `wrong` is what the last test said."""
+def ending(outcome: str, step: int, seconds: float, wrong: str, saved_step: int | None, why: str = "") -> str:
+    """One sentence on how a run ended; `wrong` is what the last test said, `why` what stopped it."""
     took = f"{step} steps, {duration(seconds)}"
     return {
         "success": f"success after {took}{wrong}",
         "max_steps": f"no success within {took}{wrong}",
         "no threshold": f"ended after {took}{wrong}",
         "interrupted": f"interrupted and saved after {took}",
-        "diverged": f"the training loss is nan: given up after {took}; the last checkpoint is that of "
-        f"step {saved_step}",
+        "stopped": f"stopped after {took}, {why}{wrong}",
+        "diverged": f"{why}: given up after {took}; the last checkpoint is that of step {saved_step}",
     }[outcome]
 
 
@@ -131,9 +134,10 @@ def block(
     row: Row,
     totals: Mapping[str, float],
     checks: Iterable[Row] | None = None,
-    measure: Measure = Measure(),  # noqa: B008 - a frozen name
+    metrics: Sequence[Metric] = (),
 ) -> str:
     """One step for the text logs; `totals` are those of the run up to it, `checks` adds the table of CG checks."""
+    values = {metric: row.get(metric.column, math.nan) for metric in metrics}
     row = complete(row, STEP_TYPE)
     lines = [f"step {row['step']}"]
 
@@ -141,9 +145,10 @@ def block(
         lines.append(f"    {name:<20} {value}")
 
     say("train loss", f"{row['train_loss']:.6e}")
-    if math.isfinite(row["test_loss"]) or math.isfinite(row["error_rate"]):
+    if math.isfinite(row["test_loss"]) or any(map(math.isfinite, values.values())):
         say("test loss", f"{row['test_loss']:.6e}  (test - train {row['test_loss'] - row['train_loss']:+.3e})")
-        say(measure.name or "error rate", measure.quantity(row["error_rate"], 3))
+        for metric, value in values.items():
+            say(metric.name, metric.quantity(value, 3))
     if not row["updated"]:
         say("seconds", f"{row['seconds']:.3f}")
         return "\n".join([*lines, ""]) + "\n"
@@ -190,6 +195,24 @@ def check_table(checks: Iterable[Row]) -> list[str]:
     return lines
 
 
+def say(text: str) -> bool:
+    """Print at once; False if the reader of a pipe has gone, after which nothing is printed any more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        close_output()
+        return False
+    return True
+
+
+def close_output() -> None:
+    """Let what is still printed go nowhere, after the reader of a pipe has gone: Python would complain at its end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def duration(seconds: float) -> str:
     """Seconds as people read them: `48 s`, `3 min 20 s`, `2 h 05 min`."""
     whole = round(seconds)
@@ -201,8 +224,19 @@ def duration(seconds: float) -> str:
 
 
 def _loss(value: float) -> str:
-    return " " * 12 if math.isnan(value) else f"{value:12.5e}"
+    return " " * 10 if math.isnan(value) else f"{value:10.4e}" if value >= 0 else f"{value:10.3e}"
 
 
-def _ratio(value: float) -> str:
-    return f"{value:7.3f}" if abs(value) < 1000 else f"{value:7.0e}"
+def ratio(value: float) -> str:
+    """A reduction ratio in six columns."""
+    size = abs(value)
+    return f"{value:6.3f}" if size < 10 else f"{value:6.1f}" if size < 1000 else f"{value:6.0e}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e-4 or value == 0 else f"{value:.0e}"
+
+
+def seconds(value: float, digits: int) -> str:
+    """Seconds in six columns, with digits as far as there is room."""
+    return f"{value:6.{digits}f}" if value < 10 ** (5 - digits) - 1 else f"{value:6.0f}"

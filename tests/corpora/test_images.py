@@ -100,7 +100,7 @@ def test_state_goes_on_from_where_it_was() -> None:
         assert first_pixels(other, range(5)) == first_pixels(problem, range(5))
         other.forget()
         problem.forget()
-    with pytest.raises(ValueError, match="batch_size = 5, but these images have 6"):
+    with pytest.raises(ValueError, match="batch_size = 5, but Images has 6"):
         images(batch_size=6).load_state_dict(state)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,35 @@ def test_damaged_files(folder: Path) -> None:
         corpora.mnist(folder)
 
 
+def test_files_that_unpack_to_more_than_they_should(tmp_path: Path) -> None:
+    """A few kB that would be many GB: neither what the header promises nor what follows it is unpacked for nothing."""
+    path = tmp_path / "bomb.gz"
+    zeros = bytes(10_000_000)
+    cases = (
+        (struct.pack(">3I", 10_000_000, 28, 28), r"more than 1,073,741,824 are not read"),
+        (struct.pack(">3I", 10, 28, 28), r"has more than 7840 bytes of data where \(10, 28, 28\) needs 7840"),
+        (struct.pack(">3I", 1_000_000, 28, 28), r"has 10000000 bytes of data where"),
+        (struct.pack(">3I", 0, 28, 28), r"has more than 0 bytes"),
+    )
+    for header, message in cases:
+        path.write_bytes(gzip.compress(b"\0\0\x08\3" + header + zeros))
+        assert path.stat().st_size < 20_000
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=message):
+                read_idx(path)
+            assert tracemalloc.get_traced_memory()[1] < 40_000_000
+        finally:
+            tracemalloc.stop()
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"\0\0\x08\4" + struct.pack(">4I", *[2**32 - 1] * 4) + b"x")
+    with pytest.raises(ValueError, match="are not read"):
+        read_idx(plain)
+    write_idx(plain, np.zeros((3, 2), np.uint8))
+    with pytest.raises(ValueError, match="6 bytes"):
+        read_idx(plain, most=5)
+
+
 HERE = os.environ.get("HFOPT_DATA")
 
 
@@ -133,7 +163,7 @@ def test_curves_are_as_many_as_asked_and_the_same_again() -> None:
     train = {row.numpy().tobytes() for i in problem.train_batches for row in problem(i).inputs}
     assert len(train) == 600
     assert not train & {row.numpy().tobytes() for row in problem(-1).inputs}
-    with pytest.raises(ValueError, match="data_seed = 0, but these images have 1"):
+    with pytest.raises(ValueError, match="data_seed = 0, but Images has 1"):
         other.load_state_dict(corpora.curves(10, 50).state_dict())
 
 

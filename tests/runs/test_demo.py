@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+import runs.autoencoder as a
 import runs.demo as d
 from hfopt.experiment.store.reader import read_run
 from pathological import PROBLEMS
+from runs.settings import run_name
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "demo"
@@ -69,6 +73,87 @@ def test_errors_are_sentences(tmp_path: Path, typed: Any) -> None:
     name = ("--name", str(tmp_path / "run"), "--max-steps", "0", *SMALL)
     assert typed(*name) == 1
     assert "problem.T was 10 and is 11" in typed(*name, "--resume", "--T", "11")
+
+
+def test_settings_that_do_not_fit_are_sentences(typed: Any) -> None:
+    assert typed("--T", "3") == "runs.demo: T is 3; multiplication in the paper form needs an integer of at least 10"
+    assert "device" in typed("--device", "nowhere")
+    if not torch.cuda.is_available():
+        assert "there is no CUDA device here" in typed("--device", "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "runs.demo", "--T", "3"], "runs.demo: T is 3;"),
+        (["-m", "runs.demo", "--hidden", "0"], "runs.demo: "),
+        (["-m", "runs.demo", "--name", ".."], "runs.demo: "),
+        (["-m", "runs.demo", "--curvature-batches", "7"], "runs.demo: curvature_batches="),
+        (["-m", "runs.pathological", "xor", "--T", "1"], "runs.pathological: T is 1;"),
+        (["-m", "runs.demo", "--name", "{file}/run"], "cannot be written (Not a directory)"),
+        (["{root}/runs/demo.py"], "type python -m runs.demo in the folder of the checkout"),
+    ],
+)
+def test_no_traceback_is_typed_at_anyone(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "file").write_text("")
+    words = [word.format(root=ROOT, file=tmp_path / "file") for word in words]
+    elsewhere = words[0] != "-m"
+    done = subprocess.run(
+        # Without what an installation for development puts in the way: only the interpreter's own packages and hfopt.
+        [sys.executable, *words],
+        cwd=tmp_path if elsewhere else ROOT,
+        env={**{k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode not in (0, None)
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_second_ctrl_c_is_a_sentence(tmp_path: Path, typed: Any, monkeypatch: Any, capfd: Any) -> None:
+    def interrupted(self: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hfopt.experiment.driver.HF.optimize", interrupted)
+    assert typed("--name", str(tmp_path / "run"), *SMALL) == 130
+    assert "stopped at once; what was saved last is in" in capfd.readouterr().err
+
+
+def test_names_carry_what_differs() -> None:
+    plain = d.CommandLine()
+
+    def named(**options: Any) -> str:
+        chosen = replace(plain, **options)
+        return run_name(f"{chosen.problem}-T{chosen.T}", chosen, plain, known=("problem", "T"))
+
+    assert named() == "multiplication-T30-hf-seed0"
+    assert named(hidden=20) == "multiplication-T30-hf-seed0-hidden-20"
+    assert named(T=50, seed=3, optimizer="adam", lr=0.01) == "multiplication-T50-adam-seed3-lr-0.01"
+    for same in (
+        {"device": "cuda"},
+        {"max_steps": 7},
+        {"threshold": 0.5},
+        {"resume": True},
+        {"name": "x"},
+        {"threads": 2},
+    ):
+        assert named(**same) == named()
+    changed = {f.name: getattr(plain, f.name) for f in fields(plain) if isinstance(getattr(plain, f.name), float)}
+    longest = named(**{name: value + 1 for name, value in changed.items()}, form="release", nonlinearity="sigmoid")
+    assert len(longest) <= 100
+    assert longest != named(
+        **{name: value + 2 for name, value in changed.items()}, form="release", nonlinearity="sigmoid"
+    )
+    assert auto_name(a.PRESETS["mnist-2010"], "mnist-2010") != auto_name(a.PRESETS["mnist"], "mnist")
+    assert auto_name(replace(a.BASE, sizes=(64, 10)), "digits") == "autoencoder-digits-hf-seed0-sizes-64-10"
+
+
+def auto_name(settings: Any, preset: str) -> str:
+    return run_name(f"autoencoder-{preset}", settings, a.PRESETS[preset])
 
 
 @pytest.mark.slow

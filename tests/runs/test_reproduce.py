@@ -156,6 +156,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert r.main(r.CommandLine(write=True, folder=tmp_path / "cells", document=document)) == 0
     assert "There are no runs yet." in document.read_text()
     assert str(document) in capsys.readouterr().out
+    # Unless it is told otherwise, it writes beside the runs: never over what the repository publishes.
+    published = (r.ROOT / "docs" / "reproduction.md").read_bytes()
+    for only in ((), ("addition*",)):
+        assert r.main(r.CommandLine(write=True, folder=tmp_path / "cells", only=only)) == 0
+        assert (tmp_path / "cells" / "reproduction.md").read_text() == document.read_text()
+    assert (r.ROOT / "docs" / "reproduction.md").read_bytes() == published
 
 
 class TestSummary:

@@ -2,37 +2,41 @@
 
 A run is a folder with
 
-* `run.h5`, which is never modified in place: each save writes a whole new version beside it and renames it
-  over the old one, so that a process killed at any moment leaves one complete version;
-* `journal-<n>.jsonl`, the steps since then, one JSON line per step. `run.h5` names the journal that follows
-  it (attribute `journal`), so a journal that a newer version already contains is never read again;
-* `results` and `detailed_results`, the same for human readers.
+* `run.h5`, which is never modified in place: a new version is written beside it and renamed over the old one, so
+  that a process killed at any moment leaves one complete version;
+* `journal-<n>.jsonl`, the steps since then, one JSON line with a checksum per step. `run.h5` names the journal that
+  follows it (attribute `journal`), so a journal that a newer version already contains is never read again;
+* `checkpoints/<step>.h5` and `checkpoints/<name>.h5`, one saved state each, written like `run.h5`;
+* `results` and `detailed_results`, the steps for human readers.
 
-Whoever reads both applies one rule, `supersede`: the row of step k replaces all older rows of steps k and
-later, because it was computed after the run had been taken back to step k. A torn last line of the journal
+Whoever reads `run.h5` and its journal applies one rule, `supersede`: the row of step k replaces all older rows of
+steps k and later, because it was computed after the run had been taken back to step k. A torn last line of the journal
 was never acknowledged and is left out.
+
+Format 1 had the checkpoints inside `run.h5`, no checksums and no named metrics; it is still read, and becomes format 2
+when the run goes on.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from hfopt.errors import HfoptError
 
 FORMAT = "hfopt run"
-VERSION = 1
-RUN, RESULTS, DETAILED = "run.h5", "results", "detailed_results"
+VERSION = 2
+RUN, RESULTS, DETAILED, CHECKPOINTS = "run.h5", "results", "detailed_results", "checkpoints"
 
-# One row per step of the driver. What an optimizer does not report is nan, -1 or "".
+# One row per step of the driver. What an optimizer does not report is nan, -1 or "". Metrics other than the default
+# one follow in columns of their own names.
 STEP_COLUMNS: dict[str, tuple[str, str]] = {
     "step": ("i8", "number of updates made before this row's losses were computed"),
     "updated": ("?", "False in the closing row of a finished run: evaluated, not updated"),
@@ -81,24 +85,35 @@ _ABSENT = {"f": math.nan, "i": -1, "b": False, "S": ""}
 
 Row = dict[str, Any]
 Table = npt.NDArray[np.void]
+Columns = np.dtype[np.void]
 
 
 class RunError(HfoptError):
     """A run cannot be read, continued or written; the message says which file, why, and what to do."""
 
 
-def table(rows: Iterable[Mapping[str, Any]], columns: np.dtype[np.void]) -> Table:
+class WriteError(RunError):
+    """A file of a run cannot be written now (no room, no permission); what was computed is kept for later."""
+
+
+def step_columns(metrics: Iterable[str] = ()) -> Columns:
+    """The type of the table of steps: the columns of every run, and one per further metric."""
+    more = [name for name in dict.fromkeys(metrics) if name not in STEP_COLUMNS]
+    return np.dtype([*STEP_TYPE.descr, *((name, "f8") for name in more)]) if more else STEP_TYPE
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Columns) -> Table:
     """A structured array of `rows`; columns that a row lacks are nan, -1, False or empty."""
     filled = [tuple(map(_plain, complete(row, columns).values())) for row in rows]
     return np.array(filled, dtype=columns)
 
 
-def complete(row: Mapping[str, Any], columns: np.dtype[np.void]) -> Row:
+def complete(row: Mapping[str, Any], columns: Columns) -> Row:
     """`row` with all columns, in their order."""
     return {name: row.get(name, _ABSENT[columns[name].kind]) for name in columns.names or ()}
 
 
-def row_of(record: Any, columns: np.dtype[np.void], without: Iterable[str]) -> Row:
+def row_of(record: Any, columns: Columns, without: Iterable[str]) -> Row:
     """The attributes of `record` that have a column, as Python scalars; those that are None are left out."""
     kinds = {"f": float, "i": int, "b": bool, "S": str}
     found = {name: getattr(record, name, None) for name in columns.names or () if name not in set(without)}
@@ -109,7 +124,7 @@ def _plain(value: Any) -> Any:
     return value.encode("ascii", "replace") if isinstance(value, str) else value
 
 
-def as_columns(array: Table, columns: np.dtype[np.void]) -> Table:
+def as_columns(array: Table, columns: Columns) -> Table:
     """`array` with the given columns; those that an older version did not write are absent in every row."""
     if array.dtype == columns:
         return array
@@ -119,7 +134,7 @@ def as_columns(array: Table, columns: np.dtype[np.void]) -> Table:
     return full
 
 
-def supersede(old: Table, journal: Iterable[tuple[Row, list[Row]]], columns: np.dtype[np.void]) -> Table:
+def supersede(old: Table, journal: Iterable[tuple[Row, list[Row]]], columns: Columns) -> Table:
     """The table `old` (steps or checks) followed by the journal's rows, later rows replacing earlier ones."""
     kept: list[tuple[Row, list[Row]]] = []
     for entry in journal:
@@ -129,8 +144,9 @@ def supersede(old: Table, journal: Iterable[tuple[Row, list[Row]]], columns: np.
     if not kept:
         return old
     # The smallest step of the journal empties `kept`, so its first entry tells where the old table ends.
-    old = old[old["step"] < kept[0][0]["step"]]
-    rows = [step for step, _ in kept] if columns == STEP_TYPE else [row for _, checks in kept for row in checks]
+    old = old[: int(np.searchsorted(old["step"], kept[0][0]["step"]))]
+    checks = "iteration" in (columns.names or ())
+    rows = [row for _, rows in kept for row in rows] if checks else [step for step, _ in kept]
     return np.concatenate([old, table(rows, columns)])
 
 
@@ -140,75 +156,50 @@ def journal_path(folder: Path, number: int) -> Path:
 
 
 def journal_line(step: Row, checks: list[Row]) -> str:
-    """One step as a JSON line; floats keep every bit, and nan and inf are written as NaN and Infinity."""
-    return json.dumps({"step": step, "checks": checks}, separators=(",", ":")) + "\n"
+    """One step as a JSON line that ends with its checksum; floats keep every bit, nan and inf are NaN and Infinity."""
+    body = json.dumps({"step": step, "checks": checks}, separators=(",", ":"))
+    return f'{body[:-1]},"crc":"{zlib.crc32(body.encode()):08x}"}}\n'
 
 
-def read_journal(path: Path) -> list[tuple[Row, list[Row]]]:
+def read_journal(path: Path, version: int = VERSION) -> list[tuple[Row, list[Row]]]:
     """The steps in a journal; a torn last line is left out, and a missing journal has none.
 
-    Raises RunError if a line other than the last is damaged.
+    Raises RunError if another line is damaged, or the last one is whole but for its end.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        *lines, torn = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    # What follows the last newline is empty, or a line that was being written when its process died.
-    try:
-        entries = [json.loads(line) for line in lines[:-1]]
-        return [(entry["step"], entry["checks"]) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it to use the run as it was last saved") from error
-
-
-def open_run(path: Path) -> Any:
-    """Open the run.h5 at `path` for reading.
-
-    Raises FileNotFoundError if there is none and RunError if it is truncated, no HDF5 file, or of another
-    origin.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no run at {path}")
-    try:
-        file = h5py.File(path, "r")
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be read: it is truncated, damaged or no HDF5 file ({error}); "
-            "restore it from a copy, or start a new run under another name"
-        ) from error
-    origin = file.attrs.get("format")
-    if origin != FORMAT:
-        file.close()
-        raise RunError(f"{path} is an HDF5 file, but no run of hfopt wrote it")
-    if file.attrs["version"] > VERSION:
-        version = file.attrs["version"]
-        file.close()
-        raise RunError(f"{path} has format version {version}, this hfopt reads up to {VERSION}; use a newer hfopt")
-    return file
-
-
-def replace_run(folder: Path, write: Callable[[Any], None]) -> None:
-    """Replace run.h5 by a new version, filled by `write(file)`; the old one stays until that is on disk."""
-    temporary = folder / f".{RUN}.{os.getpid()}.tmp"
+        raise RunError(f"{path} cannot be read ({error.strerror})") from error
     try:
-        with h5py.File(temporary, "w") as file:
-            write(file)
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, folder / RUN)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(folder)
+        entries = [_entry(line, version) for line in lines]
+        # What follows the last newline is empty, or a line that was being written when its process died: never more
+        # than a whole line.
+        if version > 1 and torn[:-1] and _is_entry(torn[:-1]):
+            raise ValueError("the end of its last line is changed")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it to use the run as it was last saved") from error
+    return entries
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; systems that cannot open a folder do not need it."""
+def _entry(line: bytes, version: int) -> tuple[Row, list[Row]]:
+    """A line's step and its checks; ValueError and the like if it is damaged."""
+    if version > 1:
+        body, _, end = line.rpartition(b',"crc":"')
+        if len(end) != 10 or end[8:] != b'"}' or int(end[:8], 16) != zlib.crc32(body + b"}"):
+            raise ValueError("a line does not have its checksum")
+        line = body + b"}"
+    entry = json.loads(line)
+    step, checks = entry["step"], entry["checks"]
+    if not isinstance(step["step"], int) or not all(isinstance(check["step"], int) for check in checks):
+        raise TypeError("a row has no step")
+    return step, checks
+
+
+def _is_entry(line: bytes) -> bool:
     try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        _entry(line, VERSION)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return True

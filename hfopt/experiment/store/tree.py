@@ -1,4 +1,4 @@
-"""Nested Python state to HDF5 groups and back, to the bit and without pickle.
+"""Nested Python state to HDF5 groups and back, to the bit and without pickle: the form of format 1.
 
 A state is a tree of dicts (string or integer keys), lists, tuples, tensors, numpy arrays, strings, numbers,
 booleans and None: what `state_dict()` of modules and optimizers returns. In the file
@@ -23,6 +23,8 @@ import h5py
 import numpy as np
 import torch
 
+from hfopt.experiment.store import sealed
+
 _KIND = "hfopt:kind"
 _ORDER = "hfopt:order"
 _DTYPE = "hfopt:dtype"
@@ -45,7 +47,7 @@ def write_tree(group: Any, tree: Mapping[Any, Any] | list[Any] | tuple[Any, ...]
         if not integers and not all(isinstance(key, str) for key in keys):
             raise ValueError(f"{group.name}: keys must be all strings or all integers, got {keys[:5]}")
         group.attrs[_KIND] = "dict of int" if integers else "dict"
-        names = [_link(str(key)) for key in keys]
+        names = [link_name(str(key)) for key in keys]
         order = json.dumps(names)
         if len(order) < _LONGEST_ATTRIBUTE:
             group.attrs[_ORDER] = order
@@ -133,21 +135,35 @@ def _read_item(group: Any, name: str) -> Any:
         if isinstance(value, h5py.Empty):
             return None
         return value if isinstance(value, str) else value.item()
-    item = group[name]
+    item = sealed.item(group, name)
     if isinstance(item, h5py.Group):
         return read_tree(item)
+    if h5py.check_string_dtype(item.dtype):
+        if item.shape != ():
+            raise ValueError(f"{item.name} has shape {item.shape}")
+        return item.asstr()[()]
+    array = sealed.array(item, "biufcV")
     if (kind := item.attrs.get(_KIND)) is not None:
-        return tuple(item[()].tolist()) if kind == "tuple" else item[()].tolist()
+        return tuple(array.tolist()) if kind == "tuple" else array.tolist()
     dtype = item.attrs.get(_DTYPE)
-    if dtype is None:
-        return item.asstr()[()] if h5py.check_string_dtype(item.dtype) else item[()]
+    return array if dtype is None else as_tensor(array, str(dtype))
+
+
+def as_tensor(array: Any, dtype: str) -> torch.Tensor:
+    """The tensor that was written as `array`; TypeError for a type that is none of torch's."""
+    wanted = getattr(torch, dtype, None)
+    if not isinstance(wanted, torch.dtype):
+        raise TypeError(f"torch has no type {dtype!r}")
     # A clone, because torch aligns its own memory and numpy's is aligned less strictly.
-    tensor = torch.from_numpy(np.asarray(item[()])).clone()
-    wanted = getattr(torch, dtype)
-    return tensor if tensor.dtype == wanted else tensor.view(wanted)
+    tensor = torch.from_numpy(np.asarray(array)).clone()
+    if tensor.dtype == wanted:
+        return tensor
+    if tensor.dtype != _INTEGER_OF_SIZE.get(wanted.itemsize):
+        raise TypeError(f"a tensor of {dtype} is stored as {tensor.dtype}")
+    return tensor.view(wanted)
 
 
-def _link(key: str) -> str:
+def link_name(key: str) -> str:
     """`key` as the name of an HDF5 link: `/` separates groups there, and `.` alone is the group itself."""
     name = key.replace("%", "%25").replace("/", "%2F")
     if name.startswith("hfopt:"):

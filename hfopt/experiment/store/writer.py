@@ -1,32 +1,36 @@
 """Writing a run: rows, checkpoints and text logs, so that a kill at any moment loses no finished step.
 
-A step is first appended to the journal and to the text logs, then shown to the user; a save moves the
-journal's rows and one checkpoint into a new version of run.h5. The files and the rules are described in
-`hfopt/experiment/store/format.py`.
+A step is first appended to the journal and to the text logs, then shown to the user. A save writes one checkpoint into
+a file of its own; the journal's rows move into a new version of run.h5 once they are many, and when the run ends. The
+files and the rules are described in `hfopt/experiment/store/format.py`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import sys
+import shutil
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from hfopt.experiment.metrics import metrics_in
 from hfopt.experiment.store import format as runfile
+from hfopt.experiment.store import reader
+from hfopt.experiment.store.appender import Appender
+from hfopt.experiment.store.checkpoints import NAME, OWN_NAMES, Checkpoint, CheckpointWriter
 from hfopt.experiment.store.format import RunError, Table
-from hfopt.experiment.store.tree import write_tree
+from hfopt.experiment.store.lock import Lock
+from hfopt.experiment.store.runh5 import Header, write_run
+from hfopt.experiment.store.sealed import SyncBudget, cannot_write
 
-if sys.platform != "win32":
-    import fcntl
-
-_NAME = re.compile(r"[A-Za-z][\w.+-]*")
-_OWN_NAMES = ("last", "best")
+# Rows in the journal from which they are moved into run.h5: so many, and a share of those that are there, so that all
+# rewriting together costs no more than a few times the rows.
+_MANY, _SHARE = 500, 0.25
 
 
 class RunLog:
@@ -40,14 +44,19 @@ class RunLog:
     def __init__(self, folder: Path, *, keep: int | None) -> None:
         """Take the lock of `folder`; raises RunError if another process holds it."""
         self.folder = folder
-        self.texts = [folder / runfile.RESULTS, folder / runfile.DETAILED]
         self._keep = keep
-        self._lock = _lock(folder)
-        self.serial = 0
-        self._handles: list[IO[str]] = []
-        self._journal: IO[str] | None = None
+        self._lock = Lock(folder)
+        self._texts: list[Appender] = []
+        self._journal: Appender | None = None
+        self._budget = SyncBudget()
+        self._header: Header
         self._pending: list[tuple[runfile.Row, list[runfile.Row]]] = []
-        for leftover in folder.glob(f".{runfile.RUN}.*.tmp"):
+        self._checkpoints: list[Checkpoint] = []
+        self._durable: str | None = None  # the latest checkpoint known to be on the disk
+        self.serial = 0
+        self.earlier_versions: dict[str, Any] = {}
+        """What the run was last started or continued with, before it was resumed here."""
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob(f"{runfile.CHECKPOINTS}/.*.tmp")):
             leftover.unlink(missing_ok=True)
 
     @classmethod
@@ -60,99 +69,152 @@ class RunLog:
         keep: int | None,
         overwrite: bool,
     ) -> tuple[RunLog, Path | None]:
-        """Begin a new run in `folder`, with `header` (name, created, seed, configuration, versions) and a
-        checkpoint.
+        """Begin a new run in `folder`, with `header` (name, created, seed, configuration, versions, metrics, session)
+        and a checkpoint.
 
         An earlier run there is moved aside to the first free of `<folder>.1`, `<folder>.2`, ..., and this
         path is returned as well; with `overwrite`, or if the earlier run has not finished a single step, it
-        is deleted.
+        is deleted. Raises RunError if another process is writing it.
         """
         moved = None
-        if (folder / runfile.RUN).exists():
-            log = cls(folder, keep=keep)
-            try:
-                if overwrite or log._is_empty():
-                    for path in (folder / runfile.RUN, *log.texts):
-                        path.unlink(missing_ok=True)
-                else:
-                    moved = _free_name(folder)
-                    folder.rename(moved)
-            finally:
-                log.close()
-        folder.mkdir(parents=True, exist_ok=True)
         log = cls(folder, keep=keep)
         try:
-            for path in folder.glob("journal-*.jsonl"):  # of a run whose run.h5 somebody took away
-                path.unlink()
-
-            def write(file: Any) -> None:
-                for key in ("name", "created", "seed"):
-                    if header[key] is not None:
-                        file.attrs[key] = header[key]
-                for key in ("configuration", "versions"):
-                    write_tree(file.create_group(key), header[key])
-
-            log._replace(checkpoint, None, first=write)
-            log._open()
+            while log._is_occupied():
+                if overwrite or log._is_empty():
+                    log._clear()
+                    break
+                moved = _free_name(folder)
+                try:
+                    folder.rename(moved)
+                except OSError as error:
+                    raise cannot_write(moved, error) from error
+                # The lock went along; whoever takes the one of a new folder first has it.
+                log.close()
+                log = cls(folder, keep=keep)
+            log._clear()
+            metrics = header.get("metrics") or [m.describe() for m in metrics_in(header["configuration"])]
+            log._header = Header(
+                run=uuid.uuid4().hex,
+                name=header["name"],
+                created=header["created"],
+                seed=header["seed"],
+                configuration=header["configuration"],
+                versions=header["versions"],
+                metrics=list(metrics),
+                sessions=[header["session"]] if header.get("session") else [],
+            )
+            log._prepare(runfile.table([], log._columns()), runfile.table([], runfile.CHECK_TYPE))
+            # First the checkpoint: without run.h5 there is no run yet.
+            log._write_checkpoint(checkpoint, None)
+            log._consolidate()
         except BaseException:
             log.close()
             raise
         return log, moved
 
     @classmethod
-    def resume(cls, folder: Path, serial: int, newest: int, *, keep: int | None) -> RunLog:
+    def resume(
+        cls,
+        folder: Path,
+        serial: int,
+        newest: int,
+        *,
+        keep: int | None,
+        metrics: Sequence[Mapping[str, str]] = (),
+        session: Mapping[str, Any] | None = None,
+    ) -> RunLog:
         """Go on with the run in `folder` from its checkpoint number `serial`; later numbered checkpoints are
         dropped.
 
         Rows of later steps stay until the same steps have been computed again. `newest` is the run's last
-        serial number that the caller knows; raises RunError if there are newer checkpoints.
+        serial number that the caller knows; raises RunError if there are newer checkpoints. `metrics` may have more
+        than the run had, and `session` says by what it is continued.
         """
         log = cls(folder, keep=keep)
         try:
-            with runfile.open_run(folder / runfile.RUN) as file:
-                if int(file.attrs["serial"]) != newest:
-                    raise RunError(f"the run in {folder} has gone on elsewhere since; call load() to take its state")
-                log._pending = runfile.read_journal(runfile.journal_path(folder, int(file.attrs["journal"])))
-            log._replace(None, None, up_to=serial)
-            log._open()
+            run = reader.read_run(folder)
+            if run.serial != newest:
+                raise RunError(f"the run in {folder} has gone on elsewhere since; call load() to take its state")
+            log._header = run.header
+            log.serial = newest
+            known = {metric["column"] for metric in log._header.metrics}
+            log._header.metrics += [dict(metric) for metric in metrics if metric["column"] not in known]
+            sessions = log._header.sessions
+            log.earlier_versions = dict(sessions[-1].get("versions", {})) if sessions else log._header.versions
+            if session:
+                sessions.append(dict(session))
+            log._header.outcome = ""
+            log._prepare(runfile.as_columns(run.steps, log._columns()), run.checks)
+            dropped = [c for c in run.checkpoints if not c.named and c.serial > serial]
+            log._checkpoints = [c for c in run.checkpoints if c not in dropped]
+            log._durable = log._checkpoints[-1].key if log._checkpoints else None
+            if run.version == 1:
+                log._move_out(run, log._checkpoints)
+            # What run.h5 lists is there: later checkpoints are removed when it lists them no longer.
+            log._consolidate()
+            log._remove(dropped)
+            log._prune()
         except BaseException:
             log.close()
             raise
         return log
 
+    # -- recording --------------------------------------------------------------------------------------
+
     def append(self, step: runfile.Row, checks: list[runfile.Row], block: str, detailed: str) -> None:
-        """Record one step: its row, its checks, and what the two text logs say about it."""
+        """Record one step: its row, its checks, and what the two text logs say about it.
+
+        Raises WriteError if it cannot be written; the step is kept, and written first by the next call of anything.
+        """
         assert self._journal is not None
-        self._journal.write(runfile.journal_line(step, checks))
-        self._journal.flush()
         self._pending.append((step, checks))
-        for text, content in zip(self._handles, (block, detailed), strict=True):
-            if content:
-                text.write(content)
-                text.flush()
+        self._note_test(step)
+        self._journal.write(runfile.journal_line(step, checks), self._budget)
+        for text, content in zip(self._texts, (block, detailed), strict=True):
+            text.write(content)
 
     def note(self, sentence: str) -> None:
         """Add a line to both text logs."""
-        for text in self._handles:
+        for text in self._texts:
             text.write(sentence.rstrip("\n") + "\n")
-            text.flush()
+
+    def retry(self) -> None:
+        """Write what could not be written; raises WriteError again."""
+        for file in filter(None, [self._journal, *self._texts]):
+            if file.waits:
+                file.write()
 
     def save(self, checkpoint: Mapping[str, Any] | None, name: str | None = None) -> None:
-        """Move the journal's rows, and `checkpoint` if given, into a new version of run.h5.
+        """Write `checkpoint`, if given, to a file of its own; without, move the journal's rows into run.h5.
 
         A checkpoint with a `name` stays until it is replaced by another of that name.
         """
-        if name is not None and (not _NAME.fullmatch(name) or name in _OWN_NAMES):
-            raise ValueError(f"name={name!r}: a checkpoint's name begins with a letter and is neither of {_OWN_NAMES}")
-        self._replace(checkpoint, name)
-        self._open()
+        if name is not None and (not NAME.fullmatch(name) or name in OWN_NAMES):
+            raise ValueError(f"name={name!r}: a checkpoint's name begins with a letter and is neither of {OWN_NAMES}")
+        self.retry()
+        if checkpoint is not None:
+            self._write_checkpoint(checkpoint, name)
+            self._prune()
+        if checkpoint is None or len(self._pending) >= max(_MANY, _SHARE * len(self._steps)):
+            self._consolidate()
+
+    def finish(self, outcome: str) -> None:
+        """Record how the run ended, with everything on the disk."""
+        self.retry()
+        self._header.outcome = outcome
+        self._settle()
+        self._consolidate()
 
     def close(self) -> None:
         """Close the files and release the lock."""
-        for handle in [*self._handles, self._journal, self._lock]:
+        if self._journal is not None:
+            with suppress(RunError, OSError):
+                self._settle()
+        for handle in [*self._texts, self._journal]:
             if handle is not None:
                 handle.close()
-        self._handles, self._journal, self._lock = [], None, None
+        self._texts, self._journal = [], None
+        self._lock.release()
 
     def __enter__(self) -> RunLog:
         return self
@@ -162,107 +224,129 @@ class RunLog:
     ) -> None:
         self.close()
 
-    def _open(self) -> None:
-        """Open the journal that the present run.h5 names, drop older ones, and open the text logs."""
+    # -- tables -----------------------------------------------------------------------------------------
+
+    def _columns(self) -> runfile.Columns:
+        return runfile.step_columns(metric["column"] for metric in self._header.metrics)
+
+    def _prepare(self, steps: Table, checks: Table) -> None:
+        """Take over the rows that are there."""
+        self._steps, self._checks = steps, checks
+        self._metric = metrics_in({"metrics": self._header.metrics})[0]
+        self._tests: dict[int, tuple[float, float]] = {}
+        self._last_test = -1
+        for row in steps[np.isfinite(steps["test_loss"])]:
+            self._note_test({name: row[name] for name in ("step", "test_loss", self._metric.column)})
+
+    def _note_test(self, row: Mapping[str, Any]) -> None:
+        """Remember how good a state was; rows of later steps are superseded."""
+        step = int(row["step"])
+        if step <= self._last_test:
+            self._tests = {k: v for k, v in self._tests.items() if k < step}
+        self._last_test = step
+        loss = float(row.get("test_loss", np.nan))
+        if np.isfinite(loss):
+            self._tests[step] = self._metric.rank(float(row.get(self._metric.column, np.nan))), loss
+
+    def _consolidate(self) -> None:
+        """Write a new version of run.h5 that has all rows, and begin the journal that follows it."""
+        steps = runfile.supersede(self._steps, self._pending, self._steps.dtype)
+        checks = runfile.supersede(self._checks, self._pending, runfile.CHECK_TYPE)
+        header = self._header
+        header.journal, header.serial = header.journal + 1, self.serial
+        path = runfile.journal_path(self.folder, header.journal)
+        journal = Appender(path, fresh=True)
+        try:
+            write_run(self.folder / runfile.RUN, header, steps, checks, self._checkpoints)
+        except BaseException:
+            journal.close()
+            path.unlink(missing_ok=True)
+            header.journal -= 1
+            raise
         if self._journal is not None:
             self._journal.close()
-        path = runfile.journal_path(self.folder, self._number)
-        self._journal = path.open("w", encoding="utf-8")
-        self._pending = []
+        self._journal, self._steps, self._checks, self._pending = journal, steps, checks, []
         for other in self.folder.glob("journal-*.jsonl"):
             if other != path:
                 other.unlink(missing_ok=True)
-        if not self._handles:
-            self._handles = [path.open("a", encoding="utf-8") for path in self.texts]
+        if not self._texts:
+            self._texts = [Appender(self.folder / name) for name in (runfile.RESULTS, runfile.DETAILED)]
+
+    # -- checkpoints ------------------------------------------------------------------------------------
+
+    def _writer(self) -> CheckpointWriter:
+        if not hasattr(self, "_checkpoint_writer"):
+            self._checkpoint_writer = CheckpointWriter(self.folder, self._header.run)
+        return self._checkpoint_writer
+
+    def _write_checkpoint(self, state: Mapping[str, Any], name: str | None) -> None:
+        key = name or f"{state['step']:08d}"
+        made = Checkpoint(key, int(state["step"]), self.serial + 1, name is not None, time.time())
+        flushed = self._writer().write(made, state)
+        self.serial += 1
+        self._checkpoints = [*(c for c in self._checkpoints if c.key != key), made]
+        if flushed:
+            self._durable = key
+
+    def _prune(self) -> None:
+        """Remove the numbered checkpoints that make room for newer ones."""
+        if self._keep is None:
+            return
+        numbered = [c for c in self._checkpoints if not c.named]
+        best = best_of({c.key: c.step for c in numbered}, self._tests)
+        kept = {*(c.key for c in numbered[-self._keep :]), best, self._durable}
+        self._remove([c for c in numbered if c.key not in kept])
+
+    def _settle(self) -> None:
+        """Have the newest checkpoint on the disk, so that those kept in its place can go."""
+        if self._checkpoints and self._durable not in (None, self._checkpoints[-1].key):
+            self._writer().sync(self._checkpoints[-1].key)
+            self._durable = self._checkpoints[-1].key
+        self._prune()
+
+    def _remove(self, gone: Iterable[Checkpoint]) -> None:
+        gone = list(gone)
+        for checkpoint in gone:
+            self._writer().path(checkpoint.key).unlink(missing_ok=True)
+        self._checkpoints = [c for c in self._checkpoints if c not in gone]
+
+    def _move_out(self, run: reader.Run, checkpoints: Iterable[Checkpoint]) -> None:
+        """Write checkpoints of a run of format 1 to files of their own; its run.h5 stays until it is replaced."""
+        self._header.run = uuid.uuid4().hex
+        for checkpoint in checkpoints:
+            self._writer().write(checkpoint, run.checkpoint(checkpoint.key))
+
+    # -- earlier runs -----------------------------------------------------------------------------------
+
+    def _is_occupied(self) -> bool:
+        return (self.folder / runfile.RUN).exists() or any(self.folder.glob(f"{runfile.CHECKPOINTS}/*.h5"))
 
     def _is_empty(self) -> bool:
+        """Whether the run here has not finished a step, so that nothing is lost with it."""
+        if not (self.folder / runfile.RUN).exists():  # killed before its first version was there
+            return [p.name for p in self.folder.glob(f"{runfile.CHECKPOINTS}/*.h5")] == ["00000000.h5"]
         try:
-            with runfile.open_run(self.folder / runfile.RUN) as file:
-                journal = runfile.journal_path(self.folder, int(file.attrs["journal"]))
-                return len(file["steps"]) == 0 and not runfile.read_journal(journal)
-        except RunError:
+            return len(reader.read_run(self.folder).steps) == 0
+        except (RunError, FileNotFoundError):
             return False
 
-    def _replace(
-        self,
-        checkpoint: Mapping[str, Any] | None,
-        name: str | None,
-        *,
-        up_to: int | None = None,
-        first: Any = None,
-    ) -> None:
-        """Write the next version of run.h5: the content of the old one, the pending rows, a checkpoint."""
-
-        def write(file: Any) -> None:
-            file.attrs["format"] = runfile.FORMAT
-            file.attrs["version"] = runfile.VERSION
-            group = file.create_group("checkpoints")
-            if first is not None:
-                first(file)
-                self._number, serial = 1, 0
-                _write_tables(file, None, self._pending)
-            else:
-                with runfile.open_run(self.folder / runfile.RUN) as old:
-                    for key in ("name", "created", "seed"):
-                        if key in old.attrs:
-                            file.attrs[key] = old.attrs[key]
-                    for key in ("configuration", "versions"):
-                        old.copy(key, file)
-                    self._number, serial = int(old.attrs["journal"]) + 1, int(old.attrs["serial"])
-                    steps = _write_tables(file, old, self._pending)
-                    for key in self._kept(old["checkpoints"], steps, up_to, checkpoint is not None):
-                        old.copy(f"checkpoints/{key}", group)
-            if checkpoint is not None:
-                key = name or f"{checkpoint['step']:08d}"
-                if key in group:
-                    del group[key]
-                serial += 1
-                facts = {"serial": serial, "named": name is not None, "saved": time.time()}
-                write_tree(group.create_group(key), {**facts, **checkpoint})
-            file.attrs["serial"] = self.serial = serial
-            file.attrs["journal"] = self._number
-
-        runfile.replace_run(self.folder, write)
-
-    def _kept(self, checkpoints: Any, steps: Table, up_to: int | None, room: bool) -> list[str]:
-        """The names of the old checkpoints that the next version keeps."""
-        facts = {key: dict(group.attrs) for key, group in checkpoints.items()}
-        named = [key for key in facts if facts[key]["named"]]
-        numbered = sorted((key for key in facts if key not in named), key=lambda key: int(facts[key]["serial"]))
-        if up_to is not None:
-            numbered = [key for key in numbered if facts[key]["serial"] <= up_to]
-        if self._keep is None:
-            return named + numbered
-        newest = numbered[max(0, len(numbered) - self._keep + room) :]
-        best = best_checkpoint({key: int(facts[key]["step"]) for key in numbered}, steps)
-        return named + [key for key in numbered if key in newest or key == best]
+    def _clear(self) -> None:
+        """Remove the files of an earlier run; what else lies there stays."""
+        try:
+            for name in (runfile.RUN, runfile.RESULTS, runfile.DETAILED):
+                (self.folder / name).unlink(missing_ok=True)
+            for path in self.folder.glob("journal-*.jsonl"):
+                path.unlink()
+            if (self.folder / runfile.CHECKPOINTS).is_dir():
+                shutil.rmtree(self.folder / runfile.CHECKPOINTS)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
 
-def best_checkpoint(steps_of: Mapping[str, int], steps: Table) -> str | None:
-    """The checkpoint whose parameters had the lowest error rate, then test loss; None if no tested row tells.
-
-    `steps_of` maps names of checkpoints to the steps at which they were taken.
-    """
-    tested = {int(row["step"]): (row["error_rate"], row["test_loss"]) for row in steps if np.isfinite(row["test_loss"])}
-    known = {key: tested[step] for key, step in steps_of.items() if step in tested}
+def best_of(steps_of: Mapping[str, int], tests: Mapping[int, tuple[float, float]]) -> str | None:
+    """The checkpoint that stands before the best test: first metric, then test loss; None if none was tested."""
+    known = {key: tests[step] for key, step in steps_of.items() if step in tests}
     return min(known, key=lambda key: known[key]) if known else None
-
-
-def _write_tables(file: Any, old: Any, pending: list[tuple[runfile.Row, list[runfile.Row]]]) -> Table:
-    steps = None
-    for name, columns, documented in (
-        ("steps", runfile.STEP_TYPE, runfile.STEP_COLUMNS),
-        ("checks", runfile.CHECK_TYPE, runfile.CHECK_COLUMNS),
-    ):
-        before = runfile.table([], columns) if old is None else runfile.as_columns(old[name][()], columns)
-        rows = runfile.supersede(before, pending, columns)
-        dataset = file.create_dataset(name, data=rows)
-        for column, (_, meaning) in documented.items():
-            dataset.attrs[column] = meaning
-        if steps is None:
-            steps = rows
-    assert steps is not None
-    return steps
 
 
 def _free_name(folder: Path) -> Path:
@@ -270,25 +354,3 @@ def _free_name(folder: Path) -> Path:
     while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     return moved
-
-
-def _lock(folder: Path) -> IO[str] | None:
-    """Hold the folder's lock file until it is closed or the process ends, however it ends."""
-    if sys.platform == "win32":  # there, a run is not protected from a second writer
-        return None
-    handle = (folder / "lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.seek(0)
-        holder = handle.read().strip()
-        handle.close()
-        raise RunError(
-            f"process {holder or '?'} is writing the run in {folder}; wait until it ends, or choose another name"
-        ) from error
-    except OSError:  # a file system without locks
-        return handle
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hfopt.experiment.metrics import Measure
+from hfopt.experiment.metrics import Metric
 from hfopt.experiment.store.reader import Run
 
 if TYPE_CHECKING:
@@ -30,15 +30,10 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
     runs = [run for run in runs if len(run.steps)]
     if not runs:
         raise ValueError("there is nothing to draw: no run has finished a step")
-    measures = {Measure.of(run.configuration) for run in runs}
-    if len(measures) > 1:
-        raise ValueError(
-            f"these runs have different errors: {', '.join(sorted(m.title for m in measures))}; draw them apart"
-        )
-    (measure,) = measures
+    metrics = _common(runs)
     panels = [
         ("loss", ("train_loss", "test_loss"), "log"),
-        ("wrong (%)" if measure.name is None else measure.name, ("error_rate",), "log" if measure.name else "linear"),
+        *((_label(metric), (metric.column,), _scale(metric, runs)) for metric in metrics),
         ("λ", ("damping",), "log"),
         ("ρ", ("rho",), "linear"),
         ("CG iterations", ("cg_iterations", "backtracked"), "linear"),
@@ -55,7 +50,7 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
     )
     for axes, (label, names, scale) in zip(grid, drawn, strict=True):
         for column, time in zip(axes, ("step", "total_seconds"), strict=True):
-            _curves(column, runs, names, time)
+            _curves(column, runs, names, time, {m.column: m.factor for m in metrics})
             column.set_yscale(scale)
             column.grid(color="#e6e6e6", linewidth=0.6)
             column.spines[["top", "right"]].set_visible(False)
@@ -74,7 +69,27 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _curves(axes: Axes, runs: Sequence[Run], names: Sequence[str], time: str) -> None:
+def _common(runs: Sequence[Run]) -> list[Metric]:
+    """The metrics that all runs have; ValueError if their first ones differ, which would be drawn as one."""
+    if len({run.metrics[0] for run in runs}) > 1:
+        titles = ", ".join(sorted({run.metrics[0].title for run in runs}))
+        raise ValueError(f"these runs have different errors: {titles}; draw them apart")
+    return [metric for metric in runs[0].metrics if all(metric in run.metrics for run in runs)]
+
+
+def _label(metric: Metric) -> str:
+    if metric.counted:
+        return "wrong (%)"
+    return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
+
+
+def _scale(metric: Metric, runs: Sequence[Run]) -> str:
+    """Shares are drawn as they are; what is positive and better where it is lower, on a logarithmic axis."""
+    values = [run.steps[metric.column][_known(run, metric.column)] for run in runs]
+    return "linear" if metric.unit == "%" or metric.better == "higher" or any((v <= 0).any() for v in values) else "log"
+
+
+def _curves(axes: Axes, runs: Sequence[Run], names: Sequence[str], time: str, factors: Mapping[str, float]) -> None:
     """Columns of each run against `time`: a colour per run, or per column if there is one run."""
     for i, run in enumerate(runs):
         # A row's losses are those before its step, so they stand where the step began.
@@ -87,7 +102,7 @@ def _curves(axes: Axes, runs: Sequence[Run], names: Sequence[str], time: str) ->
             pale = len(names) > 1 and j == 0 and len(runs) > 1
             axes.plot(
                 start[known],
-                run.steps[name][known] * (Measure.of(run.configuration).factor if name == "error_rate" else 1.0),
+                run.steps[name][known] * factors.get(name, 1.0),
                 color=f"C{i if len(runs) > 1 else j}",
                 alpha=0.45 if pale else 1.0,
                 linewidth=0.8 if pale else 1.3,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
 import signal
 import threading
 from pathlib import Path
@@ -13,11 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfopt.experiment.data import Growth
 from hfopt.experiment.driver import HF
+from hfopt.experiment.identity import commit
+from hfopt.experiment.roles import Growth
 from hfopt.experiment.store.format import RunError
 from hfopt.experiment.store.reader import read_run
 from tests.hfopt.tiny import OPTIMIZERS, Running, Sums, bits, experiment
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_rows(tmp_path: Path) -> None:
@@ -132,7 +137,7 @@ def test_stochastic_steps_take_the_batches_in_turn(tmp_path: Path) -> None:
         quiet=True,
     )
     hf.optimize()
-    training = list(dict.fromkeys((epoch, index) for epoch, index in seen if index >= 0))  # each is asked for twice
+    training = [(epoch, index) for epoch, index in seen if index >= 0]  # each is asked for once
     assert training == [(1, 0), (1, 1), (2, 2), (2, 0), (3, 1), (3, 2), (4, 0), (4, 1)]
     tested = read_run(tmp_path / "run").steps
     assert np.isfinite(tested["test_loss"]).tolist() == [True, False, True, True]
@@ -141,16 +146,23 @@ def test_stochastic_steps_take_the_batches_in_turn(tmp_path: Path) -> None:
 
 def test_growing_steps_take_more_and_more_batches_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One batch, two, three, three: the products use the first of them, and all of them judge."""
-    problem, model = Sums(), nn.Sequential(nn.Linear(2, 2))
+    asked: list[int] = []
+
+    class Asked(Sums):
+        def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            asked.extend(i for i, kept in self.train_mem.items() if kept is batch)
+            return super().loss(outputs, batch)
+
+    problem, model = Asked(), nn.Sequential(nn.Linear(2, 2))
     taken: list[list[int]] = []
     curved: list[list[int]] = []
 
     class Watching(Recorder):
         def step(self, closure: Any = None, *, curvature: Any = None, evaluation: Any = None) -> Any:  # type: ignore[override]
             for f, seen in ((closure, taken), (curvature or closure, curved)):
-                problem.train_mem.clear()
+                asked.clear()
                 f()
-                seen.append(list(problem.train_mem))
+                seen.append(list(asked))
             assert evaluation is None  # the gradient's own
             return super().step(closure)
 
@@ -368,6 +380,9 @@ def test_names_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert HF("one", model, problem, optimizer=make).path == Path("runs/logs/one")
     assert HF("./one", model, problem, optimizer=make).path == Path("one")
     assert HF(Path("one"), model, problem, optimizer=make).path == Path("one")
+    for name in ("", ".", "..", "a/..", "/", " ", "a\nb", "\0", Path()):
+        with pytest.raises(ValueError, match="names no folder for a run"):
+            HF(name, model, problem, optimizer=make)
     assert list(tmp_path.iterdir()) == []  # building an experiment writes nothing
 
 
@@ -410,6 +425,12 @@ def test_the_record_of_the_run(tmp_path: Path) -> None:
     assert run.versions["torch"] == str(torch.__version__)
     assert run.versions["threads"] == torch.get_num_threads()
     assert run.versions["device"] == "cpu"
+    (session,) = run.sessions
+    assert session["process"] == os.getpid()
+    assert session["command"]
+    assert session["versions"] == run.versions
+    assert run.versions["host"] == platform.node()
+    assert run.versions["commit"] == commit(ROOT)
     assert run.configuration["settings"] == {"why": "to see", "rate": 0.5}
     assert run.configuration["problem"]["T"] == 3
     assert run.configuration["optimizer"]["groups"][0]["lr"] == 0.01
@@ -441,3 +462,31 @@ def test_the_forward_function_sees_the_batch(tmp_path: Path) -> None:
     plain.optimize()
     assert bits(plain) == bits(given)
     assert len(seen) == 3 * (2 + 3) + 2 + 3
+
+
+def test_a_continuation_by_something_else_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = "hfopt.recurrences.native.build.identity"
+    monkeypatch.setattr(build, lambda: {"compiler": "gcc 12", "flags": "-O3", "library": None}, raising=False)
+    experiment(tmp_path / "run", quiet=False).optimize(2)
+    assert "may differ" not in capsys.readouterr().out
+    monkeypatch.setattr(
+        build, lambda: {"compiler": "gcc 13", "flags": "-O3", "new": 1, "library": "a1b2"}, raising=False
+    )
+    monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    hf = experiment(tmp_path / "run", quiet=False)
+    hf.load()
+    hf.optimize(4)
+    printed = capsys.readouterr().out
+    assert "native.compiler was 'gcc 12' and is 'gcc 13'; the bits may differ" in printed
+    assert "and is 'elsewhere'; the bits may differ" in printed
+    assert printed.count("may differ") == 2
+    run = read_run(tmp_path / "run")
+    assert [session["step"] for session in run.sessions] == [0, 2]
+    assert run.versions["native"]["compiler"] == "gcc 12"
+    assert "gcc 13" in (tmp_path / "run" / "results").read_text()
+    # A compiler that cannot be asked is no reason not to start.
+    monkeypatch.setattr(build, lambda: 1 / 0, raising=False)
+    experiment(tmp_path / "other").optimize(1)
+    assert read_run(tmp_path / "other").versions["native"] == {}
