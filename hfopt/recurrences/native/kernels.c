@@ -24,7 +24,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define FEW 4 /* outputs that are read out one by one, since panels would be nearly empty */
-#define MOST_ROWS 512     /* of a sum over rows; `put_off` and `tile` of passes.py keep to it */
+#define MOST_ROWS 512     /* of a sum over rows; `accumulation_steps` and `tile` of passes.py keep to it */
 #define LONGEST_BLOCK 32 /* steps that sums over steps and sequences are put off, at most */
 
 /* Data that will be needed soon: `bytes` from `at` on. */

@@ -35,7 +35,7 @@ def tile(row_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
     return -(-rows // max(1, round(rows / wanted)))
 
 
-def put_off(rows: int) -> int:
+def accumulation_steps(rows: int) -> int:
     """Steps of a tile of `rows` sequences after which sums over both are added up: enough to make up for reading and
     writing the sums; LONGEST_BLOCK of kernels.c is the most."""
     return max(2, min(32, -(-192 // rows)))
@@ -103,4 +103,4 @@ def call(
     )
 
 
-__all__ = ["Maybe", "Vectors", "call", "contiguous", "padded", "parts", "put_off", "serves", "tile", "total"]
+__all__ = ["Maybe", "Vectors", "accumulation_steps", "call", "contiguous", "padded", "parts", "serves", "tile", "total"]

@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hfopt.recurrences.cell import Passes
+    from hfopt.recurrences.registry import Passes
 
 __all__ = ["available", "cell", "precision"]
 
