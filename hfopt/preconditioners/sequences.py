@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hfopt.recurrences.generated import Generated
 from hfopt.recurrences.linear import lag, step_inputs
+from hfopt.recurrences.linearised import rows_and_deltas
 from hfopt.recurrences.operators import rnn_adjoint
 from hfopt.recurrences.recorded import Recorded
+from hfopt.recurrences.registry import CELLS
 from hfopt.recurrences.sequence import sequence_adjoint
 
 Maybe = Tensor | None
@@ -91,6 +94,15 @@ def _mrnn(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) ->
     return [None, outer(X, G * on_p), outer(lag(H, h0), E * on_p), on_K, dh0]
 
 
+def _defined(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) -> list[Maybe]:
+    cell = CELLS[name]
+    assert isinstance(cell, Generated)
+    given = [t for t in arguments if t is not None]
+    weights, parameters, starts = rows_and_deltas(cell, U, given, results)
+    masks = [None] * len(cell.definition.masks)
+    return [None, *(outer(rows, deltas) for rows, deltas in weights), *parameters, *masks, *starts]
+
+
 Rule = Callable[[str, Maybes, Maybes, Sequence[Tensor]], list[Maybe]]
 # By the first part of a cell's name: its rule, and which of its arguments are states before the first step, (B, h).
 _RULES: dict[str, tuple[Rule, tuple[int, ...]]] = {
@@ -100,6 +112,15 @@ _RULES: dict[str, tuple[Rule, tuple[int, ...]]] = {
     "gru": (_gru, (4,)),
     "mrnn": (_mrnn, (4,)),
 }
+
+
+def _rule_of(name: str) -> tuple[Rule, tuple[int, ...]] | None:
+    """The rule of a cell, and its arguments that have a row for each sequence, (B, .); None if there is none."""
+    cell = CELLS.get(name)
+    if isinstance(cell, Generated):
+        first = min(cell.places)
+        return _defined, tuple(range(first - len(cell.definition.masks), cell.arguments))
+    return _RULES.get(name.partition("_")[0])
 
 
 @dataclass
@@ -119,7 +140,9 @@ class Sequences:
 
     @property
     def _rule(self) -> tuple[Rule, tuple[int, ...]]:
-        return _RULES[self.recorded.cell.partition("_")[0]]
+        found = _rule_of(self.recorded.cell)
+        assert found is not None
+        return found
 
     @property
     def roots(self) -> list[Maybe]:
@@ -162,4 +185,4 @@ class Sequences:
 
 def known(recorded: Recorded, cases: int) -> bool:
     """Whether there is a rule for the cell, and its sequences are the cases."""
-    return recorded.cell.partition("_")[0] in _RULES and recorded.outputs[0].shape[1] == cases
+    return _rule_of(recorded.cell) is not None and recorded.outputs[0].shape[1] == cases

@@ -7,6 +7,7 @@ expressions are one node. The same functions (`sigmoid`, `tanh`, ...) work on te
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
@@ -145,6 +146,8 @@ class Expression:
     def __getattr__(self, name: str) -> Any:
         if name in FUNCTIONS:
             return lambda: self.graph.node(name, self)
+        if name.startswith("__"):
+            raise AttributeError(name)  # Python itself asks for these
         raise Untraceable(f"a step uses .{name} of a value, which is no part of what can be traced")
 
     @classmethod
@@ -275,12 +278,13 @@ def pull(
 
 Slopes = Callable[[Expression], tuple[Expression, ...]]
 
-_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
 }
+OPERATIONS: dict[str, Callable[..., Any]] = {**_ARITHMETIC, **FUNCTIONS}
 
 
 def evaluate(e: Expression, known: dict[Expression, Any]) -> Any:

@@ -20,6 +20,7 @@ applied before the matrix, here behind it).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class GRUCell(Cell):
 
     name = "gru"
     arguments = 5
+    places = MappingProxyType({4: 0})
     outputs = 1
     results = 3
 

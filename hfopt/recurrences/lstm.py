@@ -17,6 +17,7 @@ Reference: Hochreiter & Schmidhuber, "Long short-term memory", Neural Computatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class LSTMCell(Cell):
 
     name = "lstm"
     arguments = 4
+    places = MappingProxyType({2: 0, 3: 1})
     outputs = 2
     results = 4
 

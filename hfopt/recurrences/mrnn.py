@@ -14,6 +14,7 @@ Reference: Sutskever, Martens & Hinton, "Generating text with recurrent neural n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -45,6 +46,7 @@ class MRNNCell(Cell):
     """
 
     arguments = 5
+    places = MappingProxyType({4: 0})
 
     def __init__(self, f: Nonlinearity, preactivations: bool) -> None:
         self.f, self.preactivations = f, preactivations

@@ -222,7 +222,7 @@ def run(cell: str, *arguments: Tensor) -> tuple[Tensor, ...]:
     outputs = CELLS[cell].outputs
     if torch.compiler.is_compiling():
         return tuple(sequence_forward(cell, arguments)[:outputs])
-    if (places := segments.states_of(cell)) and segments.wanted():
+    if (places := CELLS[cell].places) and segments.wanted():
         return segments.by_cell(run, cell, arguments, places)
     results: tuple[Tensor, ...] = apply(_Forward, cell, *arguments)
     return record(cell, arguments, results, outputs)

@@ -8,7 +8,9 @@ from functools import cache
 
 from torch import Tensor
 
+from hfopt.recurrences.generated import Generated
 from hfopt.recurrences.native import simple
+from hfopt.recurrences.native.generated import Compiled
 from hfopt.recurrences.native.passes import (
     Vectors,
     accumulation_steps,
@@ -247,4 +249,7 @@ _COMPILED: dict[str, type[_Compiled]] = {
 @cache
 def cell(name: str) -> Passes | None:
     """The passes of the registered cell of this name, compiled; None if there are none."""
-    return _COMPILED[name](CELLS[name]) if name in _COMPILED else None
+    if name in _COMPILED:
+        return _COMPILED[name](CELLS[name])
+    traced = CELLS[name]
+    return Compiled(traced) if isinstance(traced, Generated) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -91,15 +92,17 @@ def call(
     tensors: Sequence[Maybe],
     ranges: Sequence[tuple[int, int]],
     own: Sequence[Sequence[Maybe]] | None = None,
+    compiled: ctypes.CDLL | None = None,
 ) -> None:
     """Run a pass on ranges of sequences: numbers (*sizes, first, last, *settings), pointers (*tensors, *own[k]).
 
-    `own`: tensors that the k-th range has for itself, such as sums.
+    `own`: tensors that the k-th range has for itself, such as sums. `compiled`: the library, if not the package's.
     """
     mine: Sequence[Sequence[Maybe]] = [()] * len(ranges) if own is None else own
     run(
         f"{name}_{_SUFFIX[like.dtype]}",
         [((*sizes, *r, *settings), (*tensors, *extra)) for r, extra in zip(ranges, mine, strict=True)],
+        compiled,
     )
 
 

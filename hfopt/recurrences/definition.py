@@ -20,11 +20,11 @@ columns by name (``W.g(v)`` is a single one). The function of tensors is the ref
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hfopt.recurrences.expression import (
@@ -36,100 +36,10 @@ from hfopt.recurrences.expression import (
     partials,
     pull,
 )
+from hfopt.recurrences.structure import Column, Inputs, Probe, Product, Target, Weights, names_of
 
-UNITS = "units"
 # Multiplications and additions up to which a value is worked out again instead of kept.
 _CHEAP_ENOUGH = 5
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column (a block of units) of projections or products.
-
-    Attributes:
-        name: that of the gate.
-        kind: "x" of the inputs alone, "a" shared, "m" of a recurrent product alone.
-        size: the name of its size.
-        node: the node of the trace that it is.
-        product: the index of its product; None for "x".
-    """
-
-    name: str
-    kind: str
-    size: str
-    node: Expression
-    product: int | None
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product of a vector with a recurrent matrix: its columns, shared ones first.
-
-    Attributes:
-        vector: the node; a state before the step, or a target.
-        size: that of the vector.
-        columns: in the order of the matrix.
-    """
-
-    vector: Expression
-    size: str
-    columns: tuple[Column, ...]
-
-    @property
-    def shared(self) -> int:
-        """How many of the columns are shared with the inputs."""
-        return sum(c.kind == "a" for c in self.columns)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A pointwise function of the step that is a vector of a product, a state, an output, or used at several stages.
-
-    Attributes:
-        node: of the trace.
-        size: its size.
-        section: it needs the products before this index, and no other.
-        terms: input -> its derivative, for every column, state, parameter, raw input and other target it depends on.
-    """
-
-    node: Expression
-    size: str
-    section: int
-    terms: dict[Expression, Expression]
-
-
-def _names(text: str) -> dict[str, str]:
-    """Name -> size of "a b:size"."""
-    found = {}
-    for word in text.split():
-        name, _, size = word.partition(":")
-        if not name.isidentifier() or name in found:
-            raise ValueError(f"{word!r} in {text!r} is no name, or there twice")
-        found[name] = size or UNITS
-    return found
-
-
-class _Inputs:
-    """``x`` of a trace or of a step on tensors."""
-
-    def __init__(self, get: Callable[[str], Any]) -> None:
-        self._get = get
-
-    def __getattr__(self, name: str) -> Any:
-        return self._get(name)
-
-
-class _Weights:
-    """``W``: ``W(v).name`` and ``W.name(v)`` are the same."""
-
-    def __init__(self, get: Callable[[str, Any], Any]) -> None:
-        self._get = get
-
-    def __call__(self, vector: Any) -> _Inputs:
-        return _Inputs(lambda name: self._get(name, vector))
-
-    def __getattr__(self, name: str) -> Callable[[Any], Any]:
-        return lambda vector: self._get(name, vector)
 
 
 class Definition:
@@ -142,9 +52,12 @@ class Definition:
             are columns of ``x`` and ``W``; outputs what is no state; parameters ``p.name`` (units,); masks ``p.name``
             (B, units), constants without a derivative. ``x.raw`` is the input itself, of the first state's size.
         name: under which the cell is registered.
+        made_by: a function of a module and its arguments, if the definition is what that returns: for pickle.
+
+    Attributes:
+        untraceable: why the step cannot be traced; None if it is.
 
     Raises:
-        Untraceable: the step does what cannot be traced.
         ValueError: names that do not fit what the step uses or returns.
     """
 
@@ -158,17 +71,28 @@ class Definition:
         parameters: str = "",
         masks: str = "",
         name: str | None = None,
+        made_by: tuple[Callable[..., Definition], tuple[Any, ...]] | None = None,
     ) -> None:
+        self.made_by, self.__module__ = made_by, step.__module__
         self.step, self.name = step, name or step.__name__
         self.__doc__ = step.__doc__
-        self.states, self.gates, self.extra = _names(states), _names(gates), _names(outputs)
-        self.parameters, self.masks = _names(parameters), _names(masks)
+        self.states, self.gates, self.extra = names_of(states), names_of(gates), names_of(outputs)
+        self.parameters, self.masks = names_of(parameters), names_of(masks)
         if not self.states:
             raise ValueError(f"{self.name}: states is empty; what has no state is no recurrence")
         self.graph = Graph()
         self.raw: Expression | None = None
         self._sizes: dict[Expression, str] = {}
-        self._trace()
+        self._columns: dict[Expression, Column] = {}
+        self.kept: list[Expression] = []
+        self.vectors: tuple[Expression, ...] = ()
+        self.untraceable: str | None = None
+        try:
+            self._trace()
+        except (TypeError, AttributeError) as error:  # what Python says to operations that expressions have not
+            self.untraceable = str(error)
+            self._probe()
+            return
         self._find_columns()
         self._find_targets()
         self._keep_what_is_needed()
@@ -199,7 +123,7 @@ class Definition:
         given = SimpleNamespace(
             **{b: g.leaf("parameter", b) for b in self.parameters}, **{m: g.leaf("mask", m) for m in self.masks}
         )
-        returned = self._call(_Inputs(of_input), list(self.before.values()), _Weights(of_product), given)
+        returned = self._call(Inputs(of_input), list(self.before.values()), Weights(of_product), given)
         found: list[Expression] = []
         for e in map(g.of, returned):
             # A leaf, or what is returned twice, becomes a node of its own.
@@ -207,6 +131,19 @@ class Definition:
                 e = g.node("copy", e)
             found.append(e)
         self.returned = dict(zip((*self.states, *self.extra), found, strict=True))
+
+    def _probe(self) -> None:
+        """Find columns and products of a step that cannot be traced, by calling it on small tensors."""
+        names = [*self.states.values(), *self.gates.values(), *self.parameters.values(), *self.masks.values()]
+        sizes = {size: 2 * k + 3 for k, size in enumerate(dict.fromkeys(names))}
+        before = [torch.rand(1, sizes[s]) for s in self.states.values()]
+        p = {b: torch.rand(sizes[s]) for b, s in self.parameters.items()}
+        p |= {m: torch.rand(1, sizes[s]) for m, s in self.masks.items()}
+        probe = Probe({n: sizes[s] for n, s in self.gates.items()}, before[0].shape[-1])
+        self._call(Inputs(probe.of_input), before, Weights(probe.of_product), SimpleNamespace(**p))
+        self.raw = self.graph.leaf("raw") if probe.raw else None
+        self.returned = {s: self.graph.leaf("returned", s) for s in (*self.states, *self.extra)}
+        self.inputs, self.products = probe.structure(self.graph, self.gates, {n: size for size, n in sizes.items()})
 
     def _call(self, x: Any, states: Sequence[Any], W: Any, p: Any) -> tuple[Any, ...]:
         more = (p,) if self.parameters or self.masks else ()
@@ -251,7 +188,7 @@ class Definition:
             products.append((vector, tuple(columns)))
         self.inputs = tuple(Column(n, "x", self.gates[n], x, None) for n, x in xs.items() if n not in sums)
         self._columns = {c.node: c for c in (*self.inputs, *(c for _, cs in products for c in cs))}
-        self.products = tuple(Product(v, self._size(v), cs) for v, cs in products)
+        self.products = tuple(Product(v, self.size(v), cs) for v, cs in products)
         self._stage: dict[Expression, int] = {}
         for e in order:
             column = self._columns.get(e)
@@ -261,14 +198,14 @@ class Definition:
                 self._stage[e] = next(j for j, p in enumerate(self.products) if p.vector is e.args[0]) + 1
             else:
                 self._stage[e] = max((self._stage[a] for a in e.args), default=0)
-        self._order, self._consumers = order, consumers
+        self.order, self._consumers = order, consumers
 
     @property
     def input_columns(self) -> tuple[Column, ...]:
         """The columns of the input weights, in their order: those of the inputs alone, then the products' shared."""
         return (*self.inputs, *(c for p in self.products for c in p.columns if c.kind == "a"))
 
-    def _size(self, e: Expression) -> str:
+    def size(self, e: Expression) -> str:
         """The name of a node's size.
 
         Raises:
@@ -281,12 +218,14 @@ class Definition:
     def _sized(self, e: Expression) -> str:
         if e.op == "leaf":
             kind, name = e.name or ("", "")
+            if kind == "returned":
+                return {**self.states, **self.extra}[name]
             known = {"x": self.gates, "state": self.states, "parameter": self.parameters, "mask": self.masks}
             return known[kind][name] if kind in known else next(iter(self.states.values()))
         if e.op == "linear":
             assert e.name is not None
             return self.gates[e.name[1]]
-        sizes = {self._size(a) for a in e.args if a.op != "constant"}
+        sizes = {self.size(a) for a in e.args if a.op != "constant"}
         if len(sizes) != 1:
             raise ValueError(f"{self.name}: the step combines vectors of the sizes {', '.join(sorted(sizes))}")
         return sizes.pop()
@@ -301,7 +240,7 @@ class Definition:
             if p.vector.op != "leaf":
                 nodes[p.vector] = None
         vectors = {p.vector for p in self.products}
-        for e in self._order:
+        for e in self.order:
             if e.op in ("+", "-", "*", "/") and e not in self._columns:
                 stages = {self._stage[c] for c in self._consumers.get(e, []) if c.op != "linear"}
                 stages |= {self._stage[e]} if e in vectors or e in self.returned.values() else set()
@@ -317,7 +256,8 @@ class Definition:
                 self.returned[name] = e = self.graph.node("copy", e)
                 self._stage[e] = last
             nodes[e] = None
-        order = [e for e in ordered(self.returned.values()) if e in nodes]
+        self.order = ordered(self.returned.values())
+        order = [e for e in self.order if e in nodes]
         self._target_nodes = sorted(order, key=lambda e: self._stage[e])
 
     def section(self, e: Expression) -> int:
@@ -334,7 +274,7 @@ class Definition:
             order = ordered((e,), ends - {e})
             pulled = pull(order, {e: self.graph.constant(1)}, ends, self.slopes)
             terms = {n: d for n, d in pulled.items() if n is not e and d.number != 0 and self._is_input(n, cuts)}
-            found.append(Target(e, self._size(e), self._stage[e], terms))
+            found.append(Target(e, self.size(e), self._stage[e], terms))
         return tuple(found)
 
     def _is_input(self, n: Expression, cuts: set[Expression]) -> bool:
@@ -348,7 +288,6 @@ class Definition:
     # -- values that derivatives need ------------------------------------------------------------------------------
 
     def _keep_what_is_needed(self) -> None:
-        self.kept: list[Expression] = []
         self._values: dict[Expression, Expression] = {}
         self._slopes: dict[Expression, tuple[Expression, ...]] = {}
         _ = self.targets
@@ -415,9 +354,15 @@ class Definition:
         self, x: dict[str, Tensor], raw: Tensor, states: Sequence[Tensor], W: dict[str, Tensor], p: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
         """One step on tensors: projections x by name, states, weights by the names of their columns, p by name."""
-        inputs = _Inputs(lambda name: raw if name == "raw" else x[name])
-        weights = _Weights(lambda name, vector: vector @ W[name])
+        inputs = Inputs(lambda name: raw if name == "raw" else x[name])
+        weights = Weights(lambda name, vector: vector @ W[name])
         return self._call(inputs, states, weights, SimpleNamespace(**p))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Definition:
+        return self  # as a function, which never changes
+
+    def __reduce__(self) -> Any:
+        return self.made_by if self.made_by is not None else self.step.__qualname__
 
     def __repr__(self) -> str:
         return f"<cell {self.name}: states {', '.join(self.states)}; {len(self.products)} product(s) in a step>"
