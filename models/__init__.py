@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from models.cells import GRU2014, RHN, UGRNN, IntersectionRNN
 from models.fnn import FNN
 from models.gru import GRU
 from models.lstm import LSTM
 from models.mrnn import MRNN
 from models.rnn import RNN
+from models.sizes import parameter_count, units_for
+from models.stacked import Stack
 
-__all__ = ["FNN", "GRU", "LSTM", "MRNN", "RNN"]
+__all__ = [
+    "FNN",
+    "GRU",
+    "GRU2014",
+    "LSTM",
+    "MRNN",
+    "RHN",
+    "RNN",
+    "UGRNN",
+    "IntersectionRNN",
+    "Stack",
+    "parameter_count",
+    "units_for",
+]

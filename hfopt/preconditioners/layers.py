@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from hfopt.curvature.draws import case_dim
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.preconditioners.sequences import Sequences, known
-from hfopt.recurrences.noted import noting
+from hfopt.recurrences.recorded import recording
 
 CONVOLUTIONS = (F.conv1d, F.conv2d)
 PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
@@ -203,7 +203,7 @@ class Watched:
 
     def backward(self, cotangents: Sequence[Tensor]) -> tuple[list[Layer], list[Sequences]]:
         """Set the gradients ``g`` for ``cotangents`` of the outputs; those that these depend on."""
-        own = [y for s in self.sequences for y in s.noted.outputs]
+        own = [y for s in self.sequences for y in s.recorded.outputs]
         ys = [*(layer.y for layer in self.layers), *own]
         found = list(
             torch.autograd.grad(self.heads, ys, list(cotangents), retain_graph=True, allow_unused=True) if ys else ()
@@ -211,7 +211,7 @@ class Watched:
         for layer in self.layers:
             layer.g = found.pop(0)
         for s in self.sequences:
-            s.g = [found.pop(0) for _ in s.noted.outputs]
+            s.g = [found.pop(0) for _ in s.recorded.outputs]
         layers = [layer for layer in self.layers if layer.g is not None]
         return layers, [s for s in self.sequences if any(g is not None for g in s.g)]
 
@@ -248,8 +248,8 @@ def watched(op: GaussNewton, batch_dim: int) -> Watched | None:
     if len(outputs) != 1 or outputs[0].dim() == 0:
         return None
     cases = number_of_cases(op, batch_dim)
-    with Watching(op.params, cases) as mode, noting() as found:
+    with Watching(op.params, cases) as mode, recording() as found:
         heads = op.outputs_again()
     layers = [layer for layer in mode.layers if layer.case is not None]
-    sequences = [Sequences(noted) for noted in found if known(noted, cases[0][1])]
+    sequences = [Sequences(one) for one in found if known(one, cases[0][1])]
     return None if heads is None else Watched(heads, layers, sequences)

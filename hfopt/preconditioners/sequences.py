@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hfopt.recurrences.linear import before, seen
-from hfopt.recurrences.noted import Noted
+from hfopt.recurrences.generated import Generated
+from hfopt.recurrences.linear import lag, step_inputs
+from hfopt.recurrences.linearised import rows_and_deltas
 from hfopt.recurrences.operators import rnn_adjoint
+from hfopt.recurrences.recorded import Recorded
+from hfopt.recurrences.registry import CELLS
 from hfopt.recurrences.sequence import sequence_adjoint
 
 Maybe = Tensor | None
@@ -42,7 +45,7 @@ def _simple(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) 
     assert h0 is not None
     H = results[0]
     dP, _, dh0 = rnn_adjoint(U[0], U[1] if len(U) > 1 else None, X, H, h0, K, _nonlinearity(name), True)
-    return [None, None, outer(seen(X, H, h0), dP), dh0]
+    return [None, None, outer(step_inputs(X, H, h0), dP), dh0]
 
 
 def _readout(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) -> list[Maybe]:
@@ -51,7 +54,7 @@ def _readout(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor])
     onward = None if Uo is None else Uo @ Ko[:-1].t()
     dA, _, dh0 = rnn_adjoint(onward, U[1] if len(U) > 1 else None, X, H, h0, K, _nonlinearity(name), True)
     dKo = None if Uo is None else torch.cat([outer(H, Uo), Uo.sum(0).unsqueeze(1)], 1)
-    return [None, outer(seen(X, H, h0), dA), dh0, dKo]
+    return [None, outer(step_inputs(X, H, h0), dA), dh0, dKo]
 
 
 def _nonlinearity(name: str) -> str:
@@ -64,7 +67,7 @@ def _lstm(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) ->
     zeros, eye = _inputs(X, 4 * hidden)
     given = [zeros, torch.cat([K[:hidden], eye]), h0, c0]
     deltas, _, dh0, dc0 = sequence_adjoint(name, U, given, results, [True, False, True, True])
-    return [None, outer(seen(X, results[0], h0), deltas), dh0, dc0]
+    return [None, outer(step_inputs(X, results[0], h0), deltas), dh0, dc0]
 
 
 def _gru(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) -> list[Maybe]:
@@ -76,7 +79,7 @@ def _gru(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) -> 
     # The candidate's recurrent part is behind the reset gate r.
     on_m = on_x[..., 2 * hidden :] * gates[..., :hidden]
     on_h = torch.cat([on_x[..., : 2 * hidden], on_m], -1)
-    return [None, outer(before(H, h0), on_h), outer(X, on_x), on_m.sum(0), dh0]
+    return [None, outer(lag(H, h0), on_h), outer(X, on_x), on_m.sum(0), dh0]
 
 
 def _mrnn(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) -> list[Maybe]:
@@ -88,7 +91,16 @@ def _mrnn(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) ->
     on_a, *_, dh0 = sequence_adjoint(name, U, given, results, [True, False, False, False, True])
     on_p = on_a @ K[:factors].t()
     on_K = outer(torch.cat([E * G, X], -1), on_a)
-    return [None, outer(X, G * on_p), outer(before(H, h0), E * on_p), on_K, dh0]
+    return [None, outer(X, G * on_p), outer(lag(H, h0), E * on_p), on_K, dh0]
+
+
+def _defined(name: str, U: Maybes, arguments: Maybes, results: Sequence[Tensor]) -> list[Maybe]:
+    cell = CELLS[name]
+    assert isinstance(cell, Generated)
+    given = [t for t in arguments if t is not None]
+    weights, parameters, starts = rows_and_deltas(cell, U, given, results)
+    masks = [None] * len(cell.definition.masks)
+    return [None, *(outer(rows, deltas) for rows, deltas in weights), *parameters, *masks, *starts]
 
 
 Rule = Callable[[str, Maybes, Maybes, Sequence[Tensor]], list[Maybe]]
@@ -102,6 +114,15 @@ _RULES: dict[str, tuple[Rule, tuple[int, ...]]] = {
 }
 
 
+def _rule_of(name: str) -> tuple[Rule, tuple[int, ...]] | None:
+    """The rule of a cell, and its arguments that have a row for each sequence, (B, .); None if there is none."""
+    cell = CELLS.get(name)
+    if isinstance(cell, Generated):
+        first = min(cell.places)
+        return _defined, tuple(range(first - len(cell.definition.masks), cell.arguments))
+    return _RULES.get(name.partition("_")[0])
+
+
 @dataclass
 class Sequences:
     """One run of a recurrence over (T, B, .), and the gradients of its outputs.
@@ -109,30 +130,34 @@ class Sequences:
     ``g``: one for each of its outputs, None for those that the network's outputs do not depend on.
     """
 
-    noted: Noted
+    recorded: Recorded
     g: list[Maybe] = field(default_factory=list)
 
     @property
     def cases(self) -> int:
         """B."""
-        return self.noted.outputs[0].shape[1]
+        return self.recorded.outputs[0].shape[1]
 
     @property
     def _rule(self) -> tuple[Rule, tuple[int, ...]]:
-        return _RULES[self.noted.cell.partition("_")[0]]
+        found = _rule_of(self.recorded.cell)
+        assert found is not None
+        return found
 
     @property
     def roots(self) -> list[Maybe]:
         """For every argument: itself, where it is a weight or a start that all cases share; None otherwise."""
         found: list[Maybe] = []
-        for i, t in enumerate(self.noted.arguments):
+        for i, t in enumerate(self.recorded.arguments):
             shared = t is not None and t.dim() < 3 and (i not in self._rule[1] or t.stride(0) == 0)
             found.append(t if shared and t is not None and t.requires_grad else None)
         return found
 
     def numbers(self) -> int:
         """How many numbers a case takes: sequences and their deltas, and the gradients of the roots."""
-        sequences = [t for t in (*self.noted.arguments, *self.noted.results, *self.g) if t is not None and t.dim() == 3]
+        sequences = [
+            t for t in (*self.recorded.arguments, *self.recorded.results, *self.g) if t is not None and t.dim() == 3
+        ]
         roots = sum(t.numel() for t in self.roots if t is not None)
         return 2 * (sum(t.numel() for t in sequences) // self.cases + roots)
 
@@ -145,9 +170,9 @@ class Sequences:
                 return None if t is None else t.detach()
             return t.detach()[block].contiguous() if state else t.detach()[:, block].contiguous()
 
-        arguments = [part(t, i in states) for i, t in enumerate(self.noted.arguments)]
-        results = [r for r in map(part, self.noted.results) if r is not None]
-        grads = rule(self.noted.cell, [part(g) for g in self.g], arguments, results)
+        arguments = [part(t, i in states) for i, t in enumerate(self.recorded.arguments)]
+        results = [r for r in map(part, self.recorded.results) if r is not None]
+        grads = rule(self.recorded.cell, [part(g) for g in self.g], arguments, results)
         found = []
         for i, (root, g) in enumerate(zip(self.roots, grads, strict=True)):
             if root is None or g is None:
@@ -158,6 +183,6 @@ class Sequences:
         return found
 
 
-def known(noted: Noted, cases: int) -> bool:
+def known(recorded: Recorded, cases: int) -> bool:
     """Whether there is a rule for the cell, and its sequences are the cases."""
-    return noted.cell.partition("_")[0] in _RULES and noted.outputs[0].shape[1] == cases
+    return _rule_of(recorded.cell) is not None and recorded.outputs[0].shape[1] == cases

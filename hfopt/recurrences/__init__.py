@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from hfopt.recurrences.definition import Definition, cell
 from hfopt.recurrences.gru import gru_layer
+from hfopt.recurrences.layers import Sequences, cell_layer
 from hfopt.recurrences.lstm import lstm_layer
 from hfopt.recurrences.mrnn import MULTIPLICATIVE, mrnn_layer
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
@@ -13,8 +15,12 @@ from hfopt.recurrences.unrolled import State, Unrolled
 __all__ = [
     "MULTIPLICATIVE",
     "NONLINEARITIES",
+    "Definition",
+    "Sequences",
     "State",
     "Unrolled",
+    "cell",
+    "cell_layer",
     "gru_layer",
     "lstm_layer",
     "mrnn_layer",

@@ -1,9 +1,11 @@
-"""Who carries out the passes of the simple recurrence: the fastest that serves the tensors at hand."""
+"""Who carries out the passes of a cell: the fastest that serves the tensors at hand."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import cache
+from typing import cast
 
 from torch import Tensor
 
@@ -11,8 +13,11 @@ from hfopt.recurrences import loops, triton
 from hfopt.recurrences.native import simple as native
 from hfopt.recurrences.native.passes import serves
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
+from hfopt.recurrences.registry import Cell, Passes
 
 Maybe = Tensor | None
+
+_FASTER = {"cpu": "hfopt.recurrences.native", "cuda": "hfopt.recurrences.triton"}
 
 log = logging.getLogger("hfopt")
 
@@ -33,6 +38,15 @@ def kernels_serve(like: Tensor) -> bool:
         _told_of_loops()
         return False
     return triton.available(like)
+
+
+def backend(cell: Cell, like: Tensor) -> Passes:
+    """Who runs the passes of `cell` on tensors like this one: compiled kernels where there are some, else the cell."""
+    place = _FASTER.get(like.device.type)
+    if place is None or (like.device.type == "cuda" and not kernels_serve(like)):
+        return cell
+    found = importlib.import_module(place).cell(cell.name)
+    return cell if found is None else cast(Passes, found)
 
 
 def forward(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str) -> Tensor:

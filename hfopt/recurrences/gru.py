@@ -20,28 +20,16 @@ applied before the matrix, here behind it).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from hfopt.recurrences.arguments import checked, ended, finished, gated, initial, with_ones
-from hfopt.recurrences.cell import (
-    Cell,
-    Maybe,
-    Maybes,
-    Tensors,
-    carried,
-    correlate_,
-    in_gates,
-    lagged,
-    project_,
-    pull_,
-    register,
-    steps_of,
-    with_vectors,
-)
 from hfopt.recurrences.linear import plus
 from hfopt.recurrences.loops import blocks
+from hfopt.recurrences.products import correlate_, in_gates, lagged, project_, pull_, steps_of
+from hfopt.recurrences.registry import Cell, Maybe, Maybes, Tensors, batch_of_vectors, register, with_vectors
 from hfopt.recurrences.sequence import run
 
 _sigmoid_scale = torch.ops.aten.sigmoid_backward.grad_input
@@ -56,6 +44,7 @@ class GRUCell(Cell):
 
     name = "gru"
     arguments = 5
+    places = MappingProxyType({4: 0})
     outputs = 1
     results = 3
 
@@ -102,7 +91,7 @@ class GRUCell(Cell):
         dX, dKh, dKx, db, dh0 = tangents
         X, Kh, Kx, _, h0 = arguments
         H, gates, _ = results
-        hidden, vectors, ranges = h0.shape[1], carried(tangents, arguments), blocks(gates)
+        hidden, vectors, ranges = h0.shape[1], batch_of_vectors(tangents, arguments), blocks(gates)
         inputs = dX is not None or dKx is not None
         R = H.new_empty(with_vectors(H.shape, vectors))
         rows, r = steps_of(R)
@@ -141,7 +130,7 @@ class GRUCell(Cell):
         assert U is not None
         X, Kh, Kx, b, h0 = arguments
         H, gates, _ = results
-        hidden, vectors, ranges = h0.shape[1], carried(cotangents, (H,)), blocks(gates)
+        hidden, vectors, ranges = h0.shape[1], batch_of_vectors(cotangents, (H,)), blocks(gates)
         Kht, Kxt, inputs = Kh.t().contiguous(), Kx.t(), needed[0] or needed[2]
         dX = X.new_empty(with_vectors(X.shape, vectors) if needed[0] else (0,))
         dKh, dKx, db = (

@@ -34,20 +34,20 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
-def before(X: Tensor, first: Maybe = None) -> Tensor:
+def lag(X: Tensor, first: Maybe = None) -> Tensor:
     """X_{t-1} for t = 0..T-1, with X_{-1} = first, or zero: (T, B, h)."""
     start = torch.zeros_like(X[:1]) if first is None else first.unsqueeze(0)
     return torch.cat((start, X[:-1]))
 
 
-def after(X: Tensor) -> Tensor:
+def lead(X: Tensor) -> Tensor:
     """X_{t+1} for t = 0..T-1, with X_T = 0: (T, B, h)."""
     return torch.cat((X[1:], torch.zeros_like(X[:1])))
 
 
-def seen(X: Tensor, H: Tensor, h0: Maybe) -> Tensor:
+def step_inputs(X: Tensor, H: Tensor, h0: Maybe) -> Tensor:
     """z_t = [h_{t-1}, x_t]: (T, B, h + V)."""
-    return torch.cat((before(H, h0), X), -1)
+    return torch.cat((lag(H, h0), X), -1)
 
 
 def correlate(X: Tensor, Y: Tensor) -> Tensor:
@@ -84,12 +84,12 @@ def adjoint(
     return result
 
 
-def _change_of_seen(X_: Maybe, H_: Maybe, h0_: Maybe, point: Point) -> Maybe:
+def _change_of_step_inputs(X_: Maybe, H_: Maybe, h0_: Maybe, point: Point) -> Maybe:
     """The change of z (T, B, h + V) by changes of X, H and h0."""
     if X_ is None and H_ is None and h0_ is None:
         return None
     X, H, _, _ = point
-    return seen(torch.zeros_like(X) if X_ is None else X_, torch.zeros_like(H) if H_ is None else H_, h0_)
+    return step_inputs(torch.zeros_like(X) if X_ is None else X_, torch.zeros_like(H) if H_ is None else H_, h0_)
 
 
 class _Tangent(torch.autograd.Function):
@@ -136,16 +136,16 @@ class _Tangent(torch.autograd.Function):
         ddP, ddX, ddK, ddh0, X_, H_, h0_, K_ = changes[:8]
         tangents, point, hidden = (dP, dX, dK, dh0), (X, H, h0, K), K.shape[1]
         inputs, y = ddP, None
-        z_ = _change_of_seen(X_, H_, h0_, point)
+        z_ = _change_of_step_inputs(X_, H_, h0_, point)
         if dK is not None and z_ is not None:
             inputs = plus(inputs, z_ @ dK)
         if K_ is not None:
-            inputs = plus(inputs, before(R, dh0) @ K_[:hidden], None if dX is None else dX @ K_[hidden:])
+            inputs = plus(inputs, lag(R, dh0) @ K_[:hidden], None if dX is None else dX @ K_[hidden:])
         rate = NONLINEARITIES[ctx.nonlinearity].slope_rate
         if H_ is not None and rate is not None:
             # The change of f'(a_t) adds y_t to R_h,t; the rest is a tangent whose inputs get y_{t-1} W.
             y = rate(H) * H_ * _pretangent(tangents, R, point)
-            inputs = plus(inputs, before(y) @ K[:hidden])
+            inputs = plus(inputs, lag(y) @ K[:hidden])
         Q, *Qa = tangent((inputs, ddX, ddK, ddh0), point, ctx.nonlinearity, ctx.preactivations)
         return (Q if y is None else Q + y, *Qa)
 
@@ -189,11 +189,11 @@ class _Adjoint(torch.autograd.Function):
         point, hidden = (X, H, h0, K), K.shape[1]
         if not ctx.inputs:
             A, _, _ = adjoint((U, Ua), point, ctx.nonlinearity, True)
-        W, later = K[:hidden], after(A)
+        W, later = K[:hidden], lead(A)
         y = on_K = on_h0 = None
         if K_ is not None:
             dU, on_h0 = plus(dU, later @ K_[:hidden].t()), A[0] @ K_[:hidden].t()
-        z_ = _change_of_seen(X_, H_, h0_, point)
+        z_ = _change_of_step_inputs(X_, H_, h0_, point)
         if z_ is not None:
             on_K = correlate(z_, A)
         rate = NONLINEARITIES[ctx.nonlinearity].slope_rate
@@ -201,8 +201,8 @@ class _Adjoint(torch.autograd.Function):
             # The change of f'(a_t) adds y_t to dp_t; the rest is an adjoint whose cotangents get y_{t+1} W'.
             G = later @ W.t() if U is None else U + later @ W.t()
             y = rate(H) * H_ * G
-            dU = plus(dU, after(y) @ W.t())
-            on_K, on_h0 = plus(on_K, correlate(seen(X, H, h0), y)), plus(on_h0, y[0] @ W.t())
+            dU = plus(dU, lead(y) @ W.t())
+            on_K, on_h0 = plus(on_K, correlate(step_inputs(X, H, h0), y)), plus(on_h0, y[0] @ W.t())
         if dU is None and dUa is None:
             dU = torch.zeros_like(H)
         dP, dK, dh0 = adjoint((dU, dUa), point, ctx.nonlinearity, ctx.inputs)
@@ -252,11 +252,11 @@ def _pretangent(tangents: Tangents, R: Tensor, point: Point) -> Tensor:
     dP, dX, dK, dh0 = tangents
     X, H, h0, K = point
     hidden = K.shape[1]
-    moved = before(R, dh0) @ K[:hidden]
+    moved = lag(R, dh0) @ K[:hidden]
     if dX is not None:
         moved = moved + dX @ K[hidden:]
     if dK is not None:
-        moved = moved + seen(X, H, h0) @ dK
+        moved = moved + step_inputs(X, H, h0) @ dK
     return moved if dP is None else moved + dP
 
 
@@ -273,12 +273,12 @@ def _point_cotangents(
     by_X = by_H = by_h0 = None
     rate = NONLINEARITIES[nonlinearity].slope_rate
     if rate is not None:
-        G = after(A) @ K[:hidden].t()
+        G = lead(A) @ K[:hidden].t()
         by_H = rate(H) * _pretangent(tangents, R, point) * (G if U is None else U + G)
     if dK is not None:
         by_z = A @ dK.t()
         by_lag, by_X = by_z.narrow(-1, 0, hidden), by_z.narrow(-1, hidden, X.shape[2])
-        by_H, by_h0 = plus(by_H, after(by_lag)), by_lag[0]
-    by_W = correlate(before(R, dh0), A)
+        by_H, by_h0 = plus(by_H, lead(by_lag)), by_lag[0]
+    by_W = correlate(lag(R, dh0), A)
     by_Wx = by_W.new_zeros(X.shape[2], hidden) if dX is None else correlate(dX, A)
     return by_X, by_H, by_h0, torch.cat((by_W, by_Wx))

@@ -17,28 +17,16 @@ Reference: Hochreiter & Schmidhuber, "Long short-term memory", Neural Computatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from hfopt.recurrences.arguments import checked, ended, finished, gated, initial, with_ones
-from hfopt.recurrences.cell import (
-    Cell,
-    Maybe,
-    Maybes,
-    Tensors,
-    carried,
-    correlate_,
-    in_gates,
-    lagged,
-    project_,
-    pull_,
-    register,
-    steps_of,
-    with_vectors,
-)
 from hfopt.recurrences.linear import plus
 from hfopt.recurrences.loops import blocks
+from hfopt.recurrences.products import correlate_, in_gates, lagged, project_, pull_, steps_of
+from hfopt.recurrences.registry import Cell, Maybe, Maybes, Tensors, batch_of_vectors, register, with_vectors
 from hfopt.recurrences.sequence import run
 
 _sigmoid_scale = torch.ops.aten.sigmoid_backward.grad_input
@@ -53,6 +41,7 @@ class LSTMCell(Cell):
 
     name = "lstm"
     arguments = 4
+    places = MappingProxyType({2: 0, 3: 1})
     outputs = 2
     results = 4
 
@@ -103,7 +92,7 @@ class LSTMCell(Cell):
         dX, dK, dh0, dc0 = tangents
         X, K, h0, c0 = arguments
         H, C, gates, Y = results
-        hidden, vectors = h0.shape[1], carried(tangents, arguments)
+        hidden, vectors = h0.shape[1], batch_of_vectors(tangents, arguments)
         W, Wx = K[:hidden], K[hidden:]
         dW, dWx = (None, None) if dK is None else (dK[..., :hidden, :], dK[..., hidden:, :])
         R, Rc = (H.new_empty(with_vectors(H.shape, vectors)) for _ in range(2))
@@ -140,7 +129,7 @@ class LSTMCell(Cell):
         U, Uc = cotangents
         X, K, h0, c0 = arguments
         H, C, gates, Y = results
-        hidden, vectors = h0.shape[1], carried(cotangents, (H, C))
+        hidden, vectors = h0.shape[1], batch_of_vectors(cotangents, (H, C))
         # BLAS is slower on small matrices when one of them is a transposed view.
         Wt, Wxt = K[:hidden].t().contiguous(), K[hidden:].t()
         dX = X.new_empty(with_vectors(X.shape, vectors) if needed[0] else 0)

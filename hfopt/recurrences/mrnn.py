@@ -14,6 +14,7 @@ Reference: Sutskever, Martens & Hinton, "Generating text with recurrent neural n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,22 +30,10 @@ from hfopt.recurrences.arguments import (
     looked_for,
     with_ones,
 )
-from hfopt.recurrences.cell import (
-    Cell,
-    Maybe,
-    Maybes,
-    Tensors,
-    carried,
-    correlate_,
-    lagged,
-    project_,
-    pull_,
-    register,
-    steps_of,
-    with_vectors,
-)
 from hfopt.recurrences.loops import blocks
 from hfopt.recurrences.nonlinearities import NONLINEARITIES, Nonlinearity
+from hfopt.recurrences.products import correlate_, lagged, project_, pull_, steps_of
+from hfopt.recurrences.registry import Cell, Maybe, Maybes, Tensors, batch_of_vectors, register, with_vectors
 from hfopt.recurrences.sequence import run
 
 MULTIPLICATIVE = ("tanh", "relu", "sigmoid")
@@ -57,6 +46,7 @@ class MRNNCell(Cell):
     """
 
     arguments = 5
+    places = MappingProxyType({4: 0})
 
     def __init__(self, f: Nonlinearity, preactivations: bool) -> None:
         self.f, self.preactivations = f, preactivations
@@ -113,7 +103,7 @@ class MRNNCell(Cell):
         X, Wxf, Whf, K, h0 = arguments
         H, E, G = results[0], *results[-2:]
         hidden, factors = Whf.shape
-        vectors, ranges = carried(tangents, arguments), blocks(E)
+        vectors, ranges = batch_of_vectors(tangents, arguments), blocks(E)
         Kf, Kx = K[:factors], K[factors:]
         dKf, dKx = (None, None) if dK is None else (dK[..., :factors, :], dK[..., factors:, :])
         moves = [H.new_empty(with_vectors(H.shape, vectors)) for _ in range(self.outputs)]
@@ -150,7 +140,7 @@ class MRNNCell(Cell):
         X, Wxf, Whf, K, h0 = arguments
         H, E, G = results[0], *results[-2:]
         hidden, factors = Whf.shape
-        vectors, ranges = carried(cotangents, results[: self.outputs]), blocks(E)
+        vectors, ranges = batch_of_vectors(cotangents, results[: self.outputs]), blocks(E)
         Whft, Kft, Kxt = Whf.t().contiguous(), K[:factors].t().contiguous(), K[factors:].t()
         dX = X.new_empty(with_vectors(X.shape, vectors) if needed[0] else (0,))
         dWxf, dWhf, dK = (

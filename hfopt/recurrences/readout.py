@@ -19,9 +19,10 @@ from torch import Tensor
 from hfopt import structural
 from hfopt.recurrences import backends
 from hfopt.recurrences.arguments import checked
-from hfopt.recurrences.cell import Cell, Maybe, Maybes, Tensors, carried, correlate_, register, with_vectors
-from hfopt.recurrences.linear import apply, seen
+from hfopt.recurrences.linear import apply, step_inputs
 from hfopt.recurrences.nonlinearities import NONLINEARITIES, Nonlinearity
+from hfopt.recurrences.products import correlate_
+from hfopt.recurrences.registry import Cell, Maybe, Maybes, Tensors, batch_of_vectors, register, with_vectors
 from hfopt.recurrences.sequence import run
 from hfopt.recurrences.simple import Recurrence, layer_point
 
@@ -58,13 +59,13 @@ class ReadoutCell(Cell):
         X, K, h0, Ko = arguments
         H = backends.forward(None, X, K, h0, self.f.name)
         O = _read(H, Ko)
-        return [O, seen(X, H, h0) @ K, H] if self.preactivations else [O, H]
+        return [O, step_inputs(X, H, h0) @ K, H] if self.preactivations else [O, H]
 
     def tangent(self, tangents: Maybes, arguments: Tensors, results: Tensors) -> list[Tensor]:
         """(R_o,) or (R_o, R_a) of (dX, dK, dh0, dK_o)."""
         dX, dK, dh0, dKo = tangents
         X, K, h0, Ko = arguments
-        H, hidden, vectors = results[-1], h0.shape[1], carried(tangents, arguments)
+        H, hidden, vectors = results[-1], h0.shape[1], batch_of_vectors(tangents, arguments)
         R: Maybe = None
         Ra: Maybe = None
         if dX is not None or dK is not None or dh0 is not None:
@@ -72,7 +73,7 @@ class ReadoutCell(Cell):
             if vectors:
                 # The loops carry many vectors without a dK.
                 if dK is not None:
-                    moved = seen(X, H, h0).unsqueeze(1) @ dK
+                    moved = step_inputs(X, H, h0).unsqueeze(1) @ dK
                     inputs = moved if inputs is None else inputs.add_(moved)
                     dK = None
                 if inputs is None:

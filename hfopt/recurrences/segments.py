@@ -16,7 +16,7 @@ Reference: Griewank & Walther, "Evaluating Derivatives", 2nd ed. 2008, chapter 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -117,17 +117,8 @@ def over_time(
     return tuple(found[: segments.outputs]), tuple(found[segments.outputs :])
 
 
-# Which argument of a registered cell is the state that the last row of which output is.
-_STATES = {"lstm": {2: 0, 3: 1}, "gru": {4: 0}, "mrnn": {4: 0}}
-
-
-def states_of(cell: str) -> dict[int, int]:
-    """Place of every state among the arguments of a cell -> the output that it goes on from; empty for none."""
-    return _STATES.get(cell.partition("_")[0].partition("+")[0], {})
-
-
 def by_cell(
-    run: Callable[..., tuple[Tensor, ...]], cell: str, arguments: tuple[Tensor, ...], places: dict[int, int]
+    run: Callable[..., tuple[Tensor, ...]], cell: str, arguments: tuple[Tensor, ...], places: Mapping[int, int]
 ) -> Tensors:
     """``run(cell, *arguments)`` by :func:`over_time`: the first argument is the sequence, all others are parameters."""
     rest = [i for i in range(1, len(arguments)) if i not in places]

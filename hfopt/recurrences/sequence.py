@@ -23,9 +23,10 @@ from torch.autograd import forward_ad
 from torch.func import vjp
 
 from hfopt.recurrences import segments
-from hfopt.recurrences.cell import CELLS, Cell, Maybe, Maybes, Tensors, backend, carried, with_vectors
+from hfopt.recurrences.backends import backend
 from hfopt.recurrences.linear import apply, plus
-from hfopt.recurrences.noted import note
+from hfopt.recurrences.recorded import record
+from hfopt.recurrences.registry import CELLS, Cell, Maybe, Maybes, Tensors, batch_of_vectors, with_vectors
 
 
 def _own(tensors: list[Tensor]) -> list[Tensor]:
@@ -68,7 +69,7 @@ def _(cell: str, arguments: Sequence[Tensor]) -> list[Tensor]:
 def _(
     cell: str, tangents: Sequence[Tensor | None], arguments: Sequence[Tensor], results: Sequence[Tensor]
 ) -> list[Tensor]:
-    vectors = carried(tangents, arguments)
+    vectors = batch_of_vectors(tangents, arguments)
     return [y.new_empty(with_vectors(y.shape, vectors)) for y in results[: CELLS[cell].outputs]]
 
 
@@ -80,7 +81,7 @@ def _(
     results: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    vectors = carried(cotangents, results[: CELLS[cell].outputs])
+    vectors = batch_of_vectors(cotangents, results[: CELLS[cell].outputs])
     return [
         x.new_empty(with_vectors(x.shape, vectors)) if wanted else x.new_empty(0)
         for x, wanted in zip(arguments, needed, strict=True)
@@ -221,10 +222,10 @@ def run(cell: str, *arguments: Tensor) -> tuple[Tensor, ...]:
     outputs = CELLS[cell].outputs
     if torch.compiler.is_compiling():
         return tuple(sequence_forward(cell, arguments)[:outputs])
-    if (places := segments.states_of(cell)) and segments.wanted():
+    if (places := CELLS[cell].places) and segments.wanted():
         return segments.by_cell(run, cell, arguments, places)
     results: tuple[Tensor, ...] = apply(_Forward, cell, *arguments)
-    return note(cell, arguments, results, outputs)
+    return record(cell, arguments, results, outputs)
 
 
 def _split(tensors: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any]]:

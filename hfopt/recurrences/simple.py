@@ -10,10 +10,10 @@ from torch import Tensor
 from hfopt import structural
 from hfopt.recurrences import segments
 from hfopt.recurrences.arguments import check_inputs, checked
-from hfopt.recurrences.linear import Maybe, adjoint, apply, seen, tangent
+from hfopt.recurrences.linear import Maybe, adjoint, apply, step_inputs, tangent
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
-from hfopt.recurrences.noted import note
 from hfopt.recurrences.operators import rnn_forward
+from hfopt.recurrences.recorded import record
 
 
 class Recurrence(torch.autograd.Function):
@@ -28,7 +28,7 @@ class Recurrence(torch.autograd.Function):
         H = rnn_forward(P, X, K, h0, nonlinearity)
         if not preactivations:
             return (H,)
-        moved = seen(X, H, h0) @ K
+        moved = step_inputs(X, H, h0) @ K
         return H, moved if P is None else P + moved
 
     @staticmethod
@@ -86,7 +86,7 @@ def _run(P: Maybe, X: Tensor, K: Tensor, h0: Tensor, nonlinearity: str, mask: Ma
         return segments.over_time(part, (P, X, mask), (h0,), (K,))[0][0]
     wanted = structural.wanted()
     found = apply(Recurrence, P, X, K, h0, nonlinearity, wanted)
-    H, *A = note(f"simple_{nonlinearity}", (P, X, K, h0), found, len(found))
+    H, *A = record(f"simple_{nonlinearity}", (P, X, K, h0), found, len(found))
     if wanted:
         curvature = NONLINEARITIES[nonlinearity].distance(H.detach())
         structural.mark(A[0], curvature, batch_dim=1, mask=mask)

@@ -111,10 +111,10 @@ def _version(compiler: Compiler) -> str:
     return _run((*compiler, "--version"), 60.0)
 
 
-def _key(compiler: Compiler) -> str:
+def _key(compiler: Compiler, source: str = "") -> str:
     """A name that changes with the source, the flags, the compiler and the processor."""
     key = hashlib.sha256()
-    sources = [path.read_bytes() for path in sorted(HERE.glob("*.[ch]"))]
+    sources = [*(path.read_bytes() for path in sorted(HERE.glob("*.[ch]"))), *([source.encode()] if source else [])]
     # What the compiler itself takes "native" for: it may know less of the processor than the system does.
     native = ""
     with contextlib.suppress(RuntimeError):
@@ -230,21 +230,23 @@ def _alive(process: int) -> bool:
 # -- building and loading ------------------------------------------------------------------------------------------
 
 
-def build(compiler: Compiler, folder: Path) -> Path:
+def build(compiler: Compiler, folder: Path, source: str = "") -> Path:
     """The compiled library in ``folder``, compiled now if it is not there yet, or damaged.
+
+    It is that of the package's own passes, or of a ``source`` that includes the package's headers.
 
     Raises:
         RuntimeError: the compiler fails; the message holds what it said.
     """
-    key = _key(compiler)
+    key = _key(compiler, source)
     if (library := _find(folder, key)) is not None:
         return library
     with _alone(folder):
         # Somebody else may have built it meanwhile.
-        return _find(folder, key) or _compile(compiler, folder, key)
+        return _find(folder, key) or _compile(compiler, folder, key, source)
 
 
-def _compile(compiler: Compiler, folder: Path, key: str) -> Path:
+def _compile(compiler: Compiler, folder: Path, key: str, source: str = "") -> Path:
     damaged = list(folder.glob(f"{key}-*.so"))
     log.info(
         "compiling hfopt's passes over time %swith %s into %s: once on this machine, in 5 to 30 s",
@@ -256,7 +258,11 @@ def _compile(compiler: Compiler, folder: Path, key: str) -> Path:
     workshop = _workshop(folder)
     try:
         fresh = workshop / "passes.so"
-        command = [*compiler, *FLAGS, "-o", str(fresh), str(HERE / "kernels.c"), "-lm"]
+        written = HERE / "kernels.c"
+        if source:
+            written = workshop / "passes.c"
+            written.write_text(source, encoding="utf-8")
+        command = [*compiler, *FLAGS, f"-I{HERE}", "-o", str(fresh), str(written), "-lm"]
         _run(command, _PATIENCE, workshop)
         fresh.chmod(0o700)
         _sync(fresh)

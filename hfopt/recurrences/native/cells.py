@@ -8,9 +8,21 @@ from functools import cache
 
 from torch import Tensor
 
-from hfopt.recurrences.cell import CELLS, Cell, Maybe, Maybes, Passes, Tensors
+from hfopt.recurrences.generated import Generated
 from hfopt.recurrences.native import simple
-from hfopt.recurrences.native.passes import Vectors, call, contiguous, padded, parts, put_off, serves, tile, total
+from hfopt.recurrences.native.generated import Compiled
+from hfopt.recurrences.native.passes import (
+    Vectors,
+    accumulation_steps,
+    call,
+    contiguous,
+    padded,
+    parts,
+    serves,
+    tile,
+    total,
+)
+from hfopt.recurrences.registry import CELLS, Cell, Maybe, Maybes, Passes, Tensors
 
 _F = {"tanh": 0, "sigmoid": 1, "relu": 2}
 
@@ -91,7 +103,7 @@ class _LSTM(_Compiled):
             "lstm_adjoint",
             X,
             (steps, batch, h, V, many.count),
-            (rows, ld, put_off(rows)),
+            (rows, ld, accumulation_steps(rows)),
             [*contiguous((*cotangents, *arguments, *results)), dX, dh0, dc0],
             ranges,
             [(part,) for part in sums],
@@ -131,7 +143,7 @@ class _GRU(_Compiled):
             "gru_adjoint",
             X,
             (steps, batch, h, V, many.count),
-            (rows, ld, put_off(rows)),
+            (rows, ld, accumulation_steps(rows)),
             [*contiguous((*cotangents, X, K_h, K_x, h0, *results)), dX, dh0],
             ranges,
             list(zip(on_h, on_x, on_b, strict=True)),
@@ -183,7 +195,7 @@ class _MRNN(_Compiled):
             "mrnn_adjoint",
             X,
             (steps, batch, h, V, F, many.count),
-            (self._f, rows, ld_h, ld_f, put_off(rows)),
+            (self._f, rows, ld_h, ld_f, accumulation_steps(rows)),
             [
                 *contiguous((*cotangents, *absent, *arguments, results[0], *results[-2:])),
                 dX,
@@ -237,4 +249,7 @@ _COMPILED: dict[str, type[_Compiled]] = {
 @cache
 def cell(name: str) -> Passes | None:
     """The passes of the registered cell of this name, compiled; None if there are none."""
-    return _COMPILED[name](CELLS[name]) if name in _COMPILED else None
+    if name in _COMPILED:
+        return _COMPILED[name](CELLS[name])
+    traced = CELLS[name]
+    return Compiled(traced) if isinstance(traced, Generated) else None

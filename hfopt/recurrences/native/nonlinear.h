@@ -90,4 +90,27 @@ static void NAME(apply)(REAL *x, long count, long f) {
   NAME(store)(rest, NAME(value)(NAME(load)(rest), f));
   __builtin_memcpy(x + i, rest, (count - i) * sizeof(REAL));
 }
+
+static inline __attribute__((always_inline)) VEC NAME(rectified)(VEC x) { return NAME(choose)(x < 0, (VEC){0}, x); }
+
+static inline __attribute__((always_inline)) VEC NAME(step_of)(VEC x) { return NAME(choose)(x > 0, (VEC){0} + 1, (VEC){0}); }
+
+static inline __attribute__((always_inline)) VEC NAME(sign_of)(VEC x) {
+  return NAME(choose)(x > 0, (VEC){0} + 1, NAME(choose)(x < 0, (VEC){0} - 1, x));
+}
+
+/* exp(x) of any x. */
+static inline VEC NAME(exponential_of)(VEC x) {
+  for (long l = 0; l < LANES; l++) x[l] = SINGLE ? (REAL)expf((float)x[l]) : (REAL)exp((double)x[l]);
+  return x;
+}
+
+/* The first `count` numbers from x on, the rest zero. */
+static inline VEC NAME(load_some)(const REAL *x, long count) {
+  VEC v = {0};
+  __builtin_memcpy(&v, x, count * sizeof(REAL));
+  return v;
+}
+
+static inline void NAME(store_some)(REAL *x, VEC v, long count) { __builtin_memcpy(x, &v, count * sizeof(REAL)); }
 #undef INTEGER

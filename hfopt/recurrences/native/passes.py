@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ def tile(row_bytes: int, ranges: Sequence[tuple[int, int]]) -> int:
     return -(-rows // max(1, round(rows / wanted)))
 
 
-def put_off(rows: int) -> int:
+def accumulation_steps(rows: int) -> int:
     """Steps of a tile of `rows` sequences after which sums over both are added up: enough to make up for reading and
     writing the sums; LONGEST_BLOCK of kernels.c is the most."""
     return max(2, min(32, -(-192 // rows)))
@@ -91,16 +92,18 @@ def call(
     tensors: Sequence[Maybe],
     ranges: Sequence[tuple[int, int]],
     own: Sequence[Sequence[Maybe]] | None = None,
+    compiled: ctypes.CDLL | None = None,
 ) -> None:
     """Run a pass on ranges of sequences: numbers (*sizes, first, last, *settings), pointers (*tensors, *own[k]).
 
-    `own`: tensors that the k-th range has for itself, such as sums.
+    `own`: tensors that the k-th range has for itself, such as sums. `compiled`: the library, if not the package's.
     """
     mine: Sequence[Sequence[Maybe]] = [()] * len(ranges) if own is None else own
     run(
         f"{name}_{_SUFFIX[like.dtype]}",
         [((*sizes, *r, *settings), (*tensors, *extra)) for r, extra in zip(ranges, mine, strict=True)],
+        compiled,
     )
 
 
-__all__ = ["Maybe", "Vectors", "call", "contiguous", "padded", "parts", "put_off", "serves", "tile", "total"]
+__all__ = ["Maybe", "Vectors", "accumulation_steps", "call", "contiguous", "padded", "parts", "serves", "tile", "total"]

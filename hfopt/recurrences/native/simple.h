@@ -13,18 +13,6 @@ static inline void NAME(scale)(REAL *restrict out, const REAL *restrict h, long 
   }
 }
 
-static inline void NAME(copy)(REAL *restrict to, const REAL *restrict from, long count) {
-  __builtin_memcpy(to, from, count * sizeof(REAL));
-}
-
-static inline void NAME(zero)(REAL *to, long count) {
-  for (long i = 0; i < count; i++) to[i] = 0;
-}
-
-static inline void NAME(add)(REAL *restrict to, const REAL *restrict what, long count) {
-  for (long i = 0; i < count; i++) to[i] += what[i];
-}
-
 /* The inner product of two rows. */
 static inline REAL NAME(dot)(const REAL *x, const REAL *y, long count) {
   VEC sum = {0};

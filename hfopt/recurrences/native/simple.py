@@ -10,7 +10,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hfopt.recurrences.native.passes import Maybe, Vectors, call, contiguous, padded, parts, put_off, tile, total
+from hfopt.recurrences.native.passes import (
+    Maybe,
+    Vectors,
+    accumulation_steps,
+    call,
+    contiguous,
+    padded,
+    parts,
+    tile,
+    total,
+)
 
 _F = {"tanh": 0, "sigmoid": 1, "relu": 2, "identity": 3}
 
@@ -115,7 +125,7 @@ def adjoint(
         "simple_adjoint",
         H,
         (steps, batch, h, X.shape[2], many.count, point.outputs),
-        (_F[nonlinearity], rows, ld, ld_o, put_off(rows)),
+        (_F[nonlinearity], rows, ld, ld_o, accumulation_steps(rows)),
         [*contiguous((U, U_a, U_o, X, H, h0, K, K_o)), dP, dX, dh0],
         ranges,
         [(sums[k], None if read is None else read[k]) for k in range(len(ranges))],

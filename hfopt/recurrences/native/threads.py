@@ -77,10 +77,10 @@ def parts(batch: int, flops: float) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _in_team(name: str, calls: Sequence[Call], openmp: tuple[int | None, ...]) -> int:
+def _in_team(compiled: ctypes.CDLL, name: str, calls: Sequence[Call], openmp: tuple[int | None, ...]) -> int:
     """The number of calls that failed."""
-    compiled = library()
-    assert compiled is not None
+    main = library()
+    assert main is not None
     sizes = [size for numbers, _ in calls for size in numbers]
     pointers = [None if t is None else t.data_ptr() for _, tensors in calls for t in tensors]
     parallel, number, members = openmp
@@ -94,19 +94,19 @@ def _in_team(name: str, calls: Sequence[Call], openmp: tuple[int | None, ...]) -
         number,
         members,
     )
-    return int(compiled.run_in_team(ctypes.byref(job), ctypes.c_void_p(parallel)))
+    return int(main.run_in_team(ctypes.byref(job), ctypes.c_void_p(parallel)))
 
 
-def _alone(name: str, sizes: Sequence[int], tensors: Sequence[Tensor | None]) -> int:
-    compiled = library()
-    assert compiled is not None
+def _alone(compiled: ctypes.CDLL, name: str, sizes: Sequence[int], tensors: Sequence[Tensor | None]) -> int:
     numbers = (ctypes.c_long * len(sizes))(*sizes)
     pointers = (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
     return int(compiled[name](numbers, pointers))
 
 
-def run(name: str, calls: Sequence[Call]) -> None:
+def run(name: str, calls: Sequence[Call], compiled: ctypes.CDLL | None = None) -> None:
     """Call the compiled function `name` with (sizes, pointers) once for each of `calls`, at the same time.
+
+    It is one of `compiled`, a cell's own library, or of the package's.
 
     On threads of torch's own OpenMP runtime where that can be found, otherwise on Python's: ctypes lets go of the
     interpreter while a call runs.
@@ -114,12 +114,14 @@ def run(name: str, calls: Sequence[Call]) -> None:
     Raises:
         MemoryError: a call found no memory for its workspace.
     """
+    compiled = library() if compiled is None else compiled
+    assert compiled is not None
     openmp = _openmp() if len(calls) > 1 else None
     if openmp is not None:
-        failed = _in_team(name, calls, openmp)
+        failed = _in_team(compiled, name, calls, openmp)
     else:
         first, *others = calls
-        waiting = [_executor(len(others)).submit(_alone, name, *other) for other in others]
-        failed = _alone(name, *first) + sum(future.result() for future in waiting)
+        waiting = [_executor(len(others)).submit(_alone, compiled, name, *other) for other in others]
+        failed = _alone(compiled, name, *first) + sum(future.result() for future in waiting)
     if failed:
         raise MemoryError("no memory for the workspace of a pass over time")

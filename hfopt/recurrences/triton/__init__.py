@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hfopt.recurrences.cell import Passes
+    from hfopt.recurrences.registry import Passes
 
 __all__ = ["available", "cell", "precision"]
 
@@ -86,9 +86,10 @@ def available(tensor: Tensor) -> bool:
 
 def cell(name: str) -> Passes | None:
     """The passes of the cell of that name, or None where there are no kernels for it or Triton is not installed."""
-    if name not in _CELLS or not installed():
+    if not installed():
         return None
-    passes: Passes = importlib.import_module(f"{__name__}.{_CELLS[name]}").cell(name)
+    place = _CELLS.get(name, "generated")
+    passes: Passes | None = importlib.import_module(f"{__name__}.{place}").cell(name)
     return passes
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hfopt.recurrences.cell import Maybes, Passes, Tensors, carried, with_vectors
+from hfopt.recurrences.registry import Maybes, Passes, Tensors, batch_of_vectors, with_vectors
 from hfopt.recurrences.triton import gru_kernels, tiles
 from hfopt.recurrences.triton.outside import correlated, projected, start_of
 
@@ -42,7 +42,7 @@ class _GRU:
         X, Kh, Kx, b, h0 = arguments
         tiles.check(X=X, K_h=Kh, K_x=Kx, b_n=b, h0=h0, dX=dX, dK_h=dKh, dK_x=dKx, db_n=db, dh0=dh0)
         H, G, N = (x.contiguous() for x in results)
-        (steps, batch, hidden), vectors = H.shape, carried(tangents, arguments)
+        (steps, batch, hidden), vectors = H.shape, batch_of_vectors(tangents, arguments)
         R = H.new_empty(with_vectors(H.shape, vectors))
         Q = None
         if not (dX is None and dKh is None and dKx is None and db is None):
@@ -79,7 +79,7 @@ class _GRU:
         tiles.check(X=X, K_h=Kh, K_x=Kx, b_n=b, h0=h0, U=given)
         H, G, N = (x.contiguous() for x in results)
         U = given.contiguous()
-        (steps, batch, hidden), vectors = H.shape, carried(cotangents, (H,))
+        (steps, batch, hidden), vectors = H.shape, batch_of_vectors(cotangents, (H,))
         D = H.new_empty(*U.shape[:-1], 4 * hidden)
         Kr, Kz, Kn = Kh.t().chunk(3)
         M, h_first = torch.cat((Kn, Kr, Kz)), h0.contiguous()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hfopt.recurrences.cell import Maybes, Passes, Tensors, carried, with_vectors
+from hfopt.recurrences.registry import Maybes, Passes, Tensors, batch_of_vectors, with_vectors
 from hfopt.recurrences.triton import lstm_kernels, tiles
 from hfopt.recurrences.triton.outside import correlated, projected, start_of
 
@@ -42,7 +42,7 @@ class _LSTM:
         X, K, h0, c0 = arguments
         tiles.check(X=X, K=K, h0=h0, c0=c0, dX=dX, dK=dK, dh0=dh0, dc0=dc0)
         H, C, G, Y = (x.contiguous() for x in results)
-        (steps, batch, hidden), vectors = H.shape, carried(tangents, arguments)
+        (steps, batch, hidden), vectors = H.shape, batch_of_vectors(tangents, arguments)
         R, Rc = (H.new_empty(with_vectors(H.shape, vectors)) for _ in range(2))
         Q = None
         if dX is not None or dK is not None:
@@ -71,7 +71,7 @@ class _LSTM:
         tiles.check(X=X, K=K, h0=h0, c0=c0, U=cotangents[0], Uc=cotangents[1])
         H, C, G, Y = (x.contiguous() for x in results)
         U, Uc = (None if x is None else x.contiguous() for x in cotangents)
-        (steps, batch, hidden), vectors = H.shape, carried(cotangents, (H, C))
+        (steps, batch, hidden), vectors = H.shape, batch_of_vectors(cotangents, (H, C))
         D = H.new_empty(with_vectors(G.shape, vectors))
         M, c_first = K[:hidden].t().contiguous(), c0.contiguous()
         count = D[0].numel() // (4 * hidden)

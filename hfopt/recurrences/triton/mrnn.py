@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hfopt.recurrences.cell import Maybes, Passes, Tensors, carried, with_vectors
+from hfopt.recurrences.registry import Maybes, Passes, Tensors, batch_of_vectors, with_vectors
 from hfopt.recurrences.triton import mrnn_kernels, tiles
 from hfopt.recurrences.triton.outside import correlated, projected, start_of
 
@@ -47,7 +47,7 @@ class _MRNN:
         X, Wxf, Whf, K, h0 = arguments
         tiles.check(X=X, W_xf=Wxf, W_hf=Whf, K=K, h0=h0, dX=dX, dW_xf=dWxf, dW_hf=dWhf, dK=dK, dh0=dh0)
         H, E, G = (x.contiguous() for x in (results[0], *results[-2:]))
-        factors, vectors = E.shape[2], carried(tangents, arguments)
+        factors, vectors = E.shape[2], batch_of_vectors(tangents, arguments)
         R = H.new_empty(with_vectors(H.shape, vectors))
         Ra = R.new_empty(R.shape) if self.preactivations else R
         e, g = (x.unsqueeze(1) if vectors else x for x in (E, G))
@@ -82,7 +82,7 @@ class _MRNN:
         U, Ua = (None if x is None else x.contiguous() for x in (*cotangents, None)[:2])
         tiles.check(X=X, W_xf=Wxf, W_hf=Whf, K=K, h0=h0, U=U, Ua=Ua)
         H, E, G = (x.contiguous() for x in (results[0], *results[-2:]))
-        factors, vectors = E.shape[2], carried(cotangents, results[: len(cotangents)])
+        factors, vectors = E.shape[2], batch_of_vectors(cotangents, results[: len(cotangents)])
         D = H.new_empty(with_vectors(H.shape, vectors))
         Dg, De = (E.new_empty(with_vectors(E.shape, vectors)) for _ in range(2))
         M1, M2 = Whf.t().contiguous(), K[:factors].t().contiguous()

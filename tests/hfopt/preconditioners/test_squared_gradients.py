@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import hfopt
 from hfopt.preconditioners import EmpiricalFisherDiagonal
-from models import GRU, LSTM, MRNN, RNN
+from models import GRU, LSTM, MRNN, RHN, RNN, UGRNN, IntersectionRNN
 from tests.hfopt.preconditioners.preconditioned import N, Tied, convolutional, gauss_newton, per_case, recurrent
 from tests.hfopt.tools import DENSE, SUMS, mlp, randn, relative
 
@@ -70,6 +70,9 @@ CELLS: dict[str, Callable[[str], nn.Module]] = {
     "lstm": lambda output: LSTM(2, 3, 1, output=output),
     "gru": lambda output: GRU(2, 3, 1, output=output),
     "mrnn": lambda output: MRNN(2, 3, 4, 1, output=output),
+    "ugrnn of two layers": lambda output: UGRNN(2, 3, 1, depth=2, output=output),
+    "highway network with masks": lambda output: RHN(2, 3, 1, depth=2, hidden_dropout=0.5, output=output).eval(),
+    "intersection": lambda output: IntersectionRNN(2, 2, 1, output=output),
 }
 
 

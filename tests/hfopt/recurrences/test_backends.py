@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hfopt.recurrences import backends, triton
-from hfopt.recurrences.cell import CELLS, backend
+from hfopt.recurrences.backends import backend
+from hfopt.recurrences.registry import CELLS
 
 
 class Somewhere:

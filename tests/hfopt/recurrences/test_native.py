@@ -15,9 +15,9 @@ from torch import Tensor
 
 import hfopt
 from hfopt.recurrences import loops
-from hfopt.recurrences.cell import CELLS, carried, with_vectors
 from hfopt.recurrences.native import build, cell, passes, simple, threads
 from hfopt.recurrences.nonlinearities import NONLINEARITIES
+from hfopt.recurrences.registry import CELLS, batch_of_vectors, with_vectors
 
 needs_compiler = pytest.mark.skipif(build.library() is None, reason="no C compiler here")
 
@@ -132,7 +132,7 @@ def test_passes_of_cells_equal_torchs(name: str, dtype: torch.dtype, vectors: in
                 torch.randn(with_vectors(x.shape, many), dtype=dtype, generator=g) if on else None
                 for x, on in zip(given, chosen, strict=True)
             ]
-            assert carried(d, given) == many
+            assert batch_of_vectors(d, given) == many
             told = f"tangent {sizes} {chosen}"
             assert_same(compiled.tangent(d, given, results), plain.tangent(d, given, results), told)
         outputs = results[: plain.outputs]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
 
-from hfopt.recurrences.cell import CELLS
+from hfopt.recurrences.registry import CELLS
 from hfopt.recurrences.sequence import sequence_forward
 from tests.hfopt.recurrences.cells import NAMES, PLAIN, Sizes, arguments, cell
 from tests.hfopt.recurrences.plain import Calls, like

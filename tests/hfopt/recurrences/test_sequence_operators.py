@@ -13,7 +13,7 @@ from torch.func import jvp, vjp
 from torch.testing import assert_close
 
 from hfopt.recurrences import loops, sequence
-from hfopt.recurrences.cell import CELLS, with_vectors
+from hfopt.recurrences.registry import CELLS, with_vectors
 from hfopt.recurrences.sequence import sequence_adjoint, sequence_forward, sequence_tangent
 from tests.hfopt.recurrences.cells import NAMES, PLAIN, SMALL, Sizes, arguments
 from tests.hfopt.recurrences.plain import dot, like

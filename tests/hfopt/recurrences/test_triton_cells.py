@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hfopt.recurrences.triton as package
-from hfopt.recurrences.cell import CELLS, with_vectors
+from hfopt.recurrences.registry import CELLS, with_vectors
 from tests.hfopt.recurrences.cells import Sizes, arguments
 from tests.hfopt.recurrences.plain import dot, like
 from tests.hfopt.recurrences.test_triton import DEVICE, FORMS, TOLERANCE, take

@@ -264,11 +264,16 @@ def test_a_damped_part_without_sequences_is_refused() -> None:
 def test_the_guides_examples_run() -> None:
     guide = (Path(__file__).resolve().parents[3] / "docs" / "recurrences.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
-    assert len(examples) == 2
     torch.manual_seed(0)
-    layers, own = ({} for _ in examples)
+    layers, sized, defined, own = ({} for _ in examples)
     exec(examples[0], layers)
     expected = layers["lstm"](layers["inputs"])[0]
     assert_close(layers["H"][:, 0], expected[:, 0], rtol=1e-5, atol=1e-6)
-    exec(examples[1], own)
+    exec(examples[1], sized)
+    assert sized["n"] == 210
+    exec(examples[2], defined)
+    assert defined["minimal"].untraceable is None
+    assert len(defined["minimal"].products) == 2
+    assert defined["found"].output.shape == (50, 8, 20)
+    exec(examples[3], own)
     assert own["outputs"].shape == (50, 8, 20)

@@ -1,4 +1,4 @@
-"""What a recurrent cell has to say about itself, the registry of cells, and the choice of who runs its passes.
+"""What a recurrent cell has to say about itself, and the registry of cells.
 
 A cell is a function of tensors, `arguments -> outputs`, over a whole sequence. Arguments and outputs with three
 dimensions are sequences (T, B, .); those with two are weights or states. Where N vectors are carried together (tangents
@@ -8,12 +8,11 @@ columns), and (N, h) for a vector; then every vector that is there has it, and t
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol, cast
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 Maybe = Tensor | None
@@ -45,9 +44,11 @@ class Cell(ABC):
         arguments: how many tensors it takes.
         outputs: how many it gives.
         results: how many its forward pass gives, outputs included.
+        places: place of every state before the first step among the arguments -> the output that it goes on from.
     """
 
     name: str
+    places: Mapping[int, int] = MappingProxyType({})
     arguments: int
     outputs: int
     results: int
@@ -75,27 +76,13 @@ class Cell(ABC):
 
 CELLS: dict[str, Cell] = {}
 
-_FASTER = {"cpu": "hfopt.recurrences.native", "cuda": "hfopt.recurrences.triton"}
-
 
 def register(cell: Cell) -> None:
     """Make the operators know `cell` by its name."""
     CELLS[cell.name] = cell
 
 
-def backend(cell: Cell, like: Tensor) -> Passes:
-    """Who runs the passes of `cell` on tensors like this one: compiled kernels where there are some, else the cell."""
-    # Imported when it is needed: these modules know the cells.
-    from hfopt.recurrences.backends import kernels_serve
-
-    place = _FASTER.get(like.device.type)
-    if place is None or (like.device.type == "cuda" and not kernels_serve(like)):
-        return cell
-    found = importlib.import_module(place).cell(cell.name)
-    return cell if found is None else cast(Passes, found)
-
-
-def carried(vectors: Maybes, arguments: Tensors) -> tuple[int, ...]:
+def batch_of_vectors(vectors: Maybes, arguments: Tensors) -> tuple[int, ...]:
     """(N,) if N vectors are carried together, otherwise (); `arguments` has what each is a tangent or cotangent of."""
     for vector, argument in zip(vectors, arguments, strict=True):
         if vector is not None:
@@ -112,71 +99,3 @@ def with_vectors(shape: Sequence[int], vectors: tuple[int, ...]) -> tuple[int, .
     """The shape of N tensors of this shape carried together."""
     place = 1 if len(shape) == 3 else 0
     return (*shape[:place], *vectors, *shape[place:])
-
-
-def lagged(H: Tensor, first: Tensor, start: int, stop: int) -> Tensor:
-    """H_{t-1} for t = start..stop-1, with H_{-1} = first (*N, B, h); a range that begins with step 0 ends there."""
-    return first.unsqueeze(0) if start == 0 else H[start - 1 : stop - 1]
-
-
-def project_(out: Tensor, *pairs: tuple[Maybe, Maybe]) -> Tensor:
-    """Fill out (n, *N, B, m) with the sum of rows @ weight over the pairs; a pair with a None is zero.
-
-    Either of rows (n, *N, B, k) and weight (*N, k, m) carries the vectors, the other has no N.
-    """
-    if out.numel() == 0:
-        return out
-    empty = True
-    for rows, weight in pairs:
-        if rows is None or weight is None or weight.shape[-2] == 0:
-            continue
-        if weight.dim() == 2:
-            flat, left = out.view(-1, out.shape[-1]), rows.reshape(-1, rows.shape[-1])
-            if empty:
-                torch.mm(left, weight, out=flat)
-            else:
-                flat.addmm_(left, weight)
-        elif empty:
-            torch.matmul(rows.unsqueeze(1), weight, out=out)
-        else:
-            out.add_(rows.unsqueeze(1) @ weight)
-        empty = False
-    return out.zero_() if empty else out
-
-
-def correlate_(total: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Add to total (*N, k, m) the sum over all steps of rows' values: rows (n, B, k), values (n, *N, B, m)."""
-    if rows.shape[-1] == 0:
-        return
-    left = rows.reshape(-1, rows.shape[-1]).t()
-    if total.dim() == 2:
-        total.addmm_(left, values.reshape(-1, values.shape[-1]))
-        return
-    for one, value in zip(total.unbind(), values.unbind(1), strict=True):
-        one.addmm_(left, value.reshape(-1, value.shape[-1]))
-
-
-def steps_of(X: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The steps of a contiguous X (n, *N, B, m): as matrices (N B, m) for products, and as they are."""
-    if X.dim() == 3:
-        steps = X.unbind()
-        return steps, steps
-    return X.flatten(1, 2).unbind(), X.unbind()
-
-
-def in_gates(X: Tensor, count: int) -> Tensor:
-    """X (..., count h) as (..., count, h)."""
-    return X.view(*X.shape[:-1], count, -1)
-
-
-def pull_(u: Maybe, following: Maybe, Wt: Tensor, out: Tensor) -> None:
-    """Fill out (N B, h) with u + following W'; a None is zero."""
-    if following is None:
-        if u is None:
-            out.zero_()
-        else:
-            out.copy_(u)
-    elif u is None:
-        torch.mm(following, Wt, out=out)
-    else:
-        torch.addmm(u, following, Wt, out=out)

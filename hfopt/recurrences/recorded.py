@@ -1,4 +1,4 @@
-"""Which recurrences a closure has run, for whoever wants to look into them: what each was given and what it gave."""
+"""A record of the recurrences that a closure has run: what each was given and what it gave."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Maybe = Tensor | None
 
 
 @dataclass(frozen=True)
-class Noted:
+class Recorded:
     """One run of a cell (or of the simple recurrence, as "simple_" and its nonlinearity) over a whole sequence.
 
     Attributes:
@@ -29,24 +29,24 @@ class Noted:
     results: tuple[Tensor, ...]
 
 
-_noted: ContextVar[list[Noted] | None] = ContextVar("hfopt_noted_recurrences", default=None)
+_recorded: ContextVar[list[Recorded] | None] = ContextVar("hfopt_recorded_recurrences", default=None)
 
 
 @contextmanager
-def noting() -> Iterator[list[Noted]]:
-    """Note every recurrence that is run inside the block."""
-    found: list[Noted] = []
-    token = _noted.set(found)
+def recording() -> Iterator[list[Recorded]]:
+    """Record every recurrence that is run inside the block."""
+    found: list[Recorded] = []
+    token = _recorded.set(found)
     try:
         yield found
     finally:
-        _noted.reset(token)
+        _recorded.reset(token)
 
 
-def note(cell: str, arguments: Sequence[Maybe], results: Sequence[Tensor], outputs: int) -> tuple[Tensor, ...]:
-    """The first ``outputs`` of the results, noted if anybody looks."""
-    found, shown = _noted.get(), tuple(results[:outputs])
+def record(cell: str, arguments: Sequence[Maybe], results: Sequence[Tensor], outputs: int) -> tuple[Tensor, ...]:
+    """The first ``outputs`` of the results, recorded if anybody looks."""
+    found, shown = _recorded.get(), tuple(results[:outputs])
     if found is None:
         return shown
-    found.append(Noted(cell, tuple(arguments), shown, tuple(r.detach() for r in results)))
+    found.append(Recorded(cell, tuple(arguments), shown, tuple(r.detach() for r in results)))
     return tuple(y.clone() for y in shown)  # what follows may be in place

@@ -1,0 +1,311 @@
+"""The tangent and the adjoint of a traced cell in C."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hfopt.recurrences.definition import Target
+from hfopt.recurrences.expression import Expression, ordered, pull, push
+from hfopt.recurrences.native.emit import Emitter
+from hfopt.recurrences.native.layout import Writer, total
+
+
+def tangent(c: Emitter) -> str:
+    """n: T, B, V, N (vectors), sizes, first, last, tile.
+
+    p: tangents of the arguments but the masks (T, N, B, .) or (N, .., .), NULL for zero; arguments, results; then the
+    tangents of states and outputs (T, N, B, .), which are written.
+    """
+    d, at, w = c.d, c.at, Writer()
+    products = range(len(d.products))
+    c.begin(w, "tangent", "")
+    names = ["dX", "dKx", *(f"dK{j}" for j in products), *(f"db_{b}" for b in d.parameters)]
+    names += [f"d0_{s}" for s in d.states]
+    w.pointers([*((n, False) for n in names), *c.point(), *((f"R_{s}", True) for s in d.returned)])
+    parts = [("local", "tile * width"), ("nothing", " + ".join(f"n_{s}" for s in at.sizes))]
+    parts += [(f"{v}W{j}", f"NAME(packed_size)(n_{p.size}, w{j})") for v in ("", "d") for j, p in enumerate(d.products)]
+    blocks = [(j, b) for j, b in enumerate(at.blocks) if b]
+    parts += [(f"{v}Wx{j}", f"NAME(packed_size)(V, {b.width})") for v in ("", "d") for j, b in blocks]
+    parts += [(f"q{i}_", f"tile * n_{t.size}") for i, t in enumerate(d.targets) if t.node not in at.names]
+    parts += [(f"v{j}_", f"tile * n_{p.size}") for j, p in enumerate(d.products) if p.vector not in c.states]
+    c.pool(w, parts)
+    w(f"NAME(zero)(nothing, {' + '.join(f'n_{s}' for s in at.sizes)});")
+    c.pack(w)
+    w("for (long v = 0; v < N; v++) {")
+    for j, p in enumerate(d.products):
+        w(f"if (dK{j}) NAME(pack)(dW{j}, dK{j} + v * n_{p.size} * w{j}, w{j}, 1, n_{p.size}, w{j});")
+    for j, b in blocks:
+        w(f"if (dKx) NAME(pack)(dWx{j}, dKx + v * V * wx + ({b.first}), wx, 1, V, {b.width});")
+    for name, size in d.parameters.items():
+        w(f"const REAL *restrict const e_{name} = db_{name} ? db_{name} + v * n_{size} : nothing;")
+    w("for (long row = first; row < last; row += tile) {")
+    w("const long m = last - row < tile ? last - row : tile, at = v * B + row;")
+    for s, size in d.states.items():
+        w(f"const REAL *before_{s} = d0_{s} ? d0_{s} + at * n_{size} : NULL;")
+    w("for (long t = 0; t < T; t++) {", "const long now = t * N * B + at, here = t * B + row;")
+    c.olds(w)
+    if d.inputs or not d.products:
+        _project(c, w, 0)
+    for k in range(len(d.products) + 1):
+        if k:
+            _multiply(c, w, k - 1)
+        for size, targets in at.groups(k):
+            _push_group(c, w, k, size, targets)
+    for s, size in d.states.items():
+        w(f"before_{s} = R_{s} + now * n_{size};")
+    w("}", "}", "}", "return 0;", "}")
+    return w.text
+
+
+def _x_terms(j: int) -> list[tuple[str, str]]:
+    return [
+        ("dKx && V", f"NAME(packed_term)(X + here * V, V, V, dWx{j})"),
+        ("dX && V", f"NAME(packed_term)(dX + now * V, V, V, Wx{j})"),
+    ]
+
+
+def _project(c: Emitter, w: Writer, j: int) -> None:
+    """The change of the inputs' projections; zero where only the recurrent product has a column."""
+    block = c.at.blocks[j]
+    if block is None:
+        return
+    w("{", "NAME(term) terms[2];", "int count = 0;")
+    w(*(f"if ({condition}) terms[count++] = {term};" for condition, term in _x_terms(j)))
+    w(f"NAME(multiply)(local + ({block.start}), width, 0, m, {block.width}, terms, count, NOTHING);", "}")
+    c.clear(w, j)
+
+
+def _multiply(c: Emitter, w: Writer, j: int) -> None:
+    p, fused = c.d.products[j], c.fused(j)
+    terms = list(_x_terms(j)) if fused else []
+    if not fused and not (j == 0 and c.d.inputs):
+        _project(c, w, j)
+    if p.vector in c.states:
+        s = c.states[p.vector]
+        terms.append((f"dK{j}", f"NAME(packed_term)(old_{s}, n_{p.size}, n_{p.size}, dW{j})"))
+        terms.append((f"before_{s}", f"NAME(packed_term)(before_{s}, n_{p.size}, n_{p.size}, W{j})"))
+    else:
+        terms.append((f"dK{j}", f"NAME(packed_term)(v{j}_, n_{p.size}, n_{p.size}, dW{j})"))
+        terms.append(("1", f"NAME(packed_term)({_change(c, p.vector)}, n_{p.size}, n_{p.size}, W{j})"))
+    ahead = "SPAN(kept + here * k_width, m * k_width)" if j == 0 and c.d.kept else "NOTHING"
+    c.multiply(w, j, terms, add=not fused, ahead=ahead)
+
+
+def _change(c: Emitter, e: Expression) -> str:
+    """Where the changes of a target of this step stand."""
+    i, name = c.at.targets[e], c.at.names.get(e)
+    return f"q{i}_" if name is None else f"R_{name} + now * n_{c.d.size(e)}"
+
+
+def _push_group(c: Emitter, w: Writer, k: int, size: str, targets: Sequence[Target]) -> None:
+    d, at = c.d, c.at
+    rows = c.rows()
+    seeds: dict[Expression, Expression] = {}
+    rows["a"] = "const REAL *restrict a = local + i * width;"
+    for e, start in at.places.items():
+        seeds[e] = c.literal(f"a[{start} + j]" if start != "0" else "a[j]")
+    for s, own in d.states.items():
+        rows[f"d_{s}"] = f"const REAL *restrict d_{s} = before_{s} ? before_{s} + i * n_{own} : nothing;"
+        seeds[d.before[s]] = c.literal(f"d_{s}[j]")
+    for b in d.parameters:
+        seeds[d.graph.leaf("parameter", b)] = c.literal(f"e_{b}[j]")
+    if d.raw is not None:
+        rows["dx"] = "const REAL *restrict dx = dX ? dX + (now + i) * V : nothing;"
+        seeds[d.raw] = c.literal("dx[j]")
+    for t in d.targets:
+        if t.section < k:
+            i = at.targets[t.node]
+            rows[f"of_q{i}"] = f"const REAL *restrict of_q{i} = {_change(c, t.node)} + i * n_{t.size};"
+            seeds[t.node] = c.literal(f"of_q{i}[j]")
+    order = ordered([t.node for t in targets], seeds)
+    moved = push(order, seeds, d.slopes)
+    goals = []
+    for t in targets:
+        i = at.targets[t.node]
+        rows[f"to_q{i}"] = f"REAL *restrict to_q{i} = {_change(c, t.node)} + i * n_{t.size};"
+        goals.append((f"to_q{i}[j] = {{}};", moved.get(t.node, d.graph.constant(0))))
+        j = c.product_of(t)
+        if j is not None:
+            rows[f"to_v{j}"] = f"REAL *restrict to_v{j} = v{j}_ + i * n_{t.size};"
+            goals.append((f"to_v{j}[j] = {{}};", d.value(t.node)))
+    c.loop(w, size, rows, c.statements(goals))
+
+
+class _Adjoint:
+    """The adjoint of one cell, with what has been written to in a step, and where."""
+
+    def __init__(self, c: Emitter) -> None:
+        self.c, self.w = c, Writer()
+        self.written: set[Expression] = set()
+        self.later: set[Expression] = {p.vector for p in c.d.products if p.vector not in c.states}
+        for t in c.d.targets:
+            self.later |= {e for e in t.terms if e in c.at.targets and c.d.section(e) < t.section}
+
+    def text(self) -> str:
+        c, d, at, w = self.c, self.c.d, self.c.at, self.w
+        products = range(len(d.products))
+        c.begin(w, "adjoint", "ld slots")
+        names = [(f"U_{s}", False) for s in d.returned] + c.point()
+        names += [("dX", True), *((f"d0_{s}", True) for s in d.states), ("dKx", True)]
+        names += [*((f"dK{j}", True) for j in products), *((f"sum_{b}", True) for b in d.parameters)]
+        w.pointers(names)
+        w("const long slot = tile * ld;")
+        blocks = [(j, b) for j, b in enumerate(at.blocks) if b]
+        outside = [(j, p) for j, p in enumerate(d.products) if p.vector not in c.states]
+        parts = [("ring", "slots * slot + 64"), ("nothing", " + ".join(f"n_{s}" for s in at.sizes))]
+        parts += [(f"W{j}", f"NAME(packed_size)(w{j}, n_{p.size})") for j, p in enumerate(d.products)]
+        parts += [(f"Wx{j}", f"NAME(packed_size)({b.width}, V)") for j, b in blocks]
+        parts += [(f"g{at.targets[e]}_", f"tile * n_{d.size(e)}") for e in sorted(self.later, key=lambda e: e.index)]
+        parts += [(f"v{j}_", f"slots * tile * n_{p.size}") for j, p in outside]
+        if d.raw is not None:
+            parts.append(("graw", f"tile * n_{next(iter(d.states.values()))}"))
+        c.pool(w, parts)
+        for j, p in enumerate(d.products):
+            w(f"NAME(pack)(W{j}, K{j}, 1, w{j}, w{j}, n_{p.size});")
+        w(f"const long wx = {total(x.size for x in d.input_columns)};")
+        for j, b in blocks:
+            w(f"if (dX) NAME(pack)(Wx{j}, Kx + ({b.first}), 1, wx, {b.width}, V);")
+        w(f"NAME(zero)(nothing, {' + '.join(f'n_{s}' for s in at.sizes)});", "NAME(zero)(ring, slots * slot + 64);")
+        w("for (long v = 0; v < N; v++) {", "for (long row = first; row < last; row += tile) {")
+        w("const long m = last - row < tile ? last - row : tile, at = v * B + row;")
+        for s, size in d.states.items():
+            w(f"REAL *const acc_{s} = d0_{s} + at * n_{size};", f"NAME(zero)(acc_{s}, m * n_{size});")
+        w("long held = 0;", "for (long t = T - 1; t >= 0; t--) {")
+        w("const long now = t * N * B + at, here = t * B + row;")
+        c.olds(w)
+        w("REAL *const da_ = ring + held * slot;")
+        for j, p in outside:
+            w(f"REAL *const u{j}_ = v{j}_ + held * tile * n_{p.size};")
+        w("held++;")
+        for s, size in d.states.items():
+            w(f"if (U_{s}) NAME(add)(acc_{s}, U_{s} + now * n_{size}, m * n_{size});")
+        for k in range(len(d.products), -1, -1):
+            for size, targets in at.groups(k):
+                self._pull_group(k, size, targets)
+            if k:
+                self._back(k - 1)
+        for s, e in d.before.items():
+            if e not in self.written:
+                w(f"NAME(zero)(acc_{s}, m * n_{d.states[s]});")
+        self._on_inputs(blocks)
+        self._sum(blocks)
+        w("}", "}", "}", "return 0;", "}")
+        return w.text
+
+    def _assign(self, e: Expression, place: str) -> str:
+        """Set what is written for the first time in a step, add to it later."""
+        sign = "+=" if e in self.written else "="
+        self.written.add(e)
+        return f"{place} {sign} {{}};"
+
+    def _pull_group(self, k: int, size: str, targets: Sequence[Target]) -> None:
+        c, d, at = self.c, self.c.d, self.c.at
+        rows = c.rows()
+        rows["da"] = "REAL *restrict da = da_ + i * ld;"
+        seeds: dict[Expression, Expression] = {}
+        reads = []
+        for t in targets:
+            i, name = at.targets[t.node], at.names.get(t.node)
+            g: list[str] = []
+            if name in d.states:
+                rows[f"g_{name}"] = f"REAL *restrict g_{name} = acc_{name} + i * n_{t.size};"
+                g.append(f"g_{name}[j]")
+            elif name is not None:
+                rows[f"u_{name}"] = (
+                    f"const REAL *restrict u_{name} = U_{name} ? U_{name} + (now + i) * n_{t.size} : nothing;"
+                )
+                g.append(f"u_{name}[j]")
+            if t.node in self.later and t.node in self.written:
+                rows[f"g{i}"] = f"REAL *restrict g{i} = g{i}_ + i * n_{t.size};"
+                g.append(f"g{i}[j]")
+            if g:
+                reads.append(f"const REAL G{i} = {' + '.join(g)};")
+                seeds[t.node] = c.literal(f"G{i}")
+        inside = {t.node for t in targets}
+        others = set(at.targets) - inside
+        ends = frozenset((*at.places, *others))
+        order = ordered(inside, ends)
+        pulled = pull(order, seeds, ends, d.slopes)
+        goals: list[tuple[str, Expression]] = []
+        for e, start in at.places.items():
+            if e in pulled:
+                goals.append((self._assign(e, f"da[{start} + j]" if start != "0" else "da[j]"), pulled[e]))
+        for e in others:
+            if e in pulled:
+                i = at.targets[e]
+                rows[f"g{i}"] = f"REAL *restrict g{i} = g{i}_ + i * n_{d.size(e)};"
+                goals.append((self._assign(e, f"g{i}[j]"), pulled[e]))
+        for s, e in d.before.items():
+            if e in pulled:
+                rows[f"g_{s}"] = f"REAL *restrict g_{s} = acc_{s} + i * n_{d.states[s]};"
+                goals.append((self._assign(e, f"g_{s}[j]"), pulled[e]))
+        for b, own in d.parameters.items():
+            leaf = d.graph.leaf("parameter", b)
+            if leaf in pulled:
+                rows[f"add_{b}"] = f"REAL *restrict add_{b} = sum_{b} + v * n_{own};"
+                goals.append((f"add_{b}[j] += {{}};", pulled[leaf]))
+        if d.raw is not None and d.raw in pulled:
+            rows["gx"] = f"REAL *restrict gx = graw + i * n_{size};"
+            goals.append((self._assign(d.raw, "gx[j]"), pulled[d.raw]))
+        for t in targets:
+            j = c.product_of(t)
+            if j is not None:
+                rows[f"to_v{j}"] = f"REAL *restrict to_v{j} = u{j}_ + i * n_{t.size};"
+                goals.append((f"to_v{j}[j] = {{}};", d.value(t.node)))
+        if goals:
+            c.loop(self.w, size, rows, [*reads, *c.statements(goals)])
+
+    def _back(self, j: int) -> None:
+        """Cotangents of the vector of product j."""
+        c, p, w = self.c, self.c.d.products[j], self.w
+        add = int(p.vector in self.written)
+        self.written.add(p.vector)
+        to = f"acc_{c.states[p.vector]}" if p.vector in c.states else f"g{c.at.targets[p.vector]}_"
+        w("{", f"const NAME(term) back = NAME(packed_term)(da_ + ({c.at.starts[j]}), ld, w{j}, W{j});")
+        ahead = "t ? SPAN(kept + (here - B) * k_width, m * k_width) : NOTHING" if j == 0 and c.d.kept else "NOTHING"
+        w(f"NAME(multiply)({to}, n_{p.size}, {add}, m, n_{p.size}, &back, 1, {ahead});", "}")
+
+    def _on_inputs(self, blocks: Sequence[tuple[int, object]]) -> None:
+        c, w = self.c, self.w
+        if not blocks and c.d.raw is None:
+            w("if (dX) NAME(zero)(dX + now * V, m * V);")
+            return
+        w("if (dX) {", f"NAME(term) on_X[{max(1, len(blocks))}];", "int count = 0;")
+        for j, _ in blocks:
+            b = c.at.blocks[j]
+            assert b is not None
+            w(f"on_X[count++] = NAME(packed_term)(da_ + ({b.start}), ld, {b.width}, Wx{j});")
+        w("NAME(multiply)(dX + now * V, V, 0, m, V, on_X, count, NOTHING);")
+        if c.d.raw is not None and c.d.raw in self.written:
+            size = next(iter(c.d.states.values()))
+            w(f"for (long i = 0; i < m; i++) NAME(add)(dX + (now + i) * V, graw + i * n_{size}, n_{size});")
+        w("}")
+
+    def _sum(self, blocks: Sequence[tuple[int, object]]) -> None:
+        """Sums over steps and sequences, put off until the ring is full."""
+        c, d, w = self.c, self.c.d, self.w
+        w("if (held == slots || t <= 1) {", "const long newest = t + held - 1;")
+        for j, p in enumerate(d.products):
+            if p.vector in c.states:
+                s = c.states[p.vector]
+                rows = f"t ? seq_{s} + ((newest - 1) * B + row) * n_{p.size} : first_{s} + row * n_{p.size}"
+                step = f"-B * n_{p.size}"
+            else:
+                rows, step = f"v{j}_", f"tile * n_{p.size}"
+            w(f"NAME(correlate)(dK{j} + v * n_{p.size} * w{j}, w{j}, n_{p.size}, w{j}, held, m,")
+            w(f"  {rows}, n_{p.size}, {step}, ring + ({c.at.starts[j]}), ld, slot);")
+        for j, _ in blocks:
+            b = c.at.blocks[j]
+            assert b is not None
+            w(f"NAME(correlate)(dKx + v * V * wx + ({b.first}), wx, V, {b.width}, held, m,")
+            w(f"  X + (newest * B + row) * V, V, -B * V, ring + ({b.start}), ld, slot);")
+        w("held = 0;", "}")
+
+
+def adjoint(c: Emitter) -> str:
+    """n: T, B, V, N, sizes, first, last, tile, ld (numbers in a row of the ring), slots (steps that it holds).
+
+    p: cotangents of states and outputs (T, N, B, .), NULL for zero; arguments, results; dX (T, N, B, V) or NULL, those
+    of first states (N, B, .); and dK_x, dK_j, those of parameters, which are added to.
+    """
+    return _Adjoint(c).text()
