@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hfopt.curvature.linearisation import Linearisation, Maybe
+from hfopt.curvature.linearisation import Linearisation, Maybe, not_differentiable
 from hfopt.curvature.parts import Part
+from hfopt.linalg import graph
 
 WAYS_OUT = (
     "Look for a torch.autograd.Function or a hook whose backward computes with no_grad, numpy, .data or detach(), or "
@@ -44,7 +45,10 @@ def inconsistency(op: Linearised) -> str | None:
     """
     for part in op.parts:
         if part.linearisation is not None and part.space.outputs:
-            found = _of_part(part, part.linearisation, op.params)
+            try:
+                found = _of_part(part, part.linearisation, op.params)
+            except NotImplementedError as error:  # what torch raises where an operation has no derivative formula
+                raise not_differentiable({"the product": error}) from error
             if found is not None:
                 return found
     return None
@@ -55,7 +59,8 @@ def _of_part(part: Part, lin: Linearisation, params: Sequence[Tensor]) -> str | 
     w = [_random(z, at) for z, at in zip(outputs, part.space.cotangents, strict=True)]
     rest: list[Tensor | None] = [None] * len(part.hidden)
     pulled = lin.vjp([*w, *rest])
-    eps = max(torch.finfo(t.dtype).eps for t in (*outputs, *params))
+    # Inside an autocast block the model computes in less precision than its outputs and parameters have.
+    eps = max(graph.coarsest_eps(outputs), *(torch.finfo(t.dtype).eps for t in (*outputs, *params)))
     grads = [None if g is None else _dense(g).double() for g in pulled]
     lengths = [0.0 if g is None else float(g.norm()) for g in grads]
     expected = sum(lengths)

@@ -30,7 +30,8 @@ class DenseSystem:
         project: applied to every solution, for systems whose b lies in a subspace: without it, rounding would lead out.
 
     Attributes:
-        values: t, ascending (P,), in double precision.
+        values: t, ascending, in double precision, of the parameters that the system couples.
+        finite: whether all entries of the matrix are finite; where they are not, nothing here means anything.
     """
 
     def __init__(
@@ -43,20 +44,27 @@ class DenseSystem:
     ) -> None:
         self._project = project
         a = matrix.double().cpu()
+        self.finite = bool(torch.isfinite(a).all())
+        if not self.finite:
+            a = torch.eye(len(a), dtype=a.dtype)
+        # What neither b nor the matrix couples to anything stays at zero, which a basis of a null space would mix up.
+        coupled = (a - torch.diag(a.diagonal())).any(1) | (b != 0).cpu()
+        self._coupled, self._size = coupled.nonzero().squeeze(1), len(a)
+        a = a[self._coupled][:, self._coupled]
         a = (a + a.t()) / 2
-        weights = None if metric is None else metric.double().cpu().rsqrt()
+        weights = None if metric is None else metric.double().cpu().rsqrt()[self._coupled]
         if weights is not None:
             a = a * weights * weights.unsqueeze(1)
-        largest = float(a.abs().max()) if len(a) else 0.0
+        largest = float(a.abs().max()) if a.numel() else 0.0
         # LAPACK's own scaling does not reach matrices at the ends of the range.
         unit = largest if largest > 0.0 else 1.0
         values, basis = torch.linalg.eigh(a / unit)
         self.values: Tensor = values * unit - damping
         self._basis = basis if weights is None else basis * weights.unsqueeze(1)
         self._like = b
-        self._b = self._basis.t() @ b.double().cpu()
+        self._b = self._basis.t() @ b.double().cpu()[self._coupled]
         # Without damping, curvatures that are products' rounding errors would be divided by.
-        self._zero = 8 * torch.finfo(b.dtype).eps * float(self.values.abs().max()) if len(a) else 0.0
+        self._zero = 8 * torch.finfo(b.dtype).eps * float(self.values.abs().max()) if a.numel() else 0.0
 
     @property
     def least(self) -> float:
@@ -70,7 +78,8 @@ class DenseSystem:
 
     def solution(self, damping: float) -> Tensor:
         """``p(lambda)`` (P,); for ``lambda = 0`` the shortest one, as the pseudo-inverse gives it."""
-        p: Tensor = self._basis @ self._coordinates(damping)
+        p = torch.zeros(self._size, dtype=torch.float64)
+        p[self._coupled] = self._basis @ self._coordinates(damping)
         return self._project(p.to(self._like))
 
     def model(self, damping: float) -> tuple[float, float]:

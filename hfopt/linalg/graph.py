@@ -119,6 +119,12 @@ def has_custom_backward(roots: Iterable[Tensor]) -> bool:
     return any(own is not None and not own.__module__.startswith("hfopt.") for own in classes)
 
 
+def coarsest_eps(roots: Iterable[Tensor]) -> float:
+    """Return the largest machine epsilon among the tensors that ``roots`` were computed from; 0 without a graph."""
+    found = {m.dtype for node in nodes(roots) for m in getattr(node, "_input_metadata", ())}
+    return max((torch.finfo(dtype).eps for dtype in found if dtype.is_floating_point), default=0.0)
+
+
 def directly_used(roots: Iterable[Tensor], among: Sequence[Tensor]) -> list[Tensor]:
     """Return those of ``among`` that ``roots`` use other than through another one of them; all are leaves."""
     roots = list(roots)

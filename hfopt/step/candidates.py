@@ -126,6 +126,9 @@ class CandidateSearch:
 
     def dense_solution(self, system: DenseSystem, damping: float) -> Solution:
         """The solution for one lambda in the form that conjugate gradients give theirs."""
+        if not system.finite:
+            zero = torch.zeros_like(self.objective.g)
+            return Solution(zero, [Iterate(0, zero, 0.0)], "not finite", 0, 0)
         x, scale = system.solution(damping), self.objective.scale
         along, curved = system.model(damping)
         curved += damping * dot(x, x if scale is None else x / scale)
@@ -234,6 +237,8 @@ class CandidateSearch:
         if self.dense:
             path = self.densely(at)
             solution = self.dense_solution(path, at)
+            if not path.finite:
+                return at, self.judged(at, solution)
         else:
             kept = rule.kept(self.objective.vector.size * self.objective.g.element_size())
             solution = self.solve(at, NOWHERE if calibrates else self.cg_start(), kept)

@@ -12,6 +12,7 @@ from hfopt.closure.trace import Closure
 from hfopt.curvature.consistency import inconsistency
 from hfopt.curvature.gauss_newton import GaussNewton
 from hfopt.errors import ClosureError, NotDifferentiable, warn
+from hfopt.linalg.graph import coarsest_eps
 from hfopt.step.checks import kind_of
 from hfopt.step.checks_derivatives import Derivatives
 from hfopt.step.differences import absolute
@@ -55,7 +56,8 @@ def _same_loss(objective: Objective, name: str, closure: Closure, loss: float) -
     dtypes = [at.vector.dtype, *(p.dtype for p in at.vector.params)]
     if isinstance(at.op, GaussNewton):
         dtypes += [z.dtype for part in at.op.parts for z in part.space.outputs]
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    graphs = [z for part in at.op.parts for z in part.space.outputs] if isinstance(at.op, GaussNewton) else []
+    eps = max(coarsest_eps(graphs), *(torch.finfo(dtype).eps for dtype in dtypes))
     # Terms may cancel in the loss; hardly in the sum of what every parameter contributes to its change.
     bound = 4 * eps**0.5 * (abs(loss) + abs(seen) + absolute(at.g, at.theta))
     if abs(seen - loss) <= bound:

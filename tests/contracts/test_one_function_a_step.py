@@ -40,8 +40,8 @@ def normal() -> nn.Sequential:
 
 def built(model: nn.Module, policy: str, **options: Any) -> hfopt.HessianFree:
     if policy == "hessian":
-        return hfopt.HessianFree(model.parameters(), curvature="hessian", **options)
-    return hfopt.HessianFree(model.parameters(), linearisation=policy, **options)
+        return hfopt.HessianFree(model.parameters(), curvature="hessian", solver="cg", **options)
+    return hfopt.HessianFree(model.parameters(), linearisation=policy, solver="cg", **options)
 
 
 @POLICIES

@@ -108,7 +108,7 @@ SOURCES = ["torch", "random", "numpy", "numpy normal", "own torch", "own random"
 def test_the_closures_own_draws_are_the_same_throughout_a_step(source: str, beside: bool) -> None:
     """Also where another thread is there, which draws from its own generator."""
     model, draw, seen = mlp(3, 4, 2, seed=3), teacher(source), []
-    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer = hfopt.HessianFree(model.parameters(), solver="cg")
 
     def closure() -> Tensor:
         seen.append(draw())
@@ -171,7 +171,7 @@ def test_a_thread_that_draws_nothing_changes_no_draw() -> None:
 
 def test_another_threads_running_statistics_count_every_call() -> None:
     model, other = mlp(3, 5, 2, seed=3), nn.BatchNorm1d(3, dtype=X.dtype)
-    optimizer, calls = hfopt.HessianFree(model.parameters()), [0]
+    optimizer, calls = hfopt.HessianFree(model.parameters(), solver="cg"), [0]
 
     def work() -> None:
         other(X)

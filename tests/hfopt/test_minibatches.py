@@ -126,7 +126,9 @@ def test_a_decay_that_rises() -> None:
     for t in range(4):
         before = [s["cg_start"].clone() for s in optimizer.state.values()]
         given = optimizer._given(Closures(closure(model, (x, y))))
-        start = Step(given, lambda scaler: None).search.cg_start().get("x0")
+        step = Step(given, lambda scaler: None)
+        step.objective.begin()
+        start = step.search.cg_start().get("x0")
         if t:
             assert start is not None
             assert torch.allclose(start, decay(t) * flat(before), rtol=1e-12)

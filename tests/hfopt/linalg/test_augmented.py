@@ -126,7 +126,7 @@ def test_what_is_refused() -> None:
 
 def test_the_last_solution_is_one_more_direction_of_the_next_solve() -> None:
     model = mlp(3, 4, 2, seed=20)
-    optimizer = hfopt.HessianFree(model.parameters(), damping=FixedDamping(0.3))
+    optimizer = hfopt.HessianFree(model.parameters(), damping=FixedDamping(0.3), solver="cg")
     optimizer.step(lambda: F.mse_loss(model(X), Y))
     last = torch.cat([optimizer.state[p]["cg_start"].reshape(-1) for p in model.parameters()])
     op = hfopt.GaussNewton(lambda: F.mse_loss(model(X), Y), model.parameters())

@@ -62,7 +62,7 @@ JOINED: dict[str, Joined] = {
 def steps(form: Joined | None, residuals: Callable[[nn.Module], list[Tensor]], count: int = 4, **options: Any) -> Any:
     """Parameters and optimizer after a few steps; None is for a criterion of every set of points."""
     model = mlp(2, 8, 8, 1, seed=3)
-    optimizer = hfopt.HessianFree(model.parameters(), **options)
+    optimizer = hfopt.HessianFree(model.parameters(), **{"solver": "cg", **options})
 
     def closure() -> Tensor:
         zs = residuals(model)
@@ -126,7 +126,7 @@ def test_flattened_tokens_take_the_steps_of_the_criterion_on_all_dimensions() ->
     # G is the mean over 400 draws of squares whose sizes differ by about one: to 1 / sqrt(400), five times.
     assert relative(flat, whole) < 0.25
     model = Tokens()
-    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer = hfopt.HessianFree(model.parameters(), solver="cg")
     losses = [
         float(optimizer.step(lambda: F.cross_entropy(model(s)[:, :-1].reshape(-1, 7), s[:, 1:].reshape(-1))))
         for _ in range(3)
@@ -174,7 +174,7 @@ def test_a_dimension_of_cases_that_an_output_lacks_is_of_no_matter() -> None:
     model, scale = mlp(2, 6, 1, seed=6), nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
     x = randn(4, 5, 2, seed=7)
     for loss in (lambda: zero(model(x).flatten()), lambda: zero(model(x)) + F.mse_loss(scale, torch.ones_like(scale))):
-        optimizer = hfopt.HessianFree([*model.parameters(), scale], batch_dim=1)
+        optimizer = hfopt.HessianFree([*model.parameters(), scale], batch_dim=1, solver="cg")
         optimizer.step(loss)
         assert isinstance(optimizer.preconditioner, Automatic)
         assert optimizer.preconditioner.chosen
@@ -182,7 +182,7 @@ def test_a_dimension_of_cases_that_an_output_lacks_is_of_no_matter() -> None:
 
 def test_layers_inside_a_transform_are_missed_aloud() -> None:
     model, x = mlp(2, 6, 1, seed=8), POINTS[0]
-    optimizer = hfopt.HessianFree(model.parameters())
+    optimizer = hfopt.HessianFree(model.parameters(), solver="cg")
 
     def closure() -> Tensor:
         return zero(torch.func.vmap(torch.func.jacrev(lambda one: model(one).sum()))(x) - 1.0)
@@ -200,7 +200,7 @@ def test_a_network_that_makes_another_ones_weights_is_left_out_aloud() -> None:
     torch.manual_seed(9)
     maker = mlp(3, 8, 12, seed=9)
     code, x = randn(1, 3, seed=1), POINTS[0]
-    optimizer = hfopt.HessianFree(maker.parameters())
+    optimizer = hfopt.HessianFree(maker.parameters(), solver="cg")
 
     def closure() -> Tensor:
         made = maker(code).view(6, 2)
