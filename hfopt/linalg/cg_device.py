@@ -115,7 +115,8 @@ class DeviceCG(HostCG):
         self.judged = self.line[0, RESIDUAL if preconditioner is None else SIZE :]
         n = len(self.judged)
         self.bounds = zeros(n)
-        self.flat, self.pushed, self.dmd, self.inverse_rz = zeros(), zeros(), zeros(), zeros()
+        self.bound_of_curvature = self.bounds[-1]
+        self.flat, self.pushed, self.dmd, self.inverses = zeros(), zeros(), zeros(), zeros()
         self.flags = torch.ones(2 * n + 2, dtype=torch.bool, device=device)
         self.large, self.finite, self.progress, self.so_far = torch.split(self.flags, [n, n, 1, 1])
         self.falling = zeros(1, dtype=torch.bool)
@@ -191,9 +192,9 @@ class DeviceCG(HostCG):
         self.dot_into(self.scratch, self.scratch, self.pushed)
         self.pushed.sqrt_().mul_(self.rz).div_(self.residual).div_(GROWTH)
         torch.reciprocal(self.rz, out=self.dmd)
-        self.inverse_rz.add_(self.dmd)
+        self.inverses.add_(self.dmd)
         torch.mul(self.rz, self.rz, out=self.dmd)
-        self.dmd.mul_(self.inverse_rz)
+        self.dmd.mul_(self.inverses)
         torch.mul(self.flat, self.dmd, out=self.least_curved)
         torch.minimum(self.least_curved, self.pushed, out=self.pushed)
         self.least_curved.mul_(lost(self.b.dtype))
@@ -201,7 +202,7 @@ class DeviceCG(HostCG):
 
     def judge(self) -> None:
         """Decide whether to continue; if not, set ``d`` and ``A d`` to zero, so that nothing moves."""
-        self.bounds[-1].copy_(self.least_curved)
+        self.bound_of_curvature.copy_(self.least_curved)
         torch.gt(self.judged, self.bounds, out=self.large)
         torch.lt(self.judged, math.inf, out=self.finite)
         torch.all(self.flags, 0, out=self.alive)
@@ -269,7 +270,7 @@ class DeviceCG(HostCG):
             c.products = products
         if repeat is None or recorder.proven:
             return repeat
-        state = [self.x, self.r, self.d, self.line, self.log, self.old, self.i, self.so_far, self.flat, self.inverse_rz]
+        state = [self.x, self.r, self.d, self.line, self.log, self.old, self.i, self.so_far, self.flat, self.inverses]
         before = [t.clone() for t in state]
         self.iteration()
         expected, value = self.x - before[0], float(self.value)  # a look at the device, once in the life of a CG

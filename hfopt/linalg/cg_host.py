@@ -107,7 +107,8 @@ class HostCG:
     def curved(self, curvature: float, rz: float, residual: float, ad: Tensor) -> str | None:
         """Return the reason to make no move along d, given ``d'A d``, ``r'z`` and ``|r|``.
 
-        As ``d_k = r_k'z_k sum_j z_j / r_j'z_j`` over the iterations j up to k, ``d'M d`` is ``(r'z)^2 sum_j 1/r_j'z_j``.
+        As ``d_k = r_k'z_k sum_j z_j / r_j'z_j`` over the iterations j up to k, ``d_k'M d_k`` is
+        ``(r_k'z_k)^2 sum_j 1 / r_j'z_j``.
         """
         self.inverse_rz += 1 / rz
         dmd = rz * rz * self.inverse_rz
