@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from hfopt.linalg.cg_host import HostCG
-from hfopt.linalg.rules import StoppingRules, after_product, before_product
+from hfopt.linalg.rules import GROWTH, StoppingRules, after_product, before_product, lost, shallow
 from hfopt.linalg.solution import Iterate, LinearMap, Solution
 from hfopt.linalg.vector import norm
 
-# What one line of the log holds, in this order; those from |r'z| on decide whether the solve goes on.
-PHI, SHARE, RZ, SIZE, RESIDUAL, CURVATURE = range(6)
+# What one line of the log holds, in this order; those from |r'z| on decide whether the solve goes on, the
+# last one by the least curvature that a step may divide by.
+LEAST, PHI, SHARE, RZ, SIZE, RESIDUAL, CURVATURE = range(7)
 
 # The first recorded iteration must do what the iteration itself does, but for the order of sums in atomic additions.
 _AGREEMENT = 1e-3
@@ -98,8 +99,8 @@ class DeviceCG(HostCG):
         self.step_length, self.turn = zeros(dtype=b.dtype), zeros(dtype=b.dtype)
         self.alpha, self.old, self.spare = zeros(), zeros(), zeros()
         self.along_u, self.length = zeros(), zeros(dtype=b.dtype)
-        self.line, self.log = zeros(1, 6), zeros(steps, 6)
-        self.value, _, self.rz, self.size, self.residual, self.curvature = self.line[0].unbind()
+        self.line, self.log = zeros(1, 7), zeros(steps, 7)
+        self.least_curved, self.value, _, self.rz, self.size, self.residual, self.curvature = self.line[0].unbind()
         self.i = zeros(1, dtype=torch.int64)
 
         # The progress rule as tables over iterations: how far to look back, and which share is too little.
@@ -114,6 +115,8 @@ class DeviceCG(HostCG):
         self.judged = self.line[0, RESIDUAL if preconditioner is None else SIZE :]
         n = len(self.judged)
         self.bounds = zeros(n)
+        self.bound_of_curvature = self.bounds[-1]
+        self.flat, self.pushed, self.dmd, self.inverses = zeros(), zeros(), zeros(), zeros()
         self.flags = torch.ones(2 * n + 2, dtype=torch.bool, device=device)
         self.large, self.finite, self.progress, self.so_far = torch.split(self.flags, [n, n, 1, 1])
         self.falling = zeros(1, dtype=torch.bool)
@@ -185,14 +188,29 @@ class DeviceCG(HostCG):
             self.kept_d.index_copy_(0, self.row, self.d.unsqueeze(0))
             self.kept_ad.index_copy_(0, self.row, self.scratch.unsqueeze(0))
         self.dot_into(self.d, self.scratch, self.curvature)
+        # Which curvature is too little to divide by: see rules.after_product.
+        self.dot_into(self.scratch, self.scratch, self.pushed)
+        self.pushed.sqrt_().mul_(self.rz).div_(self.residual).div_(GROWTH)
+        torch.reciprocal(self.rz, out=self.dmd)
+        self.inverses.add_(self.dmd)
+        torch.mul(self.rz, self.rz, out=self.dmd)
+        self.dmd.mul_(self.inverses)
+        torch.mul(self.flat, self.dmd, out=self.least_curved)
+        torch.minimum(self.least_curved, self.pushed, out=self.pushed)
+        self.least_curved.mul_(lost(self.b.dtype))
+        torch.maximum(self.least_curved, self.pushed, out=self.least_curved)
 
     def judge(self) -> None:
         """Decide whether to continue; if not, set ``d`` and ``A d`` to zero, so that nothing moves."""
+        self.bound_of_curvature.copy_(self.least_curved)
         torch.gt(self.judged, self.bounds, out=self.large)
         torch.lt(self.judged, math.inf, out=self.finite)
         torch.all(self.flags, 0, out=self.alive)
         self.so_far.copy_(self.alive)
         torch.logical_not(self.alive, out=self.dead)
+        torch.div(self.curvature, self.dmd, out=self.spare)
+        self.spare.mul_(shallow(self.b.dtype)).masked_fill_(self.dead, 0.0)
+        torch.maximum(self.flat, self.spare, out=self.flat)
         self.d.masked_fill_(self.dead, 0.0)
         self.scratch.masked_fill_(self.dead, 0.0)
 
@@ -252,7 +270,7 @@ class DeviceCG(HostCG):
             c.products = products
         if repeat is None or recorder.proven:
             return repeat
-        state = [self.x, self.r, self.d, self.line, self.log, self.old, self.i, self.so_far]
+        state = [self.x, self.r, self.d, self.line, self.log, self.old, self.i, self.so_far, self.flat, self.inverses]
         before = [t.clone() for t in state]
         self.iteration()
         expected, value = self.x - before[0], float(self.value)  # a look at the device, once in the life of a CG
@@ -296,7 +314,7 @@ class DeviceCG(HostCG):
         """Return the reason to end before the step of iteration ``i``, in the order in which the host checks."""
         if line[PHI] < 0 and line[SHARE] < self.limits[i]:
             return "progress"
-        return before_product(line[RZ], line[RESIDUAL], self.bound) or after_product(line[CURVATURE])
+        return before_product(line[RZ], line[RESIDUAL], self.bound) or after_product(line[CURVATURE], line[LEAST])
 
     def end(self, reason: str, i: int) -> Solution:
         """Discard everything after iteration ``i``; x and r have not moved since."""
@@ -322,8 +340,7 @@ class DeviceCG(HostCG):
         self.d.copy_(z)
         self.conjugate(self.d, z)
         line = self.read(0, 0)[0]
-        line[CURVATURE] = 1.0
-        reason = self.ended(0, line)
+        reason = before_product(line[RZ], line[RESIDUAL], self.bound)
         if reason is not None:
             return self.end(reason, 0)
         self.curve()
@@ -373,5 +390,5 @@ class DeviceCG(HostCG):
                 self.advance(i)
         self.measure()
         line = self.read(o.max_iterations, o.max_iterations)[0]
-        line[SHARE], line[CURVATURE] = math.inf, 1.0
-        return self.end(self.ended(o.max_iterations, line) or "iterations", o.max_iterations)
+        reason = before_product(line[RZ], line[RESIDUAL], self.bound) or "iterations"
+        return self.end(reason, o.max_iterations)

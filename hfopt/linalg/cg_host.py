@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hfopt.linalg.rules import StoppingRules, after_product, before_product
+from hfopt.linalg.rules import GROWTH, StoppingRules, after_product, before_product, lost, shallow
 from hfopt.linalg.solution import CGCheck, Iterate, LinearMap, Solution
 from hfopt.linalg.vector import dot, norm
 
@@ -43,6 +43,8 @@ class HostCG:
         self.checks: list[CGCheck] = []
         self.history: list[float] = []
         self.carried = False  # whether the last phi is the one before, carried along
+        self.floor = 0.0  # of d'Ad / d'Md, a share of the largest one so far: flatter directions are looked at
+        self.inverse_rz = 0.0  # the sum of 1 / r'z over the iterations
 
     def prepare(self) -> None:
         """Compute residual and model at the start; apart from the constructor, since it calls what others override."""
@@ -101,6 +103,22 @@ class HostCG:
         on wide networks inner products over (P,) would be a large part of a solve.
         """
         return -0.5 * (dot(self.b, self.x) + dot(self.r, self.x))
+
+    def curved(self, curvature: float, rz: float, residual: float, ad: Tensor) -> str | None:
+        """Return the reason to make no move along d, given ``d'A d``, ``r'z`` and ``|r|``.
+
+        As ``d_k = r_k'z_k sum_j z_j / r_j'z_j`` over the iterations j up to k, ``d_k'M d_k`` is
+        ``(r_k'z_k)^2 sum_j 1 / r_j'z_j``.
+        """
+        self.inverse_rz += 1 / rz
+        dmd = rz * rz * self.inverse_rz
+        least = self.floor * dmd
+        if 0 < curvature <= least:
+            least = max(min(least, rz * norm(ad) / (GROWTH * residual)), least * lost(self.b.dtype))
+        reason = after_product(curvature, least)
+        if reason is None:
+            self.floor = max(self.floor, shallow(self.b.dtype) * curvature / dmd)
+        return reason
 
     def carries(self, i: int) -> bool:
         """Return whether phi after ``i`` iterations follows from its previous value."""
@@ -172,7 +190,7 @@ class HostCG:
             if i < self.directions:
                 self.pairs.append((d.clone(), ad.clone()))
             curvature = dot(d, ad)
-            if (reason := after_product(curvature)) is not None:
+            if (reason := self.curved(curvature, rz, residual, ad)) is not None:
                 if i == 0 and curvature < 0:
                     # The model has no minimum along its first direction: go as far as the absolute curvature says.
                     self.along(d, ad, rz / -curvature)

@@ -9,6 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+# |alpha A d| / |r| above which a step along a direction that is nearly flat leads nowhere: the residual grows.
+GROWTH = 2.0
+
 
 @dataclass
 class StoppingRules:
@@ -80,8 +85,26 @@ def before_product(rz: float, residual: float, bound: float) -> str | None:
     return "residual" if residual <= bound or rz == 0 else None
 
 
-def after_product(curvature: float) -> str | None:
-    """Return why an iteration makes no move along d, given ``d'A d``; None to go on."""
+def shallow(dtype: torch.dtype) -> float:
+    """Return the share of the largest curvature below which a direction may be one of A's null space."""
+    return float(torch.finfo(dtype).eps ** (2 / 3))
+
+
+def lost(dtype: torch.dtype) -> float:
+    """Return the share of :func:`shallow` below which a curvature is a rounding error of the product."""
+    return 4 * torch.finfo(dtype).eps / shallow(dtype)
+
+
+def after_product(curvature: float, least: float) -> str | None:
+    """Return why an iteration makes no move along d, given ``d'A d`` and the least one that a move may divide by.
+
+    None to go on. Where b is not in the range of a singular A, the residual keeps its part in the null space, and CG's
+    directions turn into it: steps get longer without bound, and residuals grow. So a direction is ``"singular"`` if its
+    curvature is a tiny share of the largest one and the step would multiply the residual, ``|alpha A d| > 2 |r|``, or
+    if its curvature is a product's rounding error.
+    """
     if not math.isfinite(curvature):
         return "not finite"
-    return "negative curvature" if curvature <= 0 else None
+    if curvature <= 0:
+        return "negative curvature"
+    return "singular" if curvature <= least else None

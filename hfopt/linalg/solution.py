@@ -50,8 +50,8 @@ class Solution:
     Attributes:
         x: the last iterate, (P,).
         iterates: those kept for backtracking, the last one always among them.
-        reason: ``"progress"``, ``"residual"``, ``"iterations"``, ``"negative curvature"``, ``"not finite"`` or
-            ``"stopped"``.
+        reason: ``"progress"``, ``"residual"``, ``"iterations"``, ``"negative curvature"``, ``"singular"`` (a curvature
+            that is rounding error, as where b is not in the range of A), ``"not finite"`` or ``"stopped"``.
         iterations: number of CG iterations.
         products: number of products with A, on a CUDA device those included that were made before a check showed that
             the solve had ended.

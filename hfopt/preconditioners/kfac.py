@@ -32,12 +32,18 @@ class Factors:
         weight, bias: which parameters; ``bias`` is -1 where there is none.
         a: (k, k), or (k + 1, k + 1) with a bias.
         g: (o, o).
+        turned: whether the parameter is (k, o).
     """
 
     weight: int
     bias: int
     a: Tensor
     g: Tensor
+    turned: bool = False
+
+    def matrix(self, flat: Tensor) -> Tensor:
+        """Return the weight's part of a flat vector as (o, k)."""
+        return flat.view(-1, len(self.g)).t() if self.turned else flat.view(len(self.g), -1)
 
 
 class KFAC(Preconditioner):
@@ -143,8 +149,8 @@ class KFAC(Preconditioner):
         def use(indices: Sequence[int], heads: list[Tensor], layers: list[Layer]) -> None:
             pairs = {id(y): (y.weight, -1 if y.bias is None else y.bias) for y in layers if y.weight is not None}
             layers = [y for y in layers if y.weight is not None]
-            for w, i in pairs.values():
-                found.setdefault((w, i), _empty(op, (w, i)))
+            for y in layers:
+                found.setdefault(pairs[id(y)], _empty(op, pairs[id(y)], y.turned))
             for n, sample in enumerate(samples):
                 used, _ = Watched(heads, layers, []).backward([sample[i] for i in indices])
                 for layer in used:
@@ -196,12 +202,12 @@ class KFAC(Preconditioner):
         given, found = torch.split(r, self._sizes), torch.split(out, self._sizes)
         with exactly(r):
             for f, (a, g) in zip(self.factors, self._inverses, strict=True):
-                block = given[f.weight].view(len(g), -1)
+                block = f.matrix(given[f.weight])
                 if f.bias < 0:
-                    torch.mm(g @ block, a, out=found[f.weight].view(len(g), -1))
+                    f.matrix(found[f.weight]).copy_(g @ block @ a)
                     continue
                 solved = g @ torch.cat([block, given[f.bias].unsqueeze(1)], 1) @ a
-                found[f.weight].view(len(g), -1).copy_(solved[:, :-1])
+                f.matrix(found[f.weight]).copy_(solved[:, :-1])
                 found[f.bias].copy_(solved[:, -1])
         return out
 
@@ -209,7 +215,10 @@ class KFAC(Preconditioner):
         """Return the factors, if the next steps continue with them."""
         if (self.every == 1 and not self.average) or self._diagonal is None:
             return {}
-        factors = [{"weight": f.weight, "bias": f.bias, "a": f.a.clone(), "g": f.g.clone()} for f in self.factors]
+        factors = [
+            {"weight": f.weight, "bias": f.bias, "a": f.a.clone(), "g": f.g.clone(), "turned": f.turned}
+            for f in self.factors
+        ]
         return {"diagonal": self._diagonal.clone(), "factors": factors, "refreshes": self._refreshes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,15 +226,17 @@ class KFAC(Preconditioner):
         self._diagonal = state["diagonal"].clone() if "diagonal" in state else None
         self._refreshes = int(state.get("refreshes", 1 if "diagonal" in state else 0))
         self.factors = [
-            Factors(int(f["weight"]), int(f["bias"]), f["a"].clone(), f["g"].clone()) for f in state.get("factors", [])
+            Factors(int(f["weight"]), int(f["bias"]), f["a"].clone(), f["g"].clone(), bool(f.get("turned", False)))
+            for f in state.get("factors", [])
         ]
 
 
-def _empty(op: GaussNewton, pair: tuple[int, int]) -> Factors:
+def _empty(op: GaussNewton, pair: tuple[int, int], turned: bool) -> Factors:
     weight = op.params[pair[0]]
-    o, k = len(weight), weight[0].numel() + (pair[1] >= 0)
+    o, k = (weight.shape[1], len(weight)) if turned else (len(weight), weight[0].numel())
+    k += pair[1] >= 0
     like = torch.empty((), dtype=op.dtype, device=op.device)
-    return Factors(*pair, like.new_zeros(k, k), like.new_zeros(o, o))
+    return Factors(*pair, like.new_zeros(k, k), like.new_zeros(o, o), turned)
 
 
 def drawn(op: GaussNewton, step: int, batch_dim: int, number: int = 0) -> list[Tensor]:

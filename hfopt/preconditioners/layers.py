@@ -24,7 +24,13 @@ from hfopt.recurrences.recorded import recording
 
 CONVOLUTIONS = (F.conv1d, F.conv2d)
 PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.__matmul__)
-LAYERS = (F.linear, *CONVOLUTIONS, *PRODUCTS)
+LAYERS = (F.linear, *CONVOLUTIONS, *PRODUCTS, torch.addmm)
+# Ways to write the transpose of a weight.
+TRANSPOSES = {
+    torch.t, torch.transpose, torch.permute, torch.swapaxes, torch.adjoint,
+    *(getattr(Tensor, name) for name in ("t", "transpose", "permute", "swapaxes", "adjoint")),
+    *(vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT", "H", "mH")),
+}  # fmt: skip
 # Numbers that the rows, patches and per-case gradients of one block of cases may have.
 BLOCK = 1 << 23
 
@@ -40,6 +46,7 @@ class Layer:
         patches: from inputs (n, ...) to patches (n, k, T) of a convolution; None for a linear layer.
         roots: weight and bias as the call had them, where they depend on parameters.
         g: ``dL/dy``, once it is there.
+        turned: whether the parameter is the transpose of the weight (o, k), as in ``x @ W``.
     """
 
     weight: int | None
@@ -50,6 +57,7 @@ class Layer:
     patches: Callable[[Tensor], Tensor] | None
     roots: tuple[Tensor | None, Tensor | None] = (None, None)
     g: Tensor | None = None
+    turned: bool = False
 
     @property
     def cases(self) -> int:
@@ -119,12 +127,15 @@ class Watching(TorchFunctionMode):
     def __init__(self, params: Sequence[Tensor], cases: Iterable[tuple[int, int]]) -> None:
         super().__init__()
         self._index = {id(p): i for i, p in enumerate(params)}
+        self._transposed: dict[int, tuple[Tensor, int]] = {}  # by the tensor's id, which it keeps while it lives here
         self._cases = list(dict.fromkeys(cases))  # (dimension, number) of every output
         self.layers: list[Layer] = []
         self.inside: int = 0  # calls inside a transform of torch.func, whose results are no tensors of the graph
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func in TRANSPOSES:
+            self._note_transpose(result, *args)
         if func not in LAYERS:
             return result
         if torch._C._functorch.is_functorch_wrapped_tensor(result):
@@ -143,21 +154,34 @@ class Watching(TorchFunctionMode):
     def _layer(
         self, func: Any, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *more: Any, **named: Any
     ) -> Layer | None:
+        if func is torch.addmm:
+            if more or named or x.dim() != 1:  # a sum over something else than a bias
+                return None
+            assert bias is not None
+            x, weight, bias = weight, bias, x
         w, b = self._index.get(id(weight)), None if bias is None else self._index.get(id(bias))
-        if func in PRODUCTS:
+        turned = w is not None and id(weight) not in self._transposed and func in (*PRODUCTS, torch.addmm)
+        if w is None and id(weight) in self._transposed:
+            w, turned = self._transposed[id(weight)][1], func is F.linear
+        if func in (*PRODUCTS, torch.addmm):
             if w is None or weight.dim() != 2:
                 return None
-            w, weight = None, weight.t()
+            weight = weight.t()
         roots = weight if weight.requires_grad else None, bias if bias is not None and bias.requires_grad else None
         if roots == (None, None):
             return None
         if func not in CONVOLUTIONS:
-            return None if weight.dim() != 2 else Layer(w, b, x, y, self._case_of(x), None, roots)
+            return None if weight.dim() != 2 else Layer(w, b, x, y, self._case_of(x), None, roots, turned=turned)
         patches = patches_of(weight, *more, **named)
         if patches is None or x.dim() != weight.dim():
             return None
         case = 0 if any(x.shape[0] == number for _, number in self._cases) else None
         return Layer(w, b, x, y, case, patches, roots)
+
+    def _note_transpose(self, result: Tensor, of: Tensor, *dims: Any) -> None:
+        index = self._index.get(id(of))
+        if index is not None and of.dim() == 2 and result.stride() == of.stride()[::-1] and result is not of:
+            self._transposed[id(result)] = result, index
 
     def _case_of(self, x: Tensor) -> int | None:
         lead = x.shape[:-1]

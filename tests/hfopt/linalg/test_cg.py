@@ -318,6 +318,40 @@ def test_zero_curvature_ends_the_solve() -> None:
     assert not solution.x.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        [3.0, 2.0, 1.0, 0.0],
+        [5.0] * 3 + [1.0] * 4 + [0.0] * 3,
+        [10 ** (-2 * i / 19) for i in range(20)] + [0.0] * 10,
+        [10 ** (-4 * i / 29) for i in range(30)] + [0.0],
+    ],
+)
+def test_systems_without_a_solution_end(eigenvalues: list[float], seed: int, scaled: bool, dtype: torch.dtype) -> None:
+    """b has a part in A's null space: the solve ends there, long before x is of order ``|b| / eps``."""
+    n = len(eigenvalues)
+    a, b = spd(torch.tensor(eigenvalues, dtype=torch.float64), seed=seed).to(dtype), randn(n, seed=50 + seed).to(dtype)
+    m = (lambda r: r * torch.arange(1, n + 1, dtype=r.dtype)) if scaled else None
+    solution = exact(max_iterations=250).solve(Matrix(a), b, preconditioner=m)
+    assert solution.reason in ("singular", "negative curvature")
+    assert solution.iterations < 250
+    flat = torch.finfo(dtype).eps ** (2 / 3) * min(e for e in eigenvalues if e)
+    assert float(solution.x.norm()) < float(b.norm()) * n / flat
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_singular_system_with_a_solution_is_solved(seed: int) -> None:
+    eigenvalues = torch.cat([torch.logspace(0, -4, 20, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)])
+    a = spd(eigenvalues, seed=seed)
+    b = a @ randn(30, seed=60 + seed)
+    solution = exact(residual=1e-10).solve(Matrix(a), b)
+    assert solution.reason == "residual"
+    assert float((b - a @ solution.x).norm()) < 2e-10 * float(b.norm())
+
+
 class Breaks(Matrix):
     """Products turn into NaN from the n-th on."""
 

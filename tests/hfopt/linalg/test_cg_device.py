@@ -415,3 +415,15 @@ def test_whole_steps(preconditioner: str | None, monkeypatch: pytest.MonkeyPatch
         assert (ours.cg_reason, ours.cg_iterations) == (expected.cg_reason, expected.cg_iterations)
         assert same([ours.new_loss, ours.rho, ours.damping], [expected.new_loss, expected.rho, expected.damping])
         assert ours.products >= expected.products
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", range(4))
+def test_a_system_without_a_solution_ends_where_the_host_ends(seed: int, dtype: torch.dtype) -> None:
+    eigenvalues = torch.cat([torch.logspace(0, -2, 20, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)])
+    a, b = spd(eigenvalues, seed=seed).to(dtype), randn(30, seed=50 + seed).to(dtype)
+    cg = CG(tolerance=0.0)
+    ours, theirs = device(cg, Matrix(a), b), host(cg, Matrix(a), b)
+    assert ours.reason == theirs.reason == "singular"
+    assert ours.iterations == theirs.iterations
+    assert same(ours.x, theirs.x)
