@@ -119,7 +119,7 @@ def test_the_closures_own_draws_are_the_same_throughout_a_step(source: str, besi
         for _ in range(4):
             seen.clear()
             optimizer.step(closure)
-            assert len(seen) > 3
+            assert len(seen) > 1
             assert len(set(seen)) == 1
             steps.append(seen[0])
     assert len(set(steps)) == 4  # each step another, and each number once
@@ -144,7 +144,7 @@ def test_both_draw_from_torchs_generator(checkpointed: bool) -> None:
     with another_thread(lambda: drawn.append(DRAWS["random"]()) if checkpointed else drawn.append(DRAWS["torch"]())):
         for _ in range(3):
             optimizer.step(closure)
-            assert len(seen) > 3
+            assert len(seen) > 1
             assert all(torch.equal(s, seen[0]) for s in seen)
             seen.clear()
     assert len(set(drawn)) == len(drawn)
