@@ -40,6 +40,8 @@ from hfopt.step.settings import (
 from hfopt.step.stats import StepStats
 from hfopt.step.step import Step
 
+CURVATURES: tuple[str, ...] = get_args(Curvature)
+BACKTRACKING: tuple[str, ...] = get_args(Backtracking)
 Linearisation = Literal["auto", "double-backward", "linearize", "checkpoint", "recompute", "differences"]
 Slopes = Literal["iterate", "start"]
 
@@ -138,8 +140,8 @@ class HessianFree(Optimizer):
         history: int | None = 10_000,
     ) -> None:
         structural_damping = structural_damping if structural is None else structural
-        _one_of("curvature", curvature, get_args(Curvature))
-        _one_of("backtracking", backtracking, get_args(Backtracking))
+        _one_of("curvature", curvature, CURVATURES)
+        _one_of("backtracking", backtracking, BACKTRACKING)
         _one_of("linearisation", linearisation, POLICIES)
         _one_of("solver", solver, get_args(Solver))
         _one_of("debias_slopes", debias_slopes, SLOPES)

@@ -189,7 +189,7 @@ def test_the_longest_chain_of_imports_is_short() -> None:
 
 
 def test_hfopt_is_imported_without_what_experiments_need() -> None:
-    heavy = ("h5py", "rich", "matplotlib")
+    heavy = ("h5py", "rich", "matplotlib", "torch._dynamo", "triton")
     command = f"import sys, hfopt; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

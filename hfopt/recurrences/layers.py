@@ -104,10 +104,13 @@ def cell_layer(
     return Sequences(output if reached is None else reached.of(output), hidden, tuple(final))
 
 
-# A compiler would put off what is registered here.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _registered(cell: Definition) -> str:
     return generated(cell).name
+
+
+# A compiler would put off what is registered here. This mark is all that torch.compiler.assume_constant_result makes,
+# which would import the compiler, and with it three seconds, into every program that imports this package.
+_registered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
