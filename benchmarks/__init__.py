@@ -9,7 +9,7 @@
 **products**: for each case of :mod:`benchmarks.cases`, in one process and interleaved (every round runs each method
 once, in an order of its own): the gradient of the plain PyTorch model (forward and backward pass), which is the unit;
 `hfopt.GaussNewton` under each linearisation policy; curvlinops' `GGNLinearOperator`, if it is installed; a double
-backward pass run anew for every product; `torch.func.jvp` with `vjp`. All multiply the same vector at the same
+backward pass run again for every product; `torch.func.jvp` with `vjp`. All multiply the same vector at the same
 weights, and every result is compared with the product of the plain model in float64: `difference` is
 max |difference| / max |float64 product|. A method that a model does not allow is listed with the reason. Of recurrent
 networks, torch's own layer is the plain model (of the multiplicative RNN, which torch does not have, a Python loop);

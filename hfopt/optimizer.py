@@ -390,7 +390,7 @@ class HessianFree(Optimizer):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: everything but what torch attaches and makes anew."""
+        """For copy and pickle: everything but what torch attaches and rebuilds."""
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
 

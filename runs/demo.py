@@ -53,7 +53,7 @@ class Settings:
     batch_size: int = 1000
     """Sequences in a batch."""
     gradient_batches: int = 1
-    """Batches of the gradient, drawn anew at every step."""
+    """Batches of the gradient, drawn again at every step."""
     curvature_batches: int | None = None
     """How many of them the curvature products use; by default all."""
     evaluation_batches: int | None = None

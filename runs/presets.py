@@ -24,7 +24,7 @@ class Settings:
     batch_size: int = 250
     """Sequences in a batch of hf and lbfgs."""
     gradient_batches: int = 16
-    """Batches of the gradient, drawn anew at every step."""
+    """Batches of the gradient, drawn again at every step."""
     curvature_batches: int = 2
     """How many of them the curvature products use."""
     evaluation_batches: int = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -64,13 +65,20 @@ def _of_address_space(proc: Path) -> int:
 def _of_groups(proc: Path, root: Path) -> int:
     """What the control groups of this process leave, the least of all levels."""
     left = UNLIMITED
-    for version, folder in _groups(_text(proc / "self" / "cgroup"), root):
+    for version, folder in _limited(_text(proc / "self" / "cgroup"), root):
         limit_file, usage_file, cached = _FILES[version]
         limit, usage = _text(folder / limit_file).strip(), _text(folder / usage_file).strip()
-        if limit.isdigit() and usage.isdigit():  # "max": none
+        if limit.isdigit() and usage.isdigit():
             freed = _entry(_text(folder / "memory.stat"), cached) or 0
             left = min(left, int(limit) - max(0, int(usage) - freed))
     return left
+
+
+@cache
+def _limited(cgroup: str, root: Path) -> tuple[tuple[int, Path], ...]:
+    """The groups that have a limit, looked for once: most levels have none, and every step asks for what is free."""
+    limits = [(v, folder, _text(folder / _FILES[v][0]).strip()) for v, folder in _groups(cgroup, root)]
+    return tuple((v, folder) for v, folder, limit in limits if limit.isdigit() and int(limit) < 1 << 60)  # "max": none
 
 
 def _groups(cgroup: str, root: Path) -> Iterator[tuple[int, Path]]:

@@ -51,7 +51,7 @@ class Part:
         hidden: D'' of the marked hidden states, ``marked`` which of those that were collected.
         heads: outputs and pre-activations in the graph; empty once that was let go.
         sites: where in the closure the outputs stand.
-        linearisation: None: made anew in every product.
+        linearisation: None: built again in every product.
     """
 
     space: Matching | Joint

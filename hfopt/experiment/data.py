@@ -23,7 +23,7 @@ class Batch(Protocol):
 
 
 class Data(Protocol):
-    """A data object: batches by index, drawn anew after `forget()`, and their loss.
+    """A data object: batches by index, drawn again after `forget()`, and their loss.
 
     `size(batch)` is the number of scored outputs, which `loss` is the mean over. `state_dict` holds what the next
     draws depend on.

@@ -121,7 +121,7 @@ class Derivatives:
         if found is not None and found.quotient == 0.0:
             self.fail(
                 "the closure's loss did not change by a bit when the parameters were moved, though its gradient says "
-                f"that it would by {found.predicted:.6g} per unit: compute the model's outputs anew in every call of "
+                f"that it would by {found.predicted:.6g} per unit: compute the model's outputs again in every call of "
                 "the closure"
             )
         if found is not None:

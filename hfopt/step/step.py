@@ -30,7 +30,7 @@ NOT_FINITE = (
 )
 CONSTANT = (
     "the loss was the same, to the bit, at every point that the step tried, so that no step can be judged: check that "
-    "the closure (or the evaluation= closure) computes the model's outputs anew at every call, for the parameters of "
+    "the closure (or the evaluation= closure) computes the model's outputs again at every call, for the parameters of "
     "this optimizer"
 )
 

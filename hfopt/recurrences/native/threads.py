@@ -61,7 +61,7 @@ def _executor(workers: int) -> ThreadPoolExecutor:
 
 
 def _forget() -> None:
-    """In a forked child there are no threads: the pool is made anew."""
+    """In a forked child there are no threads: the pool is rebuilt."""
     global _pool, _workers
     _pool, _workers = None, 0
 
