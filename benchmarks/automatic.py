@@ -36,7 +36,7 @@ class Row:
 def losses(problem: Problem, preconditioner: str, seconds: float, seed: int) -> tuple[float, ...]:
     """The least loss up to each share of so many processor seconds; at least one step is made."""
     task = problem.build(seed)
-    optimizer = hfopt.HessianFree(task.model.parameters(), preconditioner=preconditioner)
+    optimizer = hfopt.HessianFree(task.model.parameters(), preconditioner=preconditioner, solver="cg")
     seen: list[tuple[float, float]] = []
     start = time.process_time()
     while not seen or seen[-1][0] < seconds:
@@ -48,7 +48,7 @@ def losses(problem: Problem, preconditioner: str, seconds: float, seed: int) -> 
 def taken(problem: Problem, seed: int) -> str:
     """What ``"auto"`` chooses."""
     task = problem.build(seed)
-    optimizer = hfopt.HessianFree(task.model.parameters(), preconditioner="auto")
+    optimizer = hfopt.HessianFree(task.model.parameters(), preconditioner="auto", solver="cg")
     optimizer.step(task.loss)
     assert isinstance(optimizer.preconditioner, Automatic)
     return "kfac" if optimizer.preconditioner.chosen else "none"

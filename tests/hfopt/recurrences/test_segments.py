@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,12 +317,16 @@ def test_the_documented_recurrence() -> None:
     """The example of docs/linearisation.md: an LSTM with its readout."""
     text = (Path(__file__).parents[3] / "docs" / "linearisation.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "over_time(" in block)
-    w_ih, w_hh, readout = Ws = weights((16, V), (16, 4), (4, 2))
-    start, inputs, targets = torch.zeros(B, 4, dtype=torch.float64), randn(T, B, V, seed=5), randn(T, B, 2, seed=6)
-    given = {"inputs": inputs, "h0": start, "c0": start, "w_ih": w_ih, "w_hh": w_hh, "readout": readout}
+    w_ih, w_hh, readout = Ws = weights((20, V), (20, 5), (5, 2))
+    inputs, targets = randn(T, 8, V, seed=5), randn(T, 8, 2, seed=6)
+    layers = {
+        "lstm": SimpleNamespace(weight_ih_l0=w_ih, weight_hh_l0=w_hh),
+        "readout": SimpleNamespace(weight=readout.t()),
+    }
+    double = SimpleNamespace(zeros=lambda *shape: torch.zeros(*shape, dtype=torch.float64))
 
     def closure() -> Tensor:
-        names: dict[str, Any] = dict(given)
+        names: dict[str, Any] = {"torch": double, "inputs": inputs, **layers}
         exec(code, names)
         return F.mse_loss(names["outputs"], targets)
 
