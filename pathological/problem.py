@@ -20,7 +20,7 @@ class Problem(Minibatches[Batch]):
     """A synthetic problem as a data object: minibatches by index, a loss, a measure of error.
 
     Training minibatches have the indices ``0 .. train_batches - 1``, test minibatches ``-1, -2, ..``.
-    ``problem(i)`` draws a minibatch on first use and keeps it; :meth:`forget` drops the training draws, so
+    ``problem(i)`` draws a minibatch on first use and keeps it; ``forget`` drops the training draws, so
     that the next use draws new ones, while test draws stay. A minibatch is a function of ``(seed, i)`` and of
     the number of calls of ``forget`` alone (see :mod:`pathological.stream`): one that is not kept because ``memory``
     is used up is drawn again, the same, at each use.

@@ -110,7 +110,7 @@ class Minibatches(ABC, Generic[B]):
     """The base of a data object: minibatches by index, kept until they are forgotten, and a state to go on from.
 
     Training minibatches have the indices ``0 .. train_batches - 1``, test minibatches ``-1, -2, ..``. ``problem(i)``
-    draws a minibatch on first use and keeps it; :meth:`forget` drops the training draws, so that the next use draws new
+    draws a minibatch on first use and keeps it; ``forget`` drops the training draws, so that the next use draws new
     ones, while test draws stay. A subclass defines :meth:`draw`, `size`, `loss` and `zero_one_loss` (or `errors` and
     `error_name`, or `metrics`), and says in :meth:`identity` what tells it from others.
 
@@ -120,8 +120,10 @@ class Minibatches(ABC, Generic[B]):
         memory: bytes that the kept minibatches may take in all; one that finds no room is drawn again at each use.
 
     Attributes:
-        train_batches, test_batches: the indices, as ranges.
-        train_mem, test_mem: the minibatches kept so far, by index.
+        train_batches: the indices for training, as a range.
+        test_batches: the indices for tests, as a range.
+        train_mem: the training minibatches kept so far, by index.
+        test_mem: the test minibatches kept so far, by index.
         epoch: the number of calls of `forget`.
 
     Raises:
@@ -211,7 +213,7 @@ class Minibatches(ABC, Generic[B]):
 class Shuffled(Minibatches[B]):
     """Minibatches of a finite set: all training cases in random order, in parts of (nearly) equal size.
 
-    :meth:`forget` puts the cases in a new order. Test minibatches are the test cases in the order of the data. A
+    ``forget`` puts the cases in a new order. Test minibatches are the test cases in the order of the data. A
     subclass defines :meth:`take` in place of `draw`.
 
     Args:

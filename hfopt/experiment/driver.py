@@ -169,7 +169,7 @@ class HF:
 
     @property
     def second_order(self) -> bool:
-        """Whether the optimizer's steps are more than gradients: it takes `curvature=` or `evaluation=`."""
+        """Whether the optimizer's steps are more than gradients, as `curvature=` or `evaluation=` of its step tell."""
         return bool(self.roles.names)
 
     # -- what a user calls ------------------------------------------------------------------------------

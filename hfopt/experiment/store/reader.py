@@ -66,12 +66,12 @@ class Run:
 
     @property
     def sessions(self) -> list[dict[str, Any]]:
-        """One dict per start and resumption: when, step, host, process, command line, versions."""
+        """One dict per start and resumption, with time, step, host, process, command line and versions."""
         return self.header.sessions
 
     @property
     def outcome(self) -> str:
-        """How it ended: "success", "max_steps", ...; empty while it runs, and if it was killed."""
+        """How it ended, such as "success" or "max_steps"; empty while it runs, and if it was killed."""
         return self.header.outcome
 
     @property
