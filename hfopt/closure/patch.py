@@ -42,7 +42,7 @@ def _registered() -> list[_Change]:
 
 
 def _take_back(registered: list[_Change], change: _Change) -> None:
-    # Only while it is registered: a broken off block may be closed long after, when its traceback is let go of.
+    # Only while it is registered: a broken off block may be closed long after, when its traceback is released.
     if change in registered:
         change.undo()
         registered.remove(change)

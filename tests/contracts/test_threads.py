@@ -108,7 +108,7 @@ SOURCES = ["torch", "random", "numpy", "numpy normal", "own torch", "own random"
 def test_the_closures_own_draws_are_the_same_throughout_a_step(source: str, beside: bool) -> None:
     """Also where another thread is there, which draws from its own generator."""
     model, draw, seen = mlp(3, 4, 2, seed=3), teacher(source), []
-    optimizer = hfopt.HessianFree(model.parameters(), solver="cg")
+    optimizer = hfopt.HessianFree(model.parameters(), solver="cg", linearisation="recompute")
 
     def closure() -> Tensor:
         seen.append(draw())
@@ -119,7 +119,7 @@ def test_the_closures_own_draws_are_the_same_throughout_a_step(source: str, besi
         for _ in range(4):
             seen.clear()
             optimizer.step(closure)
-            assert len(seen) > 1
+            assert len(seen) > 3
             assert len(set(seen)) == 1
             steps.append(seen[0])
     assert len(set(steps)) == 4  # each step another, and each number once
@@ -129,7 +129,7 @@ def test_the_closures_own_draws_are_the_same_throughout_a_step(source: str, besi
 def test_both_draw_from_torchs_generator(checkpointed: bool) -> None:
     """A mask of dropout is the same throughout a step, and no draw of the other thread is repeated."""
     inner, drop, outer, seen, drawn = mlp(3, 8, seed=3), nn.Dropout(0.4), mlp(8, 2, seed=4), [], []
-    optimizer = hfopt.HessianFree([*inner.parameters(), *outer.parameters()], check=True)
+    optimizer = hfopt.HessianFree([*inner.parameters(), *outer.parameters()], check=True, linearisation="recompute")
 
     def hidden(x: Tensor) -> Tensor:
         h: Tensor = drop(inner(x).tanh()) + 0.01 * torch.randn(16, 8, dtype=x.dtype)
@@ -144,7 +144,7 @@ def test_both_draw_from_torchs_generator(checkpointed: bool) -> None:
     with another_thread(lambda: drawn.append(DRAWS["random"]()) if checkpointed else drawn.append(DRAWS["torch"]())):
         for _ in range(3):
             optimizer.step(closure)
-            assert len(seen) > 1
+            assert len(seen) > 3
             assert all(torch.equal(s, seen[0]) for s in seen)
             seen.clear()
     assert len(set(drawn)) == len(drawn)
@@ -171,7 +171,7 @@ def test_a_thread_that_draws_nothing_changes_no_draw() -> None:
 
 def test_another_threads_running_statistics_count_every_call() -> None:
     model, other = mlp(3, 5, 2, seed=3), nn.BatchNorm1d(3, dtype=X.dtype)
-    optimizer, calls = hfopt.HessianFree(model.parameters(), solver="cg"), [0]
+    optimizer, calls = hfopt.HessianFree(model.parameters(), solver="cg", linearisation="recompute"), [0]
 
     def work() -> None:
         other(X)
