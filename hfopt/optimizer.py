@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hfopt.closure import loss_scaling
 from hfopt.closure.ddp import without_reductions
+from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.patch import settled
 from hfopt.closure.recurrent_layers import replacing
 from hfopt.closure.trace import Closure
@@ -275,7 +277,14 @@ class HessianFree(Optimizer):
         graphs = self.cg.cuda_graphs is not False
 
         def run() -> StepOutcome:
-            with replacing(self.replace_recurrences), side_stream(device, graphs), without_reductions():
+            # Entered once here, the patches are already in place in each of the step's runs.
+            with (
+                replacing(self.replace_recurrences),
+                side_stream(device, graphs),
+                without_reductions(),
+                twice_differentiable(),
+                loss_scaling.watching(),
+            ):
                 return Step(given, lambda scaler: scaler.unscale_(self)).run()
 
         outcome = settled(run)

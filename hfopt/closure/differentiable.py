@@ -132,21 +132,15 @@ def _compiler() -> Patch:
     return Patch(sys.modules["torch._dynamo.eval_frame"], "_callback_from_stance", _eager)
 
 
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
+def differentiable_attention() -> AbstractContextManager[None]:
     """The block in which scaled dot-product attention takes the plain form, the only one to be differentiated twice."""
-    with _attention_patch.block():
-        yield
+    return _attention_patch.block()
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """See the module's docstring."""
-    with ExitStack() as stack:
-        stack.enter_context(differentiable_attention())
-        # Who has compiled something has imported the compiler, which takes seconds.
-        if "torch._dynamo.eval_frame" in sys.modules:
-            stack.enter_context(_compiler().block())
-        stack.enter_context(_checkpoints.block())
-        stack.enter_context(_computed_again.block())
+    # Who has compiled something has imported the compiler, which takes seconds.
+    compiler = _compiler().block() if "torch._dynamo.eval_frame" in sys.modules else nullcontext()
+    with differentiable_attention(), compiler, _checkpoints.block(), _computed_again.block():
         yield

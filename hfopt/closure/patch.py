@@ -13,7 +13,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -153,9 +153,12 @@ class Patch:
         self._installed: Any = None
         self._own: Any = None  # what the owner itself had by that name; None: inherited
 
+    def block(self) -> AbstractContextManager[None]:
+        """Return the block in which it is replaced, for this thread; inside another such block, it does nothing."""
+        return nullcontext() if self._here else self._block()
+
     @contextmanager
-    def block(self) -> Iterator[None]:
-        """The block in which it is replaced, for this thread."""
+    def _block(self) -> Iterator[None]:
         holder = object()
         with undone(lambda: self._leave(holder)):
             self._enter(holder)

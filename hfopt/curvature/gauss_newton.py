@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hfopt.closure import loss_scaling
-from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
+from hfopt.closure.run import closure_run
 from hfopt.closure.trace import Closure, refuse_independence
 from hfopt.curvature.columns import cannot_batch, columns_at_once, rows
 from hfopt.curvature.consistency import inconsistency
@@ -86,9 +85,8 @@ class GaussNewton(ClosureOperator):
         self._frozen = Frozen(self.device, (closure,)) if frozen is None else frozen
         self.closure, self.memory_budget = closure, memory_budget
         model = ClosureRunner(closure, self.params, self._frozen, loss, outputs, structural, memory_budget)
-        with loss_scaling.watching() as scaling:
-            built = build(model, linearisation, known)
-        self.scaler, self.unit = scaling.scaler, scaling.unit
+        built = build(model, linearisation, known)
+        self.scaler, self.unit = model.scaling.scaler, model.scaling.unit
         seen, self.parts, self.linearisation = built.seen, built.parts, built.linearisation
         self._check_curvature()
         self.loss = self._loss_of_all(seen.total)
@@ -225,7 +223,7 @@ class GaussNewton(ClosureOperator):
                         old = sums[j]
                         sums[j] = g if old is None else old + g
 
-        with self._frozen.again(), torch.enable_grad(), twice_differentiable():
+        with closure_run(self._frozen, again=True):
             again(self.closure, self.parts, use)
         yield sums
 
@@ -306,7 +304,7 @@ class GaussNewton(ClosureOperator):
         if self._again is not None:
             use(0, self._again()[: self.parts[0].count])
             return
-        with self._frozen.again(), torch.enable_grad(), twice_differentiable():
+        with closure_run(self._frozen, again=True):
             each = lambda part, heads: use(self.parts.index(part), heads[: part.count])  # noqa: E731
             again(self.closure, self.parts, each, everything=True)
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hfopt.closure import loss_scaling
-from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
+from hfopt.closure.run import closure_run
 from hfopt.closure.trace import Closure, refuse_independence, trace
 from hfopt.curvature.columns import cannot_batch, columns, columns_at_once, rows
 from hfopt.curvature.gradient_hooks import hooked
@@ -41,9 +40,9 @@ class Hessian(ClosureOperator):
     ) -> None:
         super().__init__(params, processes)
         frozen = Frozen(self.device, (closure,)) if frozen is None else frozen
-        with frozen.run(), twice_differentiable(), loss_scaling.watching() as scaling:
+        with closure_run(frozen) as run:
             seen = trace(closure, loss=loss, params=self.params, cut=False)
-        self.scaler, self.unit = scaling.scaler, scaling.unit
+        self.scaler, self.unit = run.scaling.scaler, run.scaling.unit
         self.loss = self._loss_of_all(seen.total)
         self.result, self.differentiates = seen.result, seen.differentiates
         with graph.unhooked(self.params):

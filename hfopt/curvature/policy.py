@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hfopt.closure.criteria import Site
-from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
+from hfopt.closure.loss_scaling import Scaling
+from hfopt.closure.run import closure_run
 from hfopt.closure.trace import Closure, Trace, outputs_again, trace
 from hfopt.curvature.differences import Differences
 from hfopt.curvature.linearisation import (
@@ -36,7 +37,7 @@ from hfopt.curvature.output_space import Matching
 from hfopt.curvature.parts import DOUBLE_BACKWARD_MEMORY, Maybe, Part, PartCollector, SumOfParts
 from hfopt.errors import ClosureError, logger, size, warn
 from hfopt.linalg import graph
-from hfopt.recurrences.segments import Run, checkpointing
+from hfopt.recurrences.segments import Run
 
 # A choice forced by a lack of memory is made again for batches smaller than this share of the original ones.
 SMALLER = 0.8
@@ -50,7 +51,8 @@ PreviousChoice = tuple[str, int]
 class ClosureRunner:
     """A closure with everything that is needed to run it.
 
-    ``budget``: bytes for what is kept; None: 80% of what is free when the closure is run.
+    ``budget``: bytes for what is kept; None: 80% of what is free when the closure is run. ``scaling`` is that of the
+    latest run.
     """
 
     closure: Closure
@@ -60,10 +62,11 @@ class ClosureRunner:
     outputs: nn.Module | None = None
     structural: bool = False
     budget: int | None = None
+    scaling: Scaling = field(default_factory=Scaling)
 
     def run(self, *, checkpoint: bool = False, watch: Any = None) -> tuple[Trace, Run]:
         """Run and trace the closure, checkpointing its recurrences if asked."""
-        with self.frozen.run(), twice_differentiable(), checkpointing(checkpoint) as run:
+        with closure_run(self.frozen, checkpoint=checkpoint) as run:
             seen = trace(
                 self.closure,
                 loss=self.loss,
@@ -72,7 +75,8 @@ class ClosureRunner:
                 hidden=self.structural,
                 watch=watch,
             )
-        return seen, run
+        self.scaling = run.scaling
+        return seen, run.recurrences
 
     def again(self, part: Part) -> Callable[[], list[Tensor]]:
         """A function that computes the heads of ``part`` again."""
@@ -86,7 +90,7 @@ def _heads_again(
     closure: Closure, frozen: Frozen, kind: str, sites: list[Site], module: nn.Module | None, marked: list[int]
 ) -> list[Tensor]:
     """Return the outputs at ``sites`` and the ``marked`` hidden states from another run of the closure."""
-    with frozen.again(), torch.enable_grad(), twice_differentiable(), checkpointing(False):
+    with closure_run(frozen, again=True):
         heads = outputs_again(closure, kind, sites, module=module, hidden=bool(marked))
     return [*heads[: len(sites)], *(heads[len(sites) + i] for i in marked)]
 

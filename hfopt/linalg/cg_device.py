@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hfopt.linalg.cg_host import HostCG
-from hfopt.linalg.rules import GROWTH, StoppingRules, after_product, before_product, lost, shallow
+from hfopt.linalg.rules import FAST, GROWTH, StoppingRules, after_product, before_product, lost, shallow
 from hfopt.linalg.solution import Iterate, LinearMap, Solution
 from hfopt.linalg.vector import norm
 
@@ -75,8 +75,9 @@ class DeviceCG(HostCG):
         recorder: Recorder | None = None,
         directions: int = 0,
         augment: Tensor | None = None,
+        exact: bool = False,
     ) -> None:
-        super().__init__(options, op, b, x0, preconditioner, directions, augment)
+        super().__init__(options, op, b, x0, preconditioner, directions, augment, exact)
         self.recorder = recorder
         self.repeat: Callable[[], None] | None = None
         self.bound = 0.0  # of |r|
@@ -145,10 +146,19 @@ class DeviceCG(HostCG):
         torch.index_select(self.limit, 0, self.i, out=self.least)
         torch.sub(value, self.then, out=share)
         share.div_(value)
+        if self.residuals is not None:
+            self.wait(share)
         torch.lt(share, self.least, out=self.progress)
         torch.lt(value, 0.0, out=self.falling)
         torch.logical_and(self.progress, self.falling, out=self.progress)
         self.progress.logical_not_()
+
+    def wait(self, share: Tensor) -> None:
+        """Let the progress rule pass while the residual falls fast; the present line still has the latest one."""
+        self.there.sub_(1).clamp_(min=0)
+        torch.index_select(self.log[:, RESIDUAL], 0, self.there, out=self.then)
+        torch.le(self.residual, self.then.mul_(FAST), out=self.falling)
+        share.masked_fill_(self.falling, math.inf)
 
     def measure(self) -> Tensor:
         """Compute ``z = M^-1 r``, with ``r'z`` and ``|r|``."""
@@ -374,6 +384,8 @@ class DeviceCG(HostCG):
             if i % o.check_every == 0 or i == o.max_iterations:
                 lines = self.read(seen, i)
                 self.history[seen:] = [line[PHI] for line in lines]
+                if self.residuals is not None:
+                    self.residuals[seen:] = [line[RESIDUAL] for line in lines[:-1]]
                 for j, line in enumerate(lines[:-1], seen):
                     reason = self.ended(j, line)
                     if reason is not None:
@@ -384,7 +396,7 @@ class DeviceCG(HostCG):
                     self.check(i)
                     if stop is not None and stop(i, self.x, self.history[-1]):
                         return self.end("stopped", i)
-                if o.progress_is_little(self.history):
+                if o.progress_is_little(self.history, self.residuals):
                     return self.end("progress", i)
             if i < o.max_iterations:
                 self.advance(i)

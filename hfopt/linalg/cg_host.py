@@ -25,8 +25,10 @@ class HostCG:
         preconditioner: Callable[[Tensor], Tensor] | None,
         directions: int = 0,
         augment: Tensor | None = None,
+        exact: bool = False,
     ) -> None:
         self.o, self.op, self.b, self.precondition = options, op, b, preconditioner
+        self.residuals: list[float] | None = [] if exact else None  # one per iteration, if the progress rule waits
         self.stored = options.stored_iterations()
         self.products = 0
         self.scratch = torch.empty_like(b)
@@ -182,6 +184,8 @@ class HostCG:
         rz = dot(self.r, z)
         for i in range(o.max_iterations + 1):
             residual = rz**0.5 if self.precondition is None and rz >= 0 else norm(self.r)
+            if self.residuals is not None:
+                self.residuals.append(residual)
             if (reason := before_product(rz, residual, o.residual * size_b)) is not None:
                 return self.end(reason, i)
             if i == o.max_iterations:
@@ -212,7 +216,7 @@ class HostCG:
                 self.check(i + 1)
                 if stop is not None and stop(i + 1, self.x, self.history[-1]):
                     return self.done("stopped", i + 1)
-            if o.progress_is_little(self.history):
+            if o.progress_is_little(self.history, self.residuals):
                 return self.done("progress", i + 1)
             z = self.r if self.precondition is None else self.precondition(self.r)
             rz, old = dot(self.r, z), rz

@@ -13,6 +13,8 @@ import torch
 
 # |alpha A d| / |r| above which a step along a direction that is nearly flat leads nowhere: the residual grows.
 GROWTH = 2.0
+# Share of a residual of one window of the progress rule before, below which a solve of an exact system goes on.
+FAST = 0.5
 
 
 @dataclass
@@ -68,14 +70,20 @@ class StoppingRules:
             return -math.inf
         return k / (self.overhead + i) if self.tolerance is None else k * self.tolerance
 
-    def progress_is_little(self, history: list[float]) -> bool:
-        """Apply the progress rule to ``phi_0, ..., phi_i``."""
+    def progress_is_little(self, history: list[float], residuals: list[float] | None = None) -> bool:
+        """Apply the progress rule to ``phi_0, ..., phi_i``.
+
+        With ``residuals``, ``|r_0|, ..., |r_{i-1}|``, the rule waits while the latest is at most half of what it was k
+        iterations before.
+        """
         i = len(history) - 1
         k = self.window(i)
         if k is None:
             return False
         now, then = history[i], history[i - k]
-        return now < 0 and (now - then) / now < self.least_share(i)
+        if not (now < 0 and (now - then) / now < self.least_share(i)):
+            return False
+        return residuals is None or residuals[i - 1] > FAST * residuals[i - 1 - k]
 
 
 def before_product(rz: float, residual: float, bound: float) -> str | None:

@@ -88,7 +88,8 @@ class CandidateSearch:
         if preconditioner is not None and at.op.projection is not None:
             preconditioner = at.op.projection.after(preconditioner)
         if at.model.op is at.op:
-            solution = cg.solve(seen, -at.g, x0, preconditioner, directions=directions, augment=augment)
+            exact = damping == 0
+            solution = cg.solve(seen, -at.g, x0, preconditioner, directions=directions, augment=augment, exact=exact)
         else:
             second = Quadratic(at.model.op.damped(damping, mu, decay), -at.model.g, self.settings.debias_slopes)
             solution = cg.solve(seen, -at.g, x0, preconditioner, second=second)

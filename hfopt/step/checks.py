@@ -89,10 +89,10 @@ class _Checks:
 
     def _look(self, closure: Closure) -> ReductionTrace:
         look = ReductionTrace()
-        with self.step.running() as scaling, structural.collecting(False):
+        with self.step.running() as run, structural.collecting(False):
             look.run(closure)
         for criterion in look.criteria:
-            criterion.factor *= scaling.unit
+            criterion.factor *= run.scaling.unit
         return look
 
     def _determinism(self) -> float:

@@ -259,10 +259,10 @@ class Derivatives:
         closure = closures.gradient if closures.curvature is None else closures.curvature
 
         def slopes() -> Tensor:
-            with step.running() as scaling:
+            with step.running() as run:
                 seen = trace(closure, loss=step.settings.loss, cut=False)
             found: Sequence[Tensor | None] = torch.autograd.grad(seen.total, step.vector.params, allow_unused=True)
-            flat = step.vector.flatten(found).mul_(scaling.unit)
+            flat = step.vector.flatten(found).mul_(run.scaling.unit)
             return flat if step.processes is None else step.processes.mean_(flat)
 
         def rung(deltas: Sequence[Tensor], values: Sequence[Tensor], h: float) -> Rung:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfopt.closure import loss_scaling
-from hfopt.closure.differentiable import twice_differentiable
 from hfopt.closure.frozen import Frozen
 from hfopt.closure.patch import undone
+from hfopt.closure.run import ClosureRun, closure_run
 from hfopt.closure.trace import Closure, differentiate, evaluate
 from hfopt.curvature.fisher import Fisher
 from hfopt.curvature.gauss_newton import GaussNewton
@@ -23,7 +22,6 @@ from hfopt.curvature.hessian import Hessian
 from hfopt.curvature.policy import still_holds
 from hfopt.errors import logger
 from hfopt.linalg.vector import ParameterVector, dot, norm
-from hfopt.recurrences.segments import checkpointing
 from hfopt.step.settings import StepInput
 
 
@@ -122,8 +120,9 @@ class Objective:
             self.scaler = self.op.scaler
             loss, gradient, result = float(self.op.loss), self.op.gradient, self.op.result
         else:
-            with self.running() as scaling:
+            with self.running() as run:
                 value, result = differentiate(self.closures.gradient, self.vector.params, loss=self.settings.loss)
+            scaling = run.scaling
             loss, gradient = float(value), self.vector.flatten([p.grad for p in self.vector.params])
             if scaling.scaler is not None:
                 loss, gradient = loss * scaling.unit, gradient.mul_(scaling.unit)
@@ -167,18 +166,11 @@ class Objective:
         kind = "sampled" if s.curvature == "fisher" else "empirical"
         return Fisher(closure, self.vector.params, kind=kind, batch_dim=s.batch_dim, generator=generator, **options)
 
-    @contextmanager
-    def running(self) -> Iterator[loss_scaling.Scaling]:
-        """Enter the context of a run of a closure for its loss, or its loss and gradient."""
-        with (
-            self.frozen.run(),
-            twice_differentiable(),
-            checkpointing(self._checkpointed()),
-            loss_scaling.watching() as scaling,
-        ):
-            yield scaling
+    def running(self) -> AbstractContextManager[ClosureRun]:
+        """Return the context of a run of a closure for its loss, or its loss and gradient."""
+        return closure_run(self.frozen, checkpoint=self._checkpoints())
 
-    def _checkpointed(self) -> bool:
+    def _checkpoints(self) -> bool:
         """Tell whether sequences are long enough that no run may hold all their hidden states."""
         chosen = self.chosen[0] if self.chosen is not None else ""
         policy = self.settings.linearisation
@@ -214,10 +206,10 @@ class Objective:
         density, an overflow in Python) is infinite; elsewhere it is the user's error.
         """
         try:
-            with self.running() as scaling:
+            with self.running() as run:
                 value = float(evaluate(closure, loss=self.settings.loss, differentiates=self.differentiates))
-            if scaling.scaler is not None:
-                value *= scaling.unit
+            if run.scaling.scaler is not None:
+                value *= run.scaling.unit
         except (RuntimeError, ValueError, ArithmeticError) as error:
             if not (trial and _undefined(error)):
                 raise

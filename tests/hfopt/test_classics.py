@@ -47,6 +47,18 @@ def test_one_step_solves_a_quadratic_form(n: int) -> None:
         assert torch.allclose(theta(model), x, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("n", [10, 30, 50])
+@pytest.mark.parametrize("condition", [1e1, 1e4])
+@pytest.mark.parametrize("solver", ["auto", "cg"])
+def test_one_step_without_damping_at_the_default_tolerance(n: int, condition: float, solver: str) -> None:
+    root = spd(torch.logspace(0, 0.5 * math.log10(condition), n, dtype=torch.float64), seed=n)
+    model = Point(randn(n, seed=1))
+    optimizer = hfopt.HessianFree(model.parameters(), damping=0.0, solver=solver)
+    optimizer.step(lambda: F.mse_loss(root @ model(), torch.zeros(n, dtype=torch.float64), reduction="sum"))
+    # The residual of CG's rule, squared in the loss, and multiplied by the condition.
+    assert optimizer.stats[0].new_loss <= 1e-18 * condition * optimizer.stats[0].loss
+
+
 @pytest.mark.parametrize("n", [1, 5, 20])
 def test_one_step_with_the_empirical_fisher_matrix(n: int) -> None:
     """On any quadratic a step solves F p = -g, whatever F: its residual is zero."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hfopt.linalg.cg import CG
 from hfopt.linalg.solution import Solution
+from hfopt.linalg.vector import norm
 from tests.hfopt.tools import randn, rounding, spd
 
 
@@ -211,6 +212,35 @@ def test_solves_end_where_the_decrease_per_product_is_largest(overhead: float, l
     values = [start, *(c.model for c in solution.checks)]
     assert solution.reason == "progress"
     assert solution.iterations == best_rate(values, overhead, least)
+
+
+@pytest.mark.parametrize("decades", [1.0, 2.0, 2.5])
+def test_an_exact_system_is_solved_on_while_its_residual_halves(decades: float) -> None:
+    a, b = spd(torch.logspace(0, -decades, 200, dtype=torch.float64), seed=16), randn(200, seed=17)
+    every = CG(tolerance=0.0, check_every=1, max_iterations=120).solve(Matrix(a), b)
+    residuals = [norm(b), *(c.residual for c in every.checks)]
+    first = CG().solve(Matrix(a), b).iterations  # where the decrease per product has begun to fall, once and for all
+    slow = (i for i in range(first, len(residuals)) if residuals[i - 1] > 0.5 * residuals[i - 1 - max(5, -(-i // 10))])
+    small = next((i for i, r in enumerate(residuals) if r <= 1e-10 * residuals[0]), len(residuals))
+    exactly = CG().solve(Matrix(a), b, exact=True)
+    assert exactly.iterations == min(next(slow, small), small)
+    assert (exactly.iterations > first) is (decades <= 2)
+
+
+def test_a_residual_that_falls_slowly_is_no_reason_to_go_on() -> None:
+    a, b = spd(torch.logspace(0, -6, 200, dtype=torch.float64), seed=16), randn(200, seed=17)
+    damped, exactly = (CG().solve(Matrix(a), b, exact=exact) for exact in (False, True))
+    assert exactly.iterations == damped.iterations
+    ruled, alone = (CG(tolerance=5e-4).solve(Matrix(a[:50, :50]), b[:50], exact=exact) for exact in (False, True))
+    assert ruled.iterations == alone.iterations  # Martens' rule, whatever the system
+
+
+def test_an_exact_system_of_few_dimensions_is_solved() -> None:
+    a, b = spd(torch.logspace(0, -3, 50, dtype=torch.float64), seed=16), randn(50, seed=17)
+    assert CG().solve(Matrix(a), b).reason == "progress"
+    solution = CG().solve(Matrix(a), b, exact=True)
+    assert solution.reason == "residual"
+    assert norm(b - a @ solution.x) <= 1e-9 * norm(b)
 
 
 def test_the_more_a_step_costs_the_longer_its_solve() -> None:

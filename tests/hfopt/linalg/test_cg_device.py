@@ -102,6 +102,19 @@ def test_every_solve_ends_where_it_does_on_the_host(
 
 
 @DTYPES
+@pytest.mark.parametrize("decades", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("check_every", [1, 7, 1000])
+def test_exact_systems_end_where_they_do_on_the_host(dtype: torch.dtype, decades: float, check_every: int) -> None:
+    """Progress waits for the residual in the same iterations."""
+    a = spd(torch.logspace(0, -decades, 200, dtype=torch.float64), seed=16).to(dtype)
+    b = randn(200, seed=17).to(dtype)
+    cg = CG(check_every=check_every, max_iterations=120)
+    expected = HostCG(cg, Matrix(a), b, None, None, exact=True).iterate(norm(b), None)
+    assert_same(DeviceCG(cg, Matrix(a), b, None, None, exact=True).iterate(norm(b), None), expected)
+    assert (expected.iterations > host(cg, Matrix(a), b).iterations) is (decades < 4.0)
+
+
+@DTYPES
 @pytest.mark.parametrize("repair_every", [1, 3, 7])
 def test_residuals_from_scratch(dtype: torch.dtype, repair_every: int) -> None:
     a, b = system(dtype)

@@ -142,16 +142,20 @@ def test_a_fixed_lambda_stays_the_one_that_was_asked_for() -> None:
 
 
 def test_small_networks_are_solved_densely_and_exactly() -> None:
-    """A quadratic takes one step; settings of conjugate gradients ask for these."""
+    """A quadratic takes one step; settings of conjugate gradients ask for these, whose rule may ask for more."""
     target = randn(30, seed=12)
-    for options, reason in (({}, "dense"), ({"solver": "cg"}, "progress"), ({"cg": hfopt.CG()}, "progress")):
+    for options, reason in (
+        ({}, "dense"),
+        ({"solver": "cg"}, "residual"),
+        ({"cg": hfopt.CG(tolerance=5e-4)}, "progress"),
+    ):
         p = nn.Parameter(torch.zeros(30, dtype=torch.float64))
         scales = torch.logspace(0, 2, 30, dtype=torch.float64)
         optimizer = hfopt.HessianFree([p], damping=0, **options)
         optimizer.step(lambda p=p, scales=scales: F.mse_loss(scales * p, scales * target))  # type: ignore[misc]
         s = optimizer.stats[0]
         assert s.cg_reason == reason
-        assert (s.new_loss < 1e-20 * s.loss) == (reason == "dense")
+        assert (s.new_loss < 1e-16 * s.loss) == (reason != "progress")
 
 
 def test_dense_steps_with_structural_damping_groups_and_decay() -> None:
