@@ -23,6 +23,7 @@ from hfopt.step.first_step import check_first_step
 from hfopt.step.objective import Objective
 from hfopt.step.settings import StepInput, StepMemory, StepOutcome
 from hfopt.step.stats import StepStats
+from hfopt.step.systems import DampedSystems
 
 NOT_FINITE = (
     "the loss or its gradient is not finite before the step, so the step is skipped and the parameters stay: look "
@@ -56,7 +57,8 @@ class Step:
         self.given, self.settings, self.parts, self.memory = given, given.settings, given.parts, given.memory
         self.unscale = unscale
         self.objective = Objective(given)
-        self.search = CandidateSearch(self.objective, given.parts, given.memory)
+        self.systems = DampedSystems(self.objective, given.parts, given.memory)
+        self.search = CandidateSearch(self.objective, self.systems)
         self._same_everywhere()
 
     def _same_everywhere(self) -> None:
@@ -108,8 +110,7 @@ class Step:
     def _solve_and_move(self) -> Move:
         """Find a candidate by the rule's way of choosing lambda, search along it, move, and let the rule learn."""
         at, rule, preconditioner = self.objective, self.parts.damping, self.parts.preconditioner
-        self.search.dense = self.search.solves_densely()
-        if preconditioner is not None and not self.search.dense:
+        if preconditioner is not None and not self.systems.dense:
             preconditioner.refresh(at.op, self.memory.steps)
             at.gradients += preconditioner.runs
         calibrates = rule.calibrates
@@ -122,7 +123,7 @@ class Step:
             damping, candidate = self.search.calibrated()
         else:
             damping = rule.value or 0.0
-            candidate = self.search.candidate(damping, self.search.cg_start())
+            candidate = self.search.candidate(damping, self.systems.cg_start())
         # Products that were not finite tell nothing of lambda where nothing came of them.
         nothing = candidate.solution.reason == "not finite" and not candidate.value < at.f0
         if nothing and (calibrates or at.scaler is not None):
@@ -169,7 +170,7 @@ class Step:
         least = 16 * torch.finfo(at.vector.dtype).eps * norm(at.theta)
         if abs(candidate.quadratic) <= rounding or (not accepted and norm(candidate.p) <= least):
             return
-        chosen = None if self.search.by_rho else candidate.damping
+        chosen = candidate.damping
         if isinstance(rule, KrylovDamping) and chosen is not None and math.isfinite(candidate.value):
             rule.choose(chosen)
         if chosen is None or not accepted:

@@ -128,7 +128,7 @@ def test_a_decay_that_rises() -> None:
         given = optimizer._given(Closures(closure(model, (x, y))))
         step = Step(given, lambda scaler: None)
         step.objective.begin()
-        start = step.search.cg_start().get("x0")
+        start = step.systems.cg_start().get("x0")
         if t:
             assert start is not None
             assert torch.allclose(start, decay(t) * flat(before), rtol=1e-12)
