@@ -18,6 +18,7 @@ from hfopt.curvature.linearisation import (
     Cost,
     DoubleBackward,
     Linearisation,
+    eager,
     explained,
 )
 from hfopt.curvature.output_space import Joint, Matching
@@ -160,6 +161,7 @@ class GaussNewton(ClosureOperator):
 
     # -- products --------------------------------------------------------------------------------------------------
 
+    @eager
     @explained
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """Return ``G v + structural * S v`` in one tangent and one adjoint pass."""
@@ -170,6 +172,7 @@ class GaussNewton(ClosureOperator):
         out = self._of_all(self._flat(self._shares(lambda i, lin: self._product(i, lin, vs, mu)), out))
         return out if self.projection is None else self.projection.apply_(out)
 
+    @eager
     @explained
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
         """Return ``G V`` for ``V (P, k)`` in batched passes of as many columns as fit into memory.

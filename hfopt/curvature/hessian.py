@@ -12,7 +12,7 @@ from hfopt.closure.run import closure_run
 from hfopt.closure.trace import Closure, refuse_independence, trace
 from hfopt.curvature.columns import cannot_batch, columns, columns_at_once, rows
 from hfopt.curvature.gradient_hooks import hooked
-from hfopt.curvature.linearisation import explained, not_differentiable
+from hfopt.curvature.linearisation import eager, explained, not_differentiable
 from hfopt.errors import logger
 from hfopt.linalg import graph
 from hfopt.linalg.operators import ClosureOperator
@@ -59,6 +59,7 @@ class Hessian(ClosureOperator):
         self._live = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self.gradient, self.projection = hooked(self.vector, self._of_all(self.vector.flatten(grads)))
 
+    @eager
     @explained
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """Return ``H v = d<grad L, v>/dtheta``.
@@ -78,6 +79,7 @@ class Hessian(ClosureOperator):
         self._of_all(self.vector.flatten_into(out, parts))
         return out if self.projection is None else self.projection.apply_(out)
 
+    @eager
     @explained
     def multiply_many(self, v: Tensor, *, structural: float = 0.0) -> Tensor:
         """Return ``H V`` for ``V (P, k)`` in batched passes, of as many columns as fit into memory.

@@ -373,6 +373,22 @@ def not_differentiable(attempts: dict[str, Exception]) -> NotDifferentiable:
     )
 
 
+def eager(product: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """Wrap a product so that compiled code calls it as a whole, as it is written.
+
+    What it differentiates is a graph from outside, and what it runs again is seen call by call: the compiler can do
+    neither.
+    """
+    # The public torch._dynamo.disable would import the compiler, which takes seconds.
+    outside: Callable[_P, Tensor] = torch._compile._disable_dynamo(product)
+
+    @functools.wraps(product)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        return outside(*args, **kwargs) if torch.compiler.is_compiling() else product(*args, **kwargs)
+
+    return wrapped
+
+
 def explained(product: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
     """Wrap a product so that it names the operation without a derivative, if only the product reveals it."""
 

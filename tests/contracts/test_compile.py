@@ -78,3 +78,28 @@ def test_a_compiled_module_outside_of_a_step_is_compiled() -> None:
     assert not seen
     compiled(X)
     assert seen
+
+
+@pytest.mark.parametrize("product", ["double-backward", "linearize", "recompute", "hessian"])
+def test_compiled_code_calls_a_product_as_a_whole(product: str) -> None:
+    """The product is that of uncompiled code, and costs at most one break of the graph around it."""
+    model = mlp(3, 4, 2, seed=7)
+
+    def closure() -> Tensor:
+        return F.mse_loss(model(X), Y)
+
+    if product == "hessian":
+        op: Any = hfopt.Hessian(closure, model.parameters())
+    else:
+        op = hfopt.GaussNewton(closure, model.parameters(), linearisation=product)
+    v = randn(op.shape[0], seed=8)
+
+    def power(v: Tensor) -> Tensor:
+        w = op.multiply(v) + 0.1 * v
+        return w / w.norm()
+
+    expected, columns = power(v), op.multiply_many(torch.stack([v, 2 * v], 1))
+    assert torch.equal(torch.compile(power, backend="eager")(v), expected)
+    assert torch.equal(torch.compile(op.multiply_many, backend="eager")(torch.stack([v, 2 * v], 1)), columns)
+    torch.compiler.reset()
+    assert torch._dynamo.explain(power)(v).graph_break_count <= 1  # type: ignore[no-untyped-call]
