@@ -111,6 +111,13 @@ class GaussNewton(ClosureOperator):
             if found is not None:
                 raise NotDifferentiable(found)
 
+    def unrecordable(self) -> str | None:
+        """Return a reason that lies in the linearisation, in other processes, or in where the graph was built."""
+        policy = self.linearisation.name
+        if policy not in ("double-backward", "checkpoint"):
+            return f"the linearisation {policy!r} runs parts of the model again, random draws and buffers included"
+        return super().unrecordable()
+
     def __repr__(self) -> str:
         lin = self.linearisation
         cost = "" if lin.cost is None else f", {lin.cost}"

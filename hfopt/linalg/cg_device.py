@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hfopt.linalg.cg_host import HostCG
 from hfopt.linalg.rules import FAST, GROWTH, StoppingRules, after_product, before_product, lost, shallow
-from hfopt.linalg.solution import Iterate, LinearMap, Solution
+from hfopt.linalg.solution import Iterate, LinearMap, Nested, Solution
 from hfopt.linalg.vector import norm
 
 # What one line of the log holds, in this order; those from |r'z| on decide whether the solve goes on, the
@@ -83,9 +83,10 @@ class DeviceCG(HostCG):
         self.bound = 0.0  # of |r|
         self.counters: list[Counter] = []  # without this object, which is to go with its last reference
         inner: object = op
-        while inner is not None:
+        while isinstance(inner, Nested):
             self.counters += [inner] if isinstance(inner, Counter) else []
-            inner = getattr(inner, "base", None)
+            inner = inner.base
+        self.counters += [inner] if isinstance(inner, Counter) else []
         device, steps = b.device, options.max_iterations + 1
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

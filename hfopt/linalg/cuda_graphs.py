@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from hfopt.linalg.solution import Nested, Recordable
+
 log = logging.getLogger("hfopt")
 
 Work = Callable[[], None]
@@ -84,6 +86,17 @@ class Origin:
     shared: bool
     nodes: tuple[Node, ...] = field(repr=False)
 
+    def obstacle(self) -> str | None:
+        """Return why products with the operator cannot be recorded on the current stream."""
+        if self.shared:
+            return (
+                "another graph of the same parameters is alive: let go of losses and outputs from before the step, or "
+                "detach them"
+            )
+        if self.stream != torch.cuda.current_stream().cuda_stream:
+            return "the operator was built outside of hfopt.linalg.cuda_graphs.side_stream(device)"
+        return None
+
 
 def origin(params: Sequence[Tensor]) -> Origin | None:
     """Return the :class:`Origin` of a graph over ``params`` that is built next; None if the device is not CUDA."""
@@ -116,31 +129,16 @@ def nodes_of(params: Sequence[Tensor], stream: int) -> Origin:
 
 def innermost(op: object) -> object:
     """Return the operator to which damping was added."""
-    while (base := getattr(op, "base", None)) is not None:
-        op = base
+    while isinstance(op, Nested):
+        op = op.base
     return op
 
 
 def obstacle(op: object) -> str | None:
     """Return why products with ``op`` cannot be recorded on the current stream, as far as known beforehand."""
-    if getattr(op, "watched", False):
-        return "the preconditioner learns from the products, one by one"
-    op = innermost(op)
-    policy = getattr(getattr(op, "linearisation", None), "name", None)
-    if policy not in (None, "double-backward", "checkpoint"):
-        return f"the linearisation {policy!r} runs parts of the model again, random draws and buffers included"
-    if getattr(op, "processes", None) is not None:
-        return "products are means over several processes"
-    made = getattr(op, "origin", None)
-    if isinstance(made, Origin):
-        if made.shared:
-            return (
-                "another graph of the same parameters is alive: let go of losses and outputs from before the step, or "
-                "detach them"
-            )
-        if made.stream != torch.cuda.current_stream().cuda_stream:
-            return "the operator was built outside of hfopt.linalg.cuda_graphs.side_stream(device)"
-    return None
+    if isinstance(op, Recordable):
+        return op.unrecordable()
+    return obstacle(op.base) if isinstance(op, Nested) else None
 
 
 @dataclass

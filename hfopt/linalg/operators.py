@@ -56,6 +56,10 @@ class Operator(ABC):
         """Return the products with the columns of ``v (P, k)``, one by one unless the operator can batch them."""
         return torch.stack([self.multiply(column, structural=structural) for column in v.unbind(1)], 1)
 
+    def unrecordable(self) -> str | None:
+        """Return why products cannot be recorded as a CUDA graph on the current stream, as far as known beforehand."""
+        return None
+
     @overload
     def __matmul__(self, v: Tensor) -> Tensor: ...
     @overload
@@ -138,6 +142,10 @@ class Damped(Operator):
         out = self.base.multiply_many(v, structural=structural + self.damping * self.structural)
         return self._add_diagonal(v, out)
 
+    def unrecordable(self) -> str | None:
+        """Return what the base says."""
+        return self.base.unrecordable()
+
     def _add_diagonal(self, v: Tensor, out: Tensor) -> Tensor:
         if isinstance(self.decay, Tensor):
             decay = self.decay if v.dim() == 1 else self.decay.unsqueeze(1)
@@ -165,6 +173,12 @@ class ClosureOperator(Operator):
     def params(self) -> list[Tensor]:
         """The parameters theta that require a gradient."""
         return self.vector.params
+
+    def unrecordable(self) -> str | None:
+        """Return a reason that lies in other processes, or in where the graph was built."""
+        if self.processes is not None:
+            return "products are means over several processes"
+        return None if self.origin is None else self.origin.obstacle()
 
     def project(self, v: Tensor) -> Tensor:
         """``P v`` for ``v (P,)`` or (P, k), P the projection that the parameters' gradient hooks are; else v itself."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,6 +13,21 @@ class LinearMap(Protocol):
 
     def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """Write ``A v`` to ``out`` and return it."""
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """A system that is made from another one, ``base``."""
+
+    base: LinearMap
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """A system that knows whether its products can be recorded as a CUDA graph."""
+
+    def unrecordable(self) -> str | None:
+        """Return why products cannot be recorded on the current stream, as far as known beforehand."""
 
 
 @dataclass(frozen=True)

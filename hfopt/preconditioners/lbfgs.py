@@ -20,12 +20,14 @@ class Watched:
     two that are kept.
     """
 
-    watched = True  # products that are recorded and replayed would pass by unseen
-
     def __init__(self, system: System, most: int) -> None:
         self.system, self.most = system, most
         self.pairs: list[Pair] = []
         self._made, self._stride = 0, 1
+
+    def unrecordable(self) -> str | None:
+        """Return that products which are replayed would pass by unseen."""
+        return "the preconditioner learns from the products, one by one"
 
     def multiply(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """Return ``A v`` and record it."""
