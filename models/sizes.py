@@ -1,4 +1,4 @@
-"""How large a recurrent network may be: the number of units that a budget of parameters allows."""
+"""The size of a recurrent network: the number of units that a budget of parameters allows."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, A
 
 @runtime_checkable
 class Repeated(Protocol):
-    """What a closure runs under, and what a piece of it has to run under again to be the same function."""
+    """A mode that a closure runs under, and under which a piece of it must be repeated to be the same function."""
 
     def repeated(self) -> Callable[[], AbstractContextManager[None]]:
         """Return the context of a piece that is computed again."""
@@ -92,7 +92,7 @@ def _eager(_plain: Method) -> Method:
 
 
 def _not_reentrant(_plain: Method) -> Method:
-    """What stands in for ``CheckpointFunction.apply``."""
+    """Return the replacement of ``CheckpointFunction.apply``."""
 
     def apply(_cls: type, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
@@ -128,7 +128,7 @@ _computed_again = Patch(torch.utils.checkpoint, "_checkpoint_without_reentrant_g
 
 @functools.cache
 def _compiler() -> Patch:
-    """What a compiled function asks whether it runs as it was written."""
+    """Return the patch of the function that tells compiled code to run as it was written."""
     return Patch(sys.modules["torch._dynamo.eval_frame"], "_callback_from_stance", _eager)
 
 

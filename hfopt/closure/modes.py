@@ -1,4 +1,4 @@
-"""What is seen of a closure while it runs: criteria, squares, ``backward()``, derivatives that it takes itself."""
+"""Watch a closure while it runs: criteria, squares, ``backward()``, and derivatives that it takes itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REQUIRES_GRAD, _GRAD = (getattr(Tensor, name).__get__ for name in ("requires_gr
 
 
 def _level() -> int:
-    """How many transforms of torch.func are under way."""
+    """Return the number of transforms of torch.func that are active."""
     level: int | None = torch._C._functorch.maybe_current_level()
     return 0 if level is None else level
 
@@ -136,7 +136,7 @@ def release(freed: Sequence[Tensor]) -> None:
 
 
 def _scalar(root: Tensor, weight: Tensor | None) -> Tensor:
-    """What ``backward()`` differentiates."""
+    """Return the scalar that ``backward()`` differentiates."""
     if weight is not None:
         root = (root * weight).sum()
     if root.numel() != 1:

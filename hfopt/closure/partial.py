@@ -19,7 +19,7 @@ Maybe = list["Tensor | None"]
 
 
 def edge_of(t: Tensor) -> Edge:
-    """Where ``t``, which requires a gradient, stands in the graph: its node and its place among the node's results."""
+    """Return the place of ``t`` in the graph: its node, and its number among the node's results."""
     edge = get_gradient_edge(t)
     return edge.node, edge.output_nr
 

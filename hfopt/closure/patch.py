@@ -1,4 +1,4 @@
-"""What a step changes for its own thread while some block needs it, and takes back however the block ends.
+"""Changes that a step makes for its own thread while a block needs them, and takes back however the block ends.
 
 A ``with`` statement alone leaves a gap: an interrupt (``KeyboardInterrupt``) may come when a block has been entered but
 its exit is not yet sure to be called. So every change is registered, by :func:`undone`, before it is made, and
@@ -63,7 +63,7 @@ def undone(undo: Undo) -> Iterator[None]:
 
 
 class _State:
-    """What a thread has entered: how deep torch's stacks are, and hfopt's context variables."""
+    """The contexts that a thread has entered: the depths of torch's stacks, and hfopt's context variables."""
 
     def __init__(self) -> None:
         self._registered = len(_registered())

@@ -1,4 +1,4 @@
-"""One run of a closure: everything that is in force while it runs, and what the run showed."""
+"""One run of a closure: everything that is in force while it runs, and the record of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hfopt.recurrences import segments
 
 @dataclass(frozen=True)
 class ClosureRun:
-    """What a run showed: how it scaled its loss, and its recurrences over time."""
+    """The record of a run: the scaling of its loss, and its recurrences over time."""
 
     scaling: loss_scaling.Scaling
     recurrences: segments.Run

@@ -39,7 +39,7 @@ _GATHER = {"Index", "IndexSelect", "Embedding", "EmbeddingBag", "Gather", "Take"
 
 
 def argument(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
-    """What ``func`` is the square of, or (for one of ``NORMS``) the norm; None for all other calls."""
+    """Return the tensor whose square, or norm (one of ``NORMS``), a call computes; None for all other calls."""
     given = (*args, *kwargs.values())
     if not given or not isinstance(given[0], Tensor):
         return None
@@ -62,7 +62,7 @@ class Norm:
 
 
 def norm_of(r: Tensor, value: Tensor, site: Site) -> Norm | None:
-    """What is known of a norm from its node; None unless it is Euclidean."""
+    """Return the norm that a node computes; None unless it is Euclidean."""
     node: Any = value.grad_fn
     if node is None or node.name() != "LinalgVectorNormBackward0" or node._saved_ord != 2:
         return None

@@ -74,7 +74,7 @@ def _gradient_of(p: Tensor) -> Tensor | None:
 
 
 def _through(p: Tensor, g: Tensor) -> tuple[Tensor, bool]:
-    """What the hooks of a parameter make of ``g``, and whether they do anything to it.
+    """Return ``g`` after the hooks of a parameter, and whether they changed it.
 
     Raises:
         ClosureError: a hook moves the parameter, or takes its gradient away.

@@ -1,4 +1,4 @@
-"""How much memory new tensors can take: what is free, within the limits that are set for this process."""
+"""The memory that new tensors can take: the free memory, within the limits of this process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _of_address_space(proc: Path) -> int:
 
 
 def _of_groups(proc: Path, root: Path) -> int:
-    """What the control groups of this process leave, the least of all levels."""
+    """Return the memory that the control groups of this process leave: the minimum over all levels."""
     left = UNLIMITED
     for version, folder in _limited(_text(proc / "self" / "cgroup"), root):
         limit_file, usage_file, cached = _FILES[version]

@@ -175,7 +175,7 @@ _own_draws: ContextVar[OwnDraws | None] = ContextVar("hfopt_own_draws", default=
 
 
 def torch_state() -> torch.Tensor:
-    """Where this thread's draws on the CPU stand."""
+    """Return the state of the generator from which this thread draws on the CPU."""
     own = _own_draws.get()
     return torch.get_rng_state() if own is None else own.generator.get_state()
 

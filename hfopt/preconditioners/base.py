@@ -49,7 +49,7 @@ class Preconditioner(ABC):
         return True
 
     runs = 0
-    """How often :meth:`refresh` ran the closure with a backward pass, the last time, as a part of every step."""
+    """The number of forward and backward passes of the closure that the last :meth:`refresh` made."""
 
     _z: Tensor | None = None
 

@@ -61,7 +61,7 @@ class Layer:
 
     @property
     def cases(self) -> int:
-        """How many; rows where cases are not known, inputs of a convolution."""
+        """Return the number of cases; of rows where cases are not known, and of inputs of a convolution."""
         if self.case is not None or self.patches is not None:
             return self.x.shape[self.case or 0]
         return self.x.numel() // max(1, self.x.shape[-1])

@@ -154,7 +154,7 @@ class Sequences:
         return found
 
     def numbers(self) -> int:
-        """How many numbers a case takes: sequences and their deltas, and the gradients of the roots."""
+        """Return the numbers that a case takes: sequences and their deltas, and the gradients of the roots."""
         sequences = [
             t for t in (*self.recorded.arguments, *self.recorded.results, *self.g) if t is not None and t.dim() == 3
         ]

@@ -167,7 +167,7 @@ class _Checks:
         )
 
     def _cases(self, look: ReductionTrace) -> str | None:
-        """What the Fisher matrices and a preconditioner take for cases."""
+        """Describe a mistake in the dimension along which a Fisher matrix or a preconditioner takes cases."""
         s = self.settings
         fisher = s.curvature in ("fisher", "empirical-fisher")
         dim = s.batch_dim if fisher else getattr(self.preconditioner, "batch_dim", None)

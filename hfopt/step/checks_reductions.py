@@ -1,4 +1,4 @@
-"""How a closure weighs its cases: its criteria, their reductions and their factors in the loss."""
+"""The weights that a closure gives its cases: its criteria, their reductions and their factors in the loss."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _terms(func: Any, a: dict[str, Any]) -> int:
 
 
 def unequal_batches(criteria: Sequence[Criterion], batch_dim: int) -> str | None:
-    """What is wrong with a mean over batches of which the last one is smaller; None if it is no such mean.
+    """Describe the mistake in a mean over batches of which the last one is smaller; None if there is none.
 
     Several terms of a loss may well have other numbers of cases, and weights of their own. So it is asked that each
     has a ``backward()`` of its own, that all were computed by the same operations and have the same factor ``1/K``.

@@ -40,7 +40,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What differences say of a derivative: ``quotient`` and ``predicted`` at the length where ``error`` is least."""
+    """Differences against a derivative: ``quotient`` and ``predicted`` at the length where ``error`` is least."""
 
     quotient: float
     predicted: float

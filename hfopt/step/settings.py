@@ -24,11 +24,11 @@ Solver = Literal["auto", "cg", "dense"]
 
 
 class Preconditioner(Protocol):
-    """What a step asks of a preconditioner: see :class:`hfopt.preconditioners.Preconditioner`."""
+    """The preconditioner as a step uses it: see :class:`hfopt.preconditioners.Preconditioner`."""
 
     @property
     def runs(self) -> int:
-        """How often the last refresh ran the closure."""
+        """The number of times the last refresh ran the closure."""
 
     @property
     def active(self) -> bool:
@@ -82,7 +82,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What does not change from step to step; the meaning of each is that of :class:`hfopt.HessianFree`'s argument."""
+    """Settings that stay the same from step to step: see the arguments of :class:`hfopt.HessianFree`."""
 
     curvature: Curvature = "gauss-newton"
     backtracking: Backtracking = "walk"
@@ -109,7 +109,7 @@ class StepParts:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step takes over from the steps before and hands on to the next one.
+    """State that a step takes over from the steps before and hands on to the next one.
 
     Attributes:
         steps: number of steps done.
@@ -128,7 +128,7 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What the closure returned, the record of the step, and the memory for the next one."""
+    """The result of the closure, the record of the step, and the memory for the next one."""
 
     result: Any
     stats: StepStats

@@ -9,7 +9,7 @@ from hfopt.linalg.solution import CGCheck
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one call of :meth:`hfopt.HessianFree.step` did. Losses are in the closure's own unit.
+    """The record of one call of :meth:`hfopt.HessianFree.step`. Losses are in the closure's own unit.
 
     Attributes:
         step: number of the step, from 1.

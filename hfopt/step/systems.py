@@ -33,7 +33,7 @@ class DampedSystems:
         self._system: DenseSystem | None = None
 
     def cg_start(self) -> dict[str, Tensor]:
-        """What the last solution of CG is to the next solve: ``augment``, with a decay ``x0``, or nothing."""
+        """Return the last solution as the next solve takes it: ``augment``, with a decay ``x0``, or nothing."""
         starts = self.memory.starts
         decay = self.parts.cg.decay_after(self.memory.steps)
         if decay == 0 or all(s is None for s in starts):
@@ -110,7 +110,7 @@ class DampedSystems:
 
     @property
     def coordinates(self) -> Callable[[Tensor], Tensor] | None:
-        """What makes conjugate gradients those of the scaled coordinates: ``sigma r``, their metric's inverse."""
+        """The preconditioner ``sigma r`` of the scaled coordinates, their inverse metric; None without scales."""
         scale = self.objective.scale
         return None if scale is None else lambda r: r * scale
 
