@@ -207,6 +207,7 @@ def test_outputs_that_are_not_numbers_are_wrong(name: str, form: str) -> None:
     assert int(problem.zero_one_loss(outputs, batch)) == 16
 
 
+@pytest.mark.quick(where=lambda name, form: form == "paper")
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # from torch.func.linearize itself
 @EVERY
 def test_loss_is_differentiable_twice_by_function_transforms(name: str, form: str) -> None:
@@ -286,6 +287,7 @@ def test_bad_indices_and_shapes_are_named() -> None:
         problem.plot(b=8)
 
 
+@pytest.mark.quick(where=lambda name, form: form == "paper" and name in ("addition", "memorization_5bit", "xor"))
 @EVERY
 def test_plot_shows_inputs_and_targets(name: str, form: str) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
