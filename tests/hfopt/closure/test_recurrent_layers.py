@@ -201,7 +201,9 @@ def dense(net: nn.Module, outputs: Callable[[nn.Module], Tensor], loss: Callable
 STACKED = {"num_layers": 2, "bidirectional": True}
 
 
-@pytest.mark.quick(where=lambda kind, policy, packed: kind == "lstm" or (policy == "recompute" and packed == (kind == "gru")))
+@pytest.mark.quick(
+    where=lambda kind, policy, packed: kind == "lstm" or (policy == "recompute" and packed == (kind == "gru"))
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("policy", "packed"),
