@@ -1,6 +1,6 @@
 # make demo       run the main experiment (make demo ARGS="--problem addition --T 100" SEED=3)
 # make test       run the quick tests (make test ARGS="-k addition")
-# make test-slow  run the others: whole commands, kills, compiles
+# make test-slow  run the others: whole commands, kills, compiles, wide sweeps
 # make test-all   run both at once
 # make lint       style, format, types
 # make docs       build docs/_build/html, a warning being an error

@@ -16,6 +16,15 @@ if not torch.cuda.is_available():
 THREADS = "HFOPT_TEST_THREADS"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark ``slow`` every case of a parametrised test that the test's mark ``quick`` does not choose."""
+    for item in items:
+        chosen = item.get_closest_marker("quick")
+        if chosen is not None and not chosen.kwargs["where"](**item.callspec.params):  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

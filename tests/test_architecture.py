@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -29,33 +31,44 @@ def source_files() -> list[Path]:
     """The repository's own text files: neither environments, caches nor the logs of runs."""
     skipped = {"build", "dist", "logs", "__pycache__", "node_modules"}
     kinds = {".py", ".md", ".cfg", ".toml", ".txt", ".sh"}
-    return [
-        path
-        for path in sorted(ROOT.rglob("*"))
-        if path.is_file()
-        and (path.suffix in kinds or path.name in {"Makefile", "run"})
-        and not any(
-            part in skipped or part.endswith(".egg-info") or (part.startswith(".") and part != ".ci")
-            for part in path.relative_to(ROOT).parts
-        )
-    ]
+    found = []
+    for folder, below, names in os.walk(ROOT):
+        # Pruned before they are entered: an environment alone has ten times as many files as the repository.
+        below[:] = [
+            name
+            for name in below
+            if not (name in skipped or name.endswith(".egg-info") or (name.startswith(".") and name != ".ci"))
+        ]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix in kinds or path.name in {"Makefile", "run"}]
+    return sorted(found)
+
+
+@functools.cache
+def imports_of(path: Path) -> tuple[tuple[ast.Import | ast.ImportFrom, bool, bool], ...]:
+    """The imports of a file; of each, whether it is inside a function and whether it is for types alone."""
+    found: list[tuple[ast.Import | ast.ImportFrom, bool, bool]] = []
+    nodes: list[tuple[ast.AST, bool, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), False, False)]
+    while nodes:
+        node, deferred, typing = nodes.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.append((node, deferred, typing))
+        deferred = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        typing = typing or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        nodes.extend((child, deferred, typing) for child in ast.iter_child_nodes(node))
+    return tuple(found)
 
 
 def imported_roots(path: Path, *, eager: bool = False) -> set[str]:
     """The top-level names of a file's absolute imports; `eager`: only of those that run with the import."""
     found: set[str] = set()
-    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while nodes:
-        node = nodes.pop()
+    for node, deferred, typing in imports_of(path):
+        if eager and (deferred or typing):
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+        elif node.level == 0 and node.module:
             found.add(node.module.partition(".")[0])
-        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
-            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        )
-        if not (eager and deferred):
-            nodes.extend(ast.iter_child_nodes(node))
     return found
 
 
@@ -70,18 +83,15 @@ def import_graph(*, deferred: bool) -> Graph:
     files = modules()
     graph: Graph = {name: set() for name in files}
     for name, path in files.items():
-        nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-        while nodes:
-            node = nodes.pop()
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not deferred:
+        for node, inside, _ in imports_of(path):
+            if inside and not deferred:
                 continue
             if isinstance(node, ast.Import):
                 graph[name] |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
+            else:
                 assert node.level == 0, f"{path}: imports are absolute"
                 members = {f"{node.module}.{alias.name}" for alias in node.names}
                 graph[name] |= {member if member in files else str(node.module) for member in members}
-            nodes.extend(ast.iter_child_nodes(node))
     return {name: (found & set(files)) - {name} for name, found in graph.items()}
 
 

@@ -62,6 +62,7 @@ def test_a_wrong_product_is_found() -> None:
     assert rows["double backward, re-run"].skipped is None
 
 
+@pytest.mark.slow
 def test_what_a_model_does_not_allow_is_listed_with_the_reason() -> None:
     torch.manual_seed(0)
     case = cases.all_cases(toy=True)["lstm"]()
@@ -273,6 +274,7 @@ def test_a_closure_is_an_ordinary_one() -> None:
         assert not closure(case.plain, case)().requires_grad
 
 
+@pytest.mark.slow
 def test_exact_squares_are_measured_beside_their_estimate(tmp_path: Path) -> None:
     squares.main(["--toy", "--rounds", "1", "--seconds", "0", "--out", str(tmp_path / "squares.md")])
     rows = [line for line in (tmp_path / "squares.md").read_text("utf-8").splitlines() if line.startswith("| ")]

@@ -16,6 +16,7 @@ from tests.contracts.training import OPTIONS, X, Y, model_of, train
 from tests.hfopt.tools import mlp, randn, theta
 
 
+@pytest.mark.quick(where=lambda options, before, dtype: before > 0)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
 @pytest.mark.parametrize(("before", "dtype"), [(3, torch.float32), (0, torch.float64)])
 def test_twenty_further_steps_are_the_same_bits(options: dict[str, Any], before: int, dtype: torch.dtype) -> None:

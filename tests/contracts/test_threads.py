@@ -60,6 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.quick(where=lambda draw, options: draw == "torch" or options == "default")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_draws_of_another_thread_are_not_repeated(draw: str, options: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ def text_of(node: ast.expr | None) -> str | None:
     return None
 
 
+@functools.cache
 def trees() -> list[ast.Module]:
     return [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "hfopt").rglob("*.py"))]
 
@@ -35,6 +37,7 @@ def filled(template: str) -> str:
     return re.sub(r"\{[^{}]*\}", FILLED, template)
 
 
+@functools.cache
 def strings() -> set[str]:
     """Every string, f-string and template of the package."""
     found = (text_of(node) for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.expr))

@@ -1,7 +1,8 @@
 """Strategies: models, losses and closures drawn as plain data, and what is built from them.
 
 Everything is built from a :class:`Drawn` alone, so that a failing example can be pasted into a regression test. How
-many examples are tried, and whether always the same ones, is decided by :func:`examples`.
+many examples are tried, and whether always the same ones, is decided by
+:func:`examples` and :func:`searched`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -37,6 +39,23 @@ def examples(number: int) -> settings:
         print_blob=False,
         report_multiple_bugs=False,
     )
+
+
+def searched(
+    few: int, many: int, *drawn: st.SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a property two tests: a quick one of few examples, and one of many that is marked ``slow``."""
+
+    def decorate(holds: Callable[..., None]) -> Callable[..., None]:
+        @pytest.mark.parametrize("number", [few, pytest.param(many, marks=pytest.mark.slow)])
+        def test(number: int) -> None:
+            examples(number)(given(*drawn)(holds))()
+
+        test.__name__, test.__qualname__, test.__doc__ = holds.__name__, holds.__qualname__, holds.__doc__
+        test.__module__ = holds.__module__
+        return test
+
+    return decorate
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hfopt
 from hfopt.optimizer import CURVATURES
-from tests.fuzz.drawn import examples
+from tests.fuzz.drawn import searched
 from tests.hfopt.tools import mlp, randn, theta
 
 X, Y = randn(5, 3, seed=1), randn(5, 2, seed=2)
@@ -64,8 +63,9 @@ def said(closure: Callable[[], Any]) -> str | None:
     return None
 
 
-@examples(100)
-@given(
+@searched(
+    25,
+    100,
     st.sampled_from(list(CRITERIA)),
     st.sampled_from(list(FAULTS)),
     st.sampled_from(CURVATURES),

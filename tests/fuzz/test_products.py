@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,7 +14,7 @@ import hfopt
 from hfopt.closure.differentiable import differentiable_attention
 from hfopt.curvature.linearisation import POLICIES
 from tests.fuzz.criteria import CLOSED
-from tests.fuzz.drawn import Drawn, Problem, drawn, examples
+from tests.fuzz.drawn import Drawn, Problem, drawn, searched
 from tests.hfopt.tools import DENSE, SUMS, flat, hessian, randn, rounding
 
 # Drawn models are small, but what they divide by may be small as well: a condition of some hundreds.
@@ -113,8 +113,7 @@ def not_finite(problem: Problem) -> bool:
     return True
 
 
-@examples(30)
-@given(drawn(), st.sampled_from(POLICIES))
+@searched(10, 30, drawn(), st.sampled_from(POLICIES))
 def test_gauss_newton(d: Drawn, policy: str) -> None:
     problem = d.problem()
     assume(not not_finite(problem))
@@ -126,8 +125,7 @@ def test_gauss_newton(d: Drawn, policy: str) -> None:
             assert float(v @ (op @ v)) >= -CLOSE
 
 
-@examples(15)
-@given(drawn())
+@searched(5, 15, drawn())
 def test_hessian(d: Drawn) -> None:
     problem = d.problem()
     assume(not not_finite(problem))
@@ -138,8 +136,7 @@ def test_hessian(d: Drawn) -> None:
         compare(op, problem, expected)
 
 
-@examples(15)
-@given(drawn(criteria=CLOSED), st.sampled_from(POLICIES))
+@searched(5, 15, drawn(criteria=CLOSED), st.sampled_from(POLICIES))
 def test_empirical_fisher(d: Drawn, policy: str) -> None:
     problem = d.problem()
     # Two shares of one loss count as cases of their own.
@@ -149,8 +146,7 @@ def test_empirical_fisher(d: Drawn, policy: str) -> None:
         compare(op, problem, empirical(problem))
 
 
-@examples(8)
-@given(drawn(criteria=CLOSED), st.sampled_from(POLICIES))
+@searched(4, 8, drawn(criteria=CLOSED), st.sampled_from(POLICIES))
 def test_sampled_fisher(d: Drawn, policy: str) -> None:
     """Symmetric, positive semi-definite, in the range of the Gauss-Newton matrix, and the same for many vectors."""
     problem = d.problem()
@@ -176,8 +172,7 @@ def test_sampled_fisher(d: Drawn, policy: str) -> None:
         assert float((dense @ null).abs().sum()) < 1e-5 * unit
 
 
-@examples(12)
-@given(drawn(), st.integers(1, 5))
+@searched(5, 12, drawn(), st.integers(1, 5))
 def test_lists_and_damping(d: Drawn, columns: int) -> None:
     """Every way of writing a product gives the same numbers."""
     problem = d.problem()

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import assume, given
+from hypothesis import assume
 from hypothesis import strategies as st
 
 import hfopt
 from hfopt.curvature.linearisation import POLICIES
 from hfopt.optimizer import CURVATURES
-from tests.fuzz.drawn import DTYPES, Drawn, drawn, examples
+from tests.fuzz.drawn import DTYPES, Drawn, drawn, searched
 from tests.hfopt.tools import flat
 
 PRECONDITIONERS = [None, "empirical-fisher", "hutchinson", "nystrom", "kfac", "lbfgs"]
@@ -51,8 +51,7 @@ def take(optimizer: hfopt.HessianFree, closure: Callable[[], Any], steps: int = 
     return found if isinstance(found, hfopt.HfoptError) else hfopt.HfoptError(str(found))
 
 
-@examples(30)
-@given(drawn(dtypes=DTYPES), options(), st.booleans())
+@searched(8, 30, drawn(dtypes=DTYPES), options(), st.booleans())
 def test_steps(d: Drawn, settings: dict[str, Any], groups: bool) -> None:
     """Losses are finite and do not rise, and nothing but the given parameters moves."""
     problem = d.problem()
@@ -79,8 +78,7 @@ def test_steps(d: Drawn, settings: dict[str, Any], groups: bool) -> None:
     assert torch.equal(flat(others) if others else torch.zeros(0), before)
 
 
-@examples(24)
-@given(drawn(dtypes=DTYPES), st.sampled_from(CURVATURES), st.booleans())
+@searched(6, 24, drawn(dtypes=DTYPES), st.sampled_from(CURVATURES), st.booleans())
 def test_checks_find_nothing(d: Drawn, curvature: str, replaced: bool) -> None:
     """Self-checks on problems that are in order raise nothing, and change nothing."""
     # A padding row that is an output's weights as well has a gradient that lacks a part.

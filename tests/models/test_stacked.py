@@ -272,6 +272,7 @@ def test_indices_are_rows_of_the_embedding(batch_first: bool) -> None:
         models.IntersectionRNN(11, 5, 2, embedding=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["UGRNN", "RHN"])
 def test_a_compiled_network_is_one_graph(name: str) -> None:
     network = KINDS[name](depth=2)

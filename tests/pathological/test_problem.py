@@ -70,10 +70,11 @@ def test_a_minibatch_depends_on_seed_and_index_alone(name: str, form: str) -> No
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_another_process_draws_the_same() -> None:
+def test_another_process_draws_the_same_and_needs_no_matplotlib() -> None:
     code = (
         "import pathological, sys;"
         "b = pathological.multiplication(30, batch_size=4, seed=9)(2);"
+        "assert 'matplotlib' not in sys.modules;"
         "sys.stdout.write(repr(b.inputs.double().sum().item()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -206,6 +207,7 @@ def test_outputs_that_are_not_numbers_are_wrong(name: str, form: str) -> None:
     assert int(problem.zero_one_loss(outputs, batch)) == 16
 
 
+@pytest.mark.quick(where=lambda name, form: form == "paper")
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # from torch.func.linearize itself
 @EVERY
 def test_loss_is_differentiable_twice_by_function_transforms(name: str, form: str) -> None:
@@ -285,6 +287,7 @@ def test_bad_indices_and_shapes_are_named() -> None:
         problem.plot(b=8)
 
 
+@pytest.mark.quick(where=lambda name, form: form == "paper" and name in ("addition", "memorization_5bit", "xor"))
 @EVERY
 def test_plot_shows_inputs_and_targets(name: str, form: str) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
@@ -302,11 +305,6 @@ def test_plot_shows_inputs_and_targets(name: str, form: str) -> None:
         figure.canvas.draw()
     finally:
         pyplot.close(figure)
-
-
-def test_importing_the_package_needs_no_matplotlib() -> None:
-    code = "import pathological, sys; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_repr_shows_the_arguments() -> None:

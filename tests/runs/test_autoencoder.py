@@ -26,6 +26,7 @@ def principal_components(train: torch.Tensor, test: torch.Tensor, count: int) ->
     return float(rest.square().sum(1).mean())
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path, typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Beyond what a linear code of the same size could do, on images that it has not seen."""
     folder = tmp_path / "run"
@@ -50,6 +51,7 @@ def test_it_learns(tmp_path: Path, typed: Any, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "images.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.quick(where=lambda optimizer: optimizer in ("adam", "lbfgs"))
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "sgd", "nag", "lbfgs"])
 def test_other_optimizers(tmp_path: Path, typed: Any, optimizer: str) -> None:
     arguments = ("--name", str(tmp_path / "run"), "--optimizer", optimizer, *SMALL)
@@ -151,6 +153,7 @@ def test_missing_files_are_a_sentence(tmp_path: Path, typed: Any) -> None:
 HERE = os.environ.get("HFOPT_DATA")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HERE or not Path(HERE, "mnist").is_dir(), reason="HFOPT_DATA has no MNIST")
 def test_mnist(tmp_path: Path, typed: Any) -> None:
     """A small net takes twenty steps of Adam on MNIST."""

@@ -32,6 +32,7 @@ def test_it_learns_and_goes_on(tmp_path: Path, typed: Any, capsys: pytest.Captur
     assert (tmp_path / "hidden.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.quick(where=lambda name: name in ("addition", "memorization_5bit", "xor"))
 @pytest.mark.parametrize("name", sorted(PROBLEMS))
 def test_every_problem_takes_a_step(tmp_path: Path, typed: Any, name: str) -> None:
     arguments = ("--hidden", "10", "--batch-size", "20", "--test-sequences", "50", "--T", "12", "--max-steps", "1")

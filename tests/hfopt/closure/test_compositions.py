@@ -96,6 +96,7 @@ REGULARISERS: dict[str, Callable[[nn.Module], Tensor]] = {
 }
 
 
+@pytest.mark.quick(where=lambda name, linearisation: name == "l1" or linearisation == "double-backward")
 @MANY
 @pytest.mark.parametrize("name", REGULARISERS)
 def test_regularisers_enter_with_their_exact_hessian(name: str, linearisation: str) -> None:
@@ -125,6 +126,7 @@ def log_cosh(z: Tensor, y: Tensor) -> Tensor:
     return (z - y).cosh().log().mean()
 
 
+@pytest.mark.quick(where=lambda form, penalty, linearisation: penalty > 0)
 @MANY
 @pytest.mark.parametrize("form", ["pair", "loss=", "outputs="])
 @pytest.mark.parametrize("penalty", [0.0, 0.1])

@@ -201,6 +201,9 @@ def dense(net: nn.Module, outputs: Callable[[nn.Module], Tensor], loss: Callable
 STACKED = {"num_layers": 2, "bidirectional": True}
 
 
+@pytest.mark.quick(
+    where=lambda kind, policy, packed: kind == "lstm" or (policy == "recompute" and packed == (kind == "gru"))
+)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("policy", "packed"),
@@ -241,6 +244,7 @@ def test_hessians_are_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative(matrix(op), dense_hessian(net, lambda m: F.mse_loss(m(x), y))) < DENSE
 
 
+@pytest.mark.quick(where=lambda kind, curvature: kind == "lstm" or curvature == "gauss-newton")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("curvature", ["gauss-newton", "fisher", "hessian"])
 def test_steps_are_those_without_replacement(kind: str, curvature: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ class Equilibrium(nn.Module):
 
         z = torch.zeros(len(x), 4, dtype=F64)
         with torch.no_grad():
-            for _ in range(200):
+            for _ in range(60):
                 z = f(z)
         z = f(z)
         if z.requires_grad:
@@ -140,7 +140,7 @@ class Equilibrium(nn.Module):
 
             def hook(g: Tensor) -> Tensor:
                 h = g
-                for _ in range(200):
+                for _ in range(60):
                     h = torch.autograd.grad(f0, z0, h, retain_graph=True, create_graph=self.differentiable)[0] + g
                 return h
 

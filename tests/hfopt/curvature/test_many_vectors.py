@@ -51,6 +51,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.quick(where=lambda make, loss, policy: loss == "closed" or policy == "recompute")
 @pytest.mark.filterwarnings("ignore:linearisation='checkpoint' needs a recurrence")
 @EVERY
 @pytest.mark.parametrize("loss", list(LOSSES))
@@ -90,6 +91,7 @@ def test_a_declared_loss(policy: str) -> None:
     assert relative(op.to_dense(), matrix(op)) < SUMS
 
 
+@pytest.mark.quick(where=lambda kind, policy: kind == "gauss-newton" or policy == "double-backward")
 @EVERY
 @pytest.mark.parametrize("kind", ["gauss-newton", "sampled", "empirical"])
 def test_recurrences_carry_all_vectors_in_one_pass(kind: str, policy: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,10 @@ def problem(seed: int = 3) -> hfopt.GaussNewton:
 def test_hutchinson_is_the_diagonal_on_average() -> None:
     op = problem()
     g = matrix(op)
-    m = HutchinsonDiagonal(probes=4000)
+    m = HutchinsonDiagonal(probes=1000)
     m.refresh(op, 0)
     off = (g.square().sum(1) - g.diagonal().square()).sqrt()
-    assert bool(((m.diagonal - g.diagonal()).abs() < 4.5 * off / 4000**0.5 + 1e-12).all())
+    assert bool(((m.diagonal - g.diagonal()).abs() < 4.5 * off / 1000**0.5 + 1e-12).all())
     m.damp(0.3, 0.1)
     assert torch.allclose(m.apply(Y.new_ones(26)), (m.diagonal + 0.4) ** -0.75, rtol=1e-12)
 
@@ -177,7 +178,7 @@ def test_kfac_of_one_linear_layer_and_one_case_is_nearly_the_inverse() -> None:
     """With one case A (x) G is the layer's block, on average over draws, whatever they are."""
     model = mlp(3, 2, seed=3)
     op = gauss_newton(model, lambda net: F.mse_loss(net(X[:1]), Y[:1]))
-    m = KFAC(samples=4000)
+    m = KFAC(samples=1000)
     m.refresh(op, 0)
     (f,) = m.factors
     order = [i * 4 + j for i in range(2) for j in range(3)] + [3, 7]
@@ -187,7 +188,7 @@ def test_kfac_of_one_linear_layer_and_one_case_is_nearly_the_inverse() -> None:
 def test_kfac_elsewhere_is_a_diagonal() -> None:
     model, x, y = recurrent("rnn"), randn(5, N, 2, seed=1), randn(N, 1, seed=2)
     op = gauss_newton(model, lambda net: F.mse_loss(net(x), y))
-    m = KFAC(probes=3000)
+    m = KFAC(probes=800)
     with pytest.warns(UserWarning, match=r"found no linear or convolution layer.*preconditioner='nystrom' or None"):
         m.refresh(op, 0)
     m.refresh(op, 0)  # says so once
@@ -196,7 +197,7 @@ def test_kfac_elsewhere_is_a_diagonal() -> None:
     inverse, g = dense(m, op.shape[0]), matrix(op)
     for i, piece in enumerate(torch.split(torch.arange(op.shape[0]), op.vector.sizes)):
         if i not in layered:
-            assert torch.allclose(1 / inverse.diagonal()[piece], g.diagonal()[piece], rtol=4.5 * (2 / 3000) ** 0.5)
+            assert torch.allclose(1 / inverse.diagonal()[piece], g.diagonal()[piece], rtol=4.5 * (2 / 800) ** 0.5)
 
 
 def test_lbfgs_is_the_bfgs_recursion() -> None:
@@ -296,21 +297,33 @@ def test_the_solution_is_the_same_and_the_seed_the_step(name: str) -> None:
     assert torch.equal(*applied)
 
 
-@pytest.mark.parametrize("name", ["kfac", "nystrom", "empirical-fisher", "lbfgs"])
-def test_it_saves_iterations(name: str) -> None:
+def uneven() -> hfopt.GaussNewton:
+    """Inputs whose scales are two decades apart."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 3)).double()
     x = randn(100, 20, seed=9) * torch.logspace(-1, 1, 20, dtype=torch.float64)
-    op = gauss_newton(model, lambda net: F.mse_loss(net(x), randn(100, 3, seed=10)))
-    solver = CG(tolerance=0.0, max_iterations=2000, residual=1e-6)
-    plain = solver.solve(op.damped(1e-4), -op.gradient).iterations
+    return gauss_newton(model, lambda net: F.mse_loss(net(x), randn(100, 3, seed=10)))
+
+
+SOLVER = CG(tolerance=0.0, max_iterations=2000, residual=1e-6)
+
+
+@functools.cache
+def iterations_without() -> int:
+    op = uneven()
+    return SOLVER.solve(op.damped(1e-4), -op.gradient).iterations
+
+
+@pytest.mark.parametrize("name", ["kfac", "nystrom", "empirical-fisher", "lbfgs"])
+def test_it_saves_iterations(name: str) -> None:
+    op = uneven()
     m = {"nystrom": Nystrom(rank=50), "lbfgs": LBFGS(pairs=60)}.get(name) or MADE[name]()
     counts = []
     for step in range(2):
         m.refresh(op, step)
         m.damp(1e-4, 0.0)
-        counts.append(solver.solve(m.watch(op.damped(1e-4)), -op.gradient, None, m).iterations)
-    assert counts[-1] < 0.7 * plain
+        counts.append(SOLVER.solve(m.watch(op.damped(1e-4)), -op.gradient, None, m).iterations)
+    assert counts[-1] < 0.7 * iterations_without()
 
 
 @pytest.mark.parametrize("m", [Nystrom(rank=4, every=3), KFAC(every=3), LBFGS(pairs=4)], ids=lambda m: type(m).__name__)

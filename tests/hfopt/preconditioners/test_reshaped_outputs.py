@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ JOINED: dict[str, Joined] = {
 }
 
 
-def steps(form: Joined | None, residuals: Callable[[nn.Module], list[Tensor]], count: int = 4, **options: Any) -> Any:
+def steps(form: Joined | None, residuals: Callable[[nn.Module], list[Tensor]], count: int = 3, **options: Any) -> Any:
     """Parameters and optimizer after a few steps; None is for a criterion of every set of points."""
     model = mlp(2, 8, 8, 1, seed=3)
     optimizer = hfopt.HessianFree(model.parameters(), **{"solver": "cg", **options})
@@ -76,10 +77,16 @@ def steps(form: Joined | None, residuals: Callable[[nn.Module], list[Tensor]], c
     return theta(model), optimizer
 
 
+@functools.cache
+def separate(preconditioner: str) -> Any:
+    """The steps of a criterion of every set of points, which all forms are compared with."""
+    return steps(None, fitted, preconditioner=preconditioner)
+
+
 @pytest.mark.parametrize("preconditioner", ["auto", "kfac"])
 @pytest.mark.parametrize("form", JOINED)
 def test_joined_residuals_take_the_steps_of_separate_criteria(form: str, preconditioner: str) -> None:
-    apart, first = steps(None, fitted, preconditioner=preconditioner)
+    apart, first = separate(preconditioner)
     joined, second = steps(JOINED[form], fitted, preconditioner=preconditioner)
     torch.testing.assert_close(joined, apart, rtol=1e-6, atol=1e-8)
     assert [s.cg_iterations for s in first.stats] == [s.cg_iterations for s in second.stats]
@@ -116,15 +123,15 @@ def test_flattened_tokens_take_the_steps_of_the_criterion_on_all_dimensions() ->
     def factors(loss: Callable[[Tensor], Tensor]) -> Tensor:
         model = Tokens()
         op = hfopt.GaussNewton(lambda: loss(model(s)), model.parameters())
-        m = KFAC(samples=400)
+        m = KFAC(samples=200)
         m.refresh(op, 0)
         m.damp(0.05, 0.0)
         return dense(m, op.shape[0])
 
     whole = factors(lambda z: F.cross_entropy(z.movedim(2, 1), wanted))
     flat = factors(lambda z: F.cross_entropy(z.view(-1, 7), wanted.view(-1)))
-    # G is the mean over 400 draws of squares whose sizes differ by about one: to 1 / sqrt(400), five times.
-    assert relative(flat, whole) < 0.25
+    # G is the mean over 200 draws of squares whose sizes differ by about one: to 1 / sqrt(200), five times.
+    assert relative(flat, whole) < 0.35
     model = Tokens()
     optimizer = hfopt.HessianFree(model.parameters(), solver="cg")
     losses = [

@@ -31,6 +31,7 @@ def train(model: Any, optimizer: hfopt.HessianFree, steps: int, dtype: torch.dty
     return [(s.step, s.loss, s.rho, s.damping, s.cg_iterations) for s in optimizer.stats[-steps:]]
 
 
+@pytest.mark.quick(where=lambda name, dtype: dtype == torch.float32)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_further_steps_are_the_same_bits(name: str, dtype: torch.dtype) -> None:

@@ -187,6 +187,7 @@ def gone(pid: int) -> bool:
     return state == "Z"
 
 
+@pytest.mark.slow
 @needs_gcc
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_an_interrupt_ends_the_compiler_and_a_kill_leaves_nothing_for_long(tmp_path: Path, cache: Path) -> None:

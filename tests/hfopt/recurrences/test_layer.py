@@ -48,6 +48,7 @@ def test_values_with_and_without_bias(nonlinearity: str) -> None:
     assert_close(simple_rnn_layer(*rest, None, nonlinearity), plain_layer(*rest, None, nonlinearity), **EXACT)
 
 
+@pytest.mark.quick(where=lambda nonlinearity: nonlinearity in ("tanh", "relu"))
 @pytest.mark.parametrize("nonlinearity", NAMES)
 def test_first_and_second_derivatives_in_everything(nonlinearity: str) -> None:
     at = tuple(x.requires_grad_() for x in arguments(4, 2, 3))
@@ -134,6 +135,7 @@ def test_many_tangents() -> None:
     assert_close(mine, vmap(lambda *v: jvp(plain_layer, at, v)[1])(*many), **EXACT)
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     at = tuple(x.requires_grad_() for x in arguments())
     torch._dynamo.reset()

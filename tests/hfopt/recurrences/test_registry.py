@@ -64,6 +64,7 @@ def test_forward_is_the_definition(backend: str, name: str) -> None:
         assert_close(tuple(results[: cell(name).outputs]), cell(name).plain(given), **EXACT)
 
 
+@pytest.mark.quick(where=lambda backend, name, vectors: (backend == "c") == (vectors == ()))
 @everywhere
 @pytest.mark.parametrize("vectors", [(), (2,)])
 def test_tangent_is_autograds(backend: str, name: str, vectors: tuple[int, ...]) -> None:

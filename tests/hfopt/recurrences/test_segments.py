@@ -101,6 +101,7 @@ def network(output: str, batch_first: bool = False) -> models.RNN:
     return models.RNN(V, 4, 2, output=output, batch_first=batch_first, dtype=torch.float64)
 
 
+@pytest.mark.quick(where=lambda output, lengths, damping: (output == "all") == (lengths is None) == (damping == 0.0))
 @pytest.mark.parametrize("lengths", [None, torch.tensor([4, 11, 7])])
 @pytest.mark.parametrize("output", ["all", "last"])
 @pytest.mark.parametrize("damping", [0.0, 0.3])
@@ -160,6 +161,7 @@ def layers() -> dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]]:
     }
 
 
+@pytest.mark.quick(where=lambda name: name == "lstm")
 @pytest.mark.parametrize("name", ["lstm", "gru", "mrnn"])
 def test_gated_layers(name: str) -> None:
     layer, shapes = layers()[name]

@@ -109,6 +109,7 @@ def closure(net: Net) -> Tensor:
     return F.mse_loss(net(), net.targets(), reduction="sum")
 
 
+@pytest.mark.quick(where=lambda kind, policy, lengths: (lengths is None) == (policy == "recompute"))
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,6 +124,7 @@ def test_gauss_newton_matrix(kind: str, policy: str, lengths: Tensor | None) -> 
     assert policy in ("auto", op.linearisation.name)
 
 
+@pytest.mark.quick(where=lambda kind, policy, lengths: (lengths is None) == (policy != "recompute"))
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", KINDS)

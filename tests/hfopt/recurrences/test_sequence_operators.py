@@ -62,6 +62,7 @@ def test_values(name: str, sizes: Sizes, way: None) -> None:
     assert [tuple(r.shape) for r in results] == cell.shapes(at)
 
 
+@pytest.mark.quick(where=lambda name, sizes, way: name in ("lstm", "gru", "mrnn_tanh+a"))
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sizes", EVERY_SIZE)
 def test_tangents_of_any_arguments(name: str, sizes: Sizes, way: None) -> None:
@@ -72,6 +73,7 @@ def test_tangents_of_any_arguments(name: str, sizes: Sizes, way: None) -> None:
         assert_close(mine, jvp(PLAIN[name], at, filled(d, there))[1], **EXACT)
 
 
+@pytest.mark.quick(where=lambda name, sizes, way: name in ("lstm", "gru", "mrnn_tanh+a"))
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sizes", EVERY_SIZE)
 def test_adjoints_of_any_outputs_in_any_arguments(name: str, sizes: Sizes, way: None) -> None:
@@ -99,6 +101,7 @@ def test_adjoint_is_the_tangents_transpose(name: str, way: None) -> None:
         assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.quick(where=lambda name, count, way: name in ("lstm", "gru", "mrnn_tanh+a"))
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 3])
 def test_many_vectors_carried_together(name: str, count: int, way: None) -> None:
@@ -156,6 +159,7 @@ def test_any_small_shape(name: str, sizes: Sizes, seed: int) -> None:
     assert_close(moved, jvp(cell.plain, (at,), (d,))[1], rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.quick(where=lambda name: name in ("lstm", "gru", "mrnn_tanh+a"))
 @pytest.mark.parametrize("name", NAMES)
 def test_operators_keep_torchs_rules(name: str) -> None:
     at, cell = arguments(name, Sizes(3, 2, 2, 2, 3)), CELLS[name]

@@ -251,6 +251,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         package.installed.cache_clear()
 
 
+@pytest.mark.slow
 def test_triton_is_not_imported_with_the_package() -> None:
     program = "import sys, hfopt.recurrences.triton as t; assert 'triton' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -51,6 +51,7 @@ def compare(name: str, sizes: Sizes, dtype: torch.dtype = torch.float64, count: 
     close(passes.adjoint(u, given, results, needed), wanted, dtype)
 
 
+@pytest.mark.quick(where=lambda name, form: name == "lstm" or form == FORMS[0])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_float64(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,12 +64,14 @@ def test_nonlinearities(name: str) -> None:
     compare(name, Sizes(2, 2, 2, 5, 3))
 
 
+@pytest.mark.quick(where=lambda name, sizes: name == "lstm")
 @pytest.mark.parametrize("name", NAMES[:3])
 @pytest.mark.parametrize("sizes", [Sizes(1, 1, 1, 1, 1), Sizes(2, 17, 1, 4, 5), Sizes(2, 3, 0, 3, 2)])
 def test_sizes(name: str, sizes: Sizes) -> None:
     compare(name, sizes)
 
 
+@pytest.mark.quick(where=lambda name, form: name == "lstm")
 @pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_several_blocks_of_units(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +85,7 @@ def test_the_matrix_in_pieces(name: str) -> None:
     compare(name, Sizes(2, 2, 1, 40, 33), torch.float32)
 
 
+@pytest.mark.quick(where=lambda name, form: name == "lstm" or form == FORMS[0])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_many_vectors(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +93,7 @@ def test_many_vectors(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> 
     compare(name, Sizes(2, 3, 2, 4, 3), count=2)
 
 
+@pytest.mark.quick(where=lambda name, dtype, form: name == "gru")
 @pytest.mark.parametrize(
     ("dtype", "form"), [(torch.float32, "walked"), (torch.bfloat16, "resident"), (torch.bfloat16, "walked")]
 )
@@ -98,6 +103,7 @@ def test_lower_precision(name: str, dtype: torch.dtype, form: str, monkeypatch: 
     compare(name, Sizes(2, 3, 2, 5, 3), dtype)
 
 
+@pytest.mark.quick(where=lambda name: name == "gru")
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_vectors_left_out(name: str) -> None:
     given, cell, passes = problem(name, Sizes(2, 2, 1, 3, 2)), CELLS[name], package.cell(name)

@@ -52,12 +52,14 @@ def test_cells_with_one_product_are_served() -> None:
 SOME = ("lstm", "gru", "modrelu", "intersection")
 
 
+@pytest.mark.quick(where=lambda name, form: name == "lstm" or (form == "resident" and name in SOME))
 @pytest.mark.parametrize(("name", "form"), [(n, f) for n in SERVED for f in FORMS if n in SOME or f == "resident"])
 def test_float64(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take(form, monkeypatch)
     compare(name, torch.float64, ())
 
 
+@pytest.mark.quick(where=lambda name: name == "intersection")
 @pytest.mark.parametrize("name", ["lstm", "gru", "intersection"])
 def test_many_vectors_and_one_step(name: str) -> None:
     compare(name, torch.float64, (3,))
