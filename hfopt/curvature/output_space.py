@@ -235,8 +235,9 @@ class Joint:
         # Read at once: on a device the host would wait for every single number.
         if found and any(difference > 1e-3 * scale + 1e-30 for difference, scale in torch.stack(found).tolist()):
             raise ClosureError(
-                "the loss depends on the network in other ways than through the outputs that the closure returns; return "
-                "all tensors that the loss is computed from, or pass outputs=<the module whose result is the network's output>"
+                "the loss depends on the network in other ways than through the outputs that the closure returns; "
+                "return all tensors that the loss is computed from, or pass outputs=<the module whose result is the "
+                "network's output>"
             )
 
     def product(self, u: Sequence[Tensor | None], v: Sequence[Tensor], batched: bool = False) -> tuple[Maybe, Maybe]:
