@@ -23,15 +23,24 @@ from hfopt.step.stats import StepStats
 
 if TYPE_CHECKING:
     from hfopt.experiment.driver import HF
+    from hfopt.experiment.recorders import CurvatureDensity, GradientByLag, HiddenStates, Recorder, Samples, Spectrum
     from hfopt.experiment.roles import Growth
     from hfopt.experiment.store.format import RunError
     from hfopt.experiment.store.reader import Run, read_run
+    from hfopt.experiment.store.recorded import Recorded
 
 _LAZY = {
     "HF": "hfopt.experiment.driver",
+    "CurvatureDensity": "hfopt.experiment.recorders",
+    "GradientByLag": "hfopt.experiment.recorders",
     "Growth": "hfopt.experiment.roles",
+    "HiddenStates": "hfopt.experiment.recorders",
+    "Recorded": "hfopt.experiment.store.recorded",
+    "Recorder": "hfopt.experiment.recorders",
     "Run": "hfopt.experiment.store.reader",
     "RunError": "hfopt.experiment.store.format",
+    "Samples": "hfopt.experiment.recorders",
+    "Spectrum": "hfopt.experiment.recorders",
     "read_run": "hfopt.experiment.store.reader",
 }
 
@@ -41,23 +50,30 @@ __all__ = [
     "AverageRatio",
     "CheckFailed",
     "ClosureError",
+    "CurvatureDensity",
     "Damped",
     "EmpiricalFisherDiagonal",
     "Fisher",
     "FixedDamping",
     "FullStep",
     "GaussNewton",
+    "GradientByLag",
     "Growth",
     "Hessian",
     "HessianFree",
     "HfoptError",
+    "HiddenStates",
     "KrylovDamping",
     "LevenbergMarquardt",
     "LineSearch",
     "NotDifferentiable",
+    "Recorded",
+    "Recorder",
     "RisingDecay",
     "Run",
     "RunError",
+    "Samples",
+    "Spectrum",
     "StepStats",
     "for_minibatches",
     "read_run",

@@ -144,6 +144,27 @@ class Recurrent(nn.Module, ABC):
         hidden, _ = self._layer(self._checked(inputs), [h0], None)
         return hidden.transpose(0, 1) if self.batch_first else hidden
 
+    def unrolled(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Outputs as of `forward`, one step after the other, and all states (B, n) after each step.
+
+        All that outputs and later steps have of a step goes through these states, so that a loss can be differentiated
+        in them. Much slower than `forward`, for looking at gradients.
+        """
+        given: list[Tensor | None] = [None] * len(self._starts())
+        hidden, nodes = [], []
+        for step in torch.split(self._checked(inputs), 1):
+            _, found = self._layer(step, given, None)
+            nodes.append(torch.cat(found, 1))
+            states = torch.split(nodes[-1], [state.shape[1] for state in found], 1)
+            given = list(states)
+            hidden.append(self._top(states))
+        outputs = self._readout(hidden[-1] if self.output == "last" else torch.stack(hidden))
+        return outputs, nodes
+
+    def _top(self, states: Sequence[Tensor]) -> Tensor:
+        """The hidden states (B, h) that the readout sees, among all states after a step."""
+        return states[0]
+
     def _read_out(self, hidden: Tensor) -> Tensor:
         return hidden if self.W_ho is None else F.linear(hidden, self.W_ho.t(), self.b_o)
 

@@ -217,6 +217,19 @@ class Stack(Recurrent):
         top = final[(self.depth - 1) * len(self.cell.states)] if not self.cell.extra else hidden[-1]
         return bound._readout(top if self.output == "last" else hidden), final
 
+    def unrolled(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Outputs as of `forward`, one step after the other, and all layers' states (B, n) after each step.
+
+        Raises:
+            NotImplementedError: a cell whose output is none of its states.
+        """
+        if self.cell.extra:
+            raise NotImplementedError(f"the output of the cell {self.cell.name} is none of its states")
+        return super(Stack, self._bound(inputs)).unrolled(inputs)
+
+    def _top(self, states: Sequence[Tensor]) -> Tensor:
+        return states[(self.depth - 1) * len(self.cell.states)]
+
     def _given(self, states: Sequence[Tensor | None] | Tensor | None) -> list[Tensor | None]:
         given: list[Tensor | None] = [states] if isinstance(states, Tensor) else list(states or ())
         if len(given) > len(self._starting):

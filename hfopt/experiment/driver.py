@@ -15,13 +15,26 @@ from torch import Tensor, nn
 
 from hfopt.experiment import identity, report
 from hfopt.experiment.data import Problem, check_data
+from hfopt.experiment.generators import generators, set_generators
 from hfopt.experiment.hooks import Callback, Callbacks
 from hfopt.experiment.interrupt import Interrupt
 from hfopt.experiment.metrics import Metric, metrics_of
-from hfopt.experiment.roles import Drawn, Forward, Growth, Roles, averaged, closure, evaluate, norm, on_inputs
+from hfopt.experiment.recorders.base import Recorder, Recorders
+from hfopt.experiment.roles import (
+    Drawn,
+    Forward,
+    Growth,
+    Roles,
+    averaged,
+    closure,
+    evaluate,
+    loss_of_next,
+    norm,
+    on_inputs,
+)
 from hfopt.experiment.store import format as runfile
 from hfopt.experiment.store.format import Row, RunError, WriteError
-from hfopt.experiment.store.reader import Run, read_run, run_path
+from hfopt.experiment.store.reader import read_run, run_path
 from hfopt.experiment.store.writer import RunLog
 
 
@@ -56,6 +69,7 @@ class HF:
             model that has it. Default none.
         metrics: further metrics of the test batches (`hfopt.experiment.metrics`).
         callbacks: what else happens at each step (`hfopt.experiment.hooks`): schedules, clipping, projections, ...
+        record: recorders of hidden states, gradients, eigenvalues, ... over training (`hfopt.experiment.recorders`).
         threshold: success is a first metric better than it (an error rate below it), 0 for none; or a function of
             (test loss, first metric) that says.
         max_steps: updates in all, those before `load()` included.
@@ -94,6 +108,7 @@ class HF:
         average: float | None = None,
         metrics: Iterable[Metric] = (),
         callbacks: Iterable[Callback] = (),
+        record: Iterable[Recorder] = (),
         threshold: float | Callable[[float, float], bool] = 0.01,
         max_steps: int = 500,
         max_skipped: int = 10,
@@ -132,7 +147,7 @@ class HF:
         taken = [m.column for m in self.metrics if m.column in runfile.STEP_COLUMNS and m.column != "error_rate"]
         if taken:
             raise ValueError(f"a metric is called {taken[0]!r}, as a column of every run is; give it another name")
-        self.callbacks = Callbacks(callbacks)
+        self.callbacks, self.recorders = Callbacks(callbacks), Recorders(record)
         self.threshold: float | Callable[[float, float], bool] = threshold
         self.max_steps, self.max_skipped, self.test_freq, self.save_freq = max_steps, max_skipped, test_freq, save_freq
         self.keep_checkpoints, self.seed, self.overwrite, self.quiet = keep_checkpoints, seed, overwrite, quiet
@@ -161,6 +176,7 @@ class HF:
         }
         for callback in self.callbacks:
             callback.attach(self)
+        self.recorders.attach(self)
 
     @property
     def tested(self) -> nn.Module:
@@ -236,7 +252,7 @@ class HF:
             KeyError: there is no such checkpoint.
         """
         run = read_run(self.path)
-        self._compare(run)
+        identity.refuse_another(run, {**self._compared, "seed": self.seed})
         found = run.find(checkpoint)
         state = run.checkpoint(found.key)
         self._close()
@@ -250,24 +266,12 @@ class HF:
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             raise RunError(f"checkpoint {found.key} of {self.path}: its {name} cannot be loaded: {error}") from error
         notes = self.callbacks.load_state_dict(state.get("callbacks", {}))
-        identity.set_generators(state["generators"])
+        set_generators(state["generators"])
         self.step, self.totals = state["step"], dict(state["totals"])
         self._skipped = int(self.totals.pop("skipped", 0))
         self._serial, self._newest, self._saved_step = found.serial, run.serial, self.step
         self._broken, self._stop, self._save_due = None, "", False
         self._say("; ".join([f"loaded step {self.step} of {report.short(self.path)}", *notes]))
-
-    def _compare(self, run: Run) -> None:
-        """Raise RunError if a run was made by something else than this."""
-        saved = {key: run.configuration.get(key) for key in self._compared if key in run.configuration}
-        saved |= {"seed": run.seed, "metric": run.metrics[0].name}
-        differing = identity.changes(saved, {**self._compared, "seed": self.seed})
-        if differing:
-            raise RunError(
-                f"the run in {self.path} was made with other settings: {'; '.join(differing)}. Use its "
-                "settings, or start a run under another name; its parameters alone are "
-                "hfopt.read_run(path).parameters()"
-            )
 
     # -- steps ------------------------------------------------------------------------------------------
 
@@ -277,6 +281,8 @@ class HF:
         if self._save_due:
             self._save()
         while True:
+            assert self._log is not None
+            self.recorders.keep(self, self._log.frames)
             started = (time.perf_counter(), time.process_time())
             last = self.step >= limit
             tested = last or self.step % self.test_freq == 0
@@ -290,8 +296,10 @@ class HF:
                 for callback in self.callbacks:
                     callback.after_test(self, row)
             if last or success or self._stop:
-                row |= {"updated": False, "train_loss": self._closing_train_loss()}
+                row["updated"] = False
+                row["train_loss"] = loss_of_next(self.model, self.problem, self.roles, self.step, self.forward)
                 self._record(row, [], started, progress)
+                self.recorders.keep(self, self._log.frames, closing=True)
                 self._save_rest()
                 return "success" if success else "stopped" if self._stop else "max_steps"
             for callback in self.callbacks:
@@ -368,16 +376,6 @@ class HF:
         )
         return False
 
-    def _closing_train_loss(self) -> float:
-        """The training loss on the draws that the next step would see; the generators stay as they were."""
-        problem, generators = self.problem.state_dict(), identity.generators()
-        self.problem.forget()
-        chosen, _ = self.roles.of(self.step)
-        loss = evaluate(self.model, self.problem, chosen, self.forward, []).loss
-        self.problem.load_state_dict(problem)
-        identity.set_generators(generators)
-        return loss
-
     def _succeeded(self, test_loss: float, value: float) -> bool:
         if callable(self.threshold):
             return bool(self.threshold(test_loss, value))
@@ -424,7 +422,7 @@ class HF:
             "parameters": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "problem": self.problem.state_dict(),
-            "generators": identity.generators(),
+            "generators": generators(),
             **({} if self._averaged is None else {"average": self._averaged.state_dict()}),
             **({"callbacks": states} if states else {}),
         }

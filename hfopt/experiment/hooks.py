@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hfopt.experiment.metrics import Metric
+from hfopt.experiment.roles import Forward
 
 
 class Experiment(Protocol):
@@ -19,8 +20,11 @@ class Experiment(Protocol):
     problem: Any
     optimizer: torch.optim.Optimizer
     metrics: list[Metric]
+    forward: Forward
     step: int
 
+    @property
+    def tested(self) -> nn.Module: ...
     @property
     def second_order(self) -> bool: ...
     def save(self, name: str | None = None) -> None: ...

@@ -29,6 +29,8 @@ import torch
 
 from hfopt.experiment.metrics import Metric
 from hfopt.experiment.roles import Roles
+from hfopt.experiment.store.format import RunError
+from hfopt.experiment.store.reader import Run
 
 _SCALARS = (bool, int, float, str)
 
@@ -175,6 +177,17 @@ def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     return differences(*_same_terms(saved, present))
 
 
+def refuse_another(run: Run, present: Mapping[str, Any]) -> None:
+    """Raise RunError if a run was made by something else than what `present` describes."""
+    saved = {key: run.configuration.get(key) for key in present if key in run.configuration}
+    differing = changes({**saved, "seed": run.seed, "metric": run.metrics[0].name}, present)
+    if differing:
+        raise RunError(
+            f"the run in {run.path} was made with other settings: {'; '.join(differing)}. Use its settings, or start "
+            "a run under another name; its parameters alone are hfopt.read_run(path).parameters()"
+        )
+
+
 def version_changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     """One phrase per thing that a run is continued on and that was another before; what was not known is none."""
 
@@ -229,20 +242,6 @@ def _arguments(value: Any) -> dict[str, Any]:
     kept = {name: getattr(value, name) for name in names if hasattr(value, name)}
     plain = {name: item for name, item in kept.items() if item is None or isinstance(item, _SCALARS)}
     return {"class": class_name(value), **plain} if plain else {}
-
-
-def generators() -> dict[str, Any]:
-    """The states of torch's generators: the CPU's, and those of all CUDA devices once CUDA is in use."""
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if in_use else []}
-
-
-def set_generators(states: Mapping[str, Any]) -> None:
-    """Restore what `generators` returned; states of CUDA devices that are not here are left out."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, device)
 
 
 def versions(device: torch.device) -> dict[str, Any]:

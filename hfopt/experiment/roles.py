@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hfopt.experiment.data import Batch, Minibatches, Problem
+from hfopt.experiment.generators import untouched_generators
 from hfopt.experiment.metrics import Metric, metrics_of
 
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -239,7 +240,7 @@ def evaluate(
     metrics = metrics_of(problem) if metrics is None else metrics
     losses, sizes = [], []
     sums, counts = ([0.0] * len(metrics) for _ in range(2))
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for i in indices:
             batch = problem(i)
             outputs = forward(model, batch)
@@ -251,6 +252,17 @@ def evaluate(
     values = {m.column: m.value(total, count) for m, total, count in zip(metrics, sums, counts, strict=True)}
     loss = sum(weight * loss for weight, loss in zip(_shares(sizes), losses, strict=True))
     return Evaluation(loss, values[metrics[0].column] if metrics else math.nan, values)
+
+
+def loss_of_next(model: nn.Module, problem: Problem, roles: Roles, step: int, forward: Forward = on_inputs) -> float:
+    """The training loss on the draws that the step to come would see; problem and generators stay as they were."""
+    before = problem.state_dict()
+    with untouched_generators():
+        problem.forget()
+        chosen, _ = roles.of(step)
+        loss = evaluate(model, problem, chosen, forward, []).loss
+        problem.load_state_dict(before)
+    return loss
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
@@ -266,7 +278,7 @@ def _shares(sizes: Sequence[int]) -> list[float]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the whole model; afterwards every module has the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

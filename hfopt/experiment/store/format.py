@@ -7,6 +7,7 @@ A run is a folder with
 * `journal-<n>.jsonl`, the steps since then, one JSON line with a checksum per step. `run.h5` names the journal that
   follows it (attribute `journal`), so a journal that a newer version already contains is never read again;
 * `checkpoints/<step>.h5` and `checkpoints/<name>.h5`, one saved state each, written like `run.h5`;
+* `recorded/<recorder>-<number>.h5`, what recorders kept of the steps, some frames a file, written like `run.h5`;
 * `results` and `detailed_results`, the steps for human readers.
 
 Whoever reads `run.h5` and its journal applies one rule, `supersede`: the row of step k replaces all older rows of
@@ -34,6 +35,7 @@ from hfopt.errors import HfoptError
 FORMAT = "hfopt run"
 VERSION = 2
 RUN, RESULTS, DETAILED, CHECKPOINTS = "run.h5", "results", "detailed_results", "checkpoints"
+RECORDED = "recorded"
 
 # One row per step of the driver. What an optimizer does not report is nan, -1 or "". Metrics other than the default
 # one follow in columns of their own names.

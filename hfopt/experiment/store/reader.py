@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hfopt.experiment.metrics import Metric, metrics_in
 from hfopt.experiment.store import format as runfile
 from hfopt.experiment.store.checkpoints import Checkpoint, list_checkpoints, read_checkpoint
 from hfopt.experiment.store.format import RunError, Table
+from hfopt.experiment.store.recorded import Recordings
 from hfopt.experiment.store.runh5 import Contents, Header, read_contents, read_first_checkpoint
 from hfopt.experiment.store.sealed import reading
 
@@ -78,6 +80,14 @@ class Run:
     def metrics(self) -> list[Metric]:
         """What is measured; the first judges the run. Its values are in the column `metric.column` of `steps`."""
         return metrics_in({"metrics": self.header.metrics})
+
+    @cached_property
+    def recorded(self) -> Recordings:
+        """What `HF(record=[...])` kept: the name of a recorder leads to its :class:`Recorded` frames.
+
+        Raises RunError if one of the files is damaged.
+        """
+        return Recordings(self.path, self.header.run)
 
     @property
     def serial(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hfopt.experiment.store.format import CHECKPOINTS, RunError, WriteError
+from hfopt.experiment.store.format import CHECKPOINTS, RECORDED, RunError, WriteError
 
 BLOCK = 512
 _TITLE = b"hfopt sealed HDF5\n"
@@ -160,6 +160,8 @@ def way_out(path: Path) -> str:
     """What to do about a file that cannot be read."""
     if path.parent.name == CHECKPOINTS:
         return "restore it from a copy, or remove it and load another checkpoint by its step"
+    if path.parent.name == RECORDED:
+        return "restore it from a copy, or remove it, and with it its frames"
     return "restore it from a copy, or start a new run under another name"
 
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,12 +26,14 @@ from hfopt.experiment.store.appender import Appender
 from hfopt.experiment.store.checkpoints import NAME, OWN_NAMES, Checkpoint, CheckpointWriter
 from hfopt.experiment.store.format import RunError, Table
 from hfopt.experiment.store.lock import Lock
+from hfopt.experiment.store.recorded import FrameWriter, remove_all
 from hfopt.experiment.store.runh5 import Header, write_run
 from hfopt.experiment.store.sealed import SyncBudget, cannot_write
 
 # Rows in the journal from which they are moved into run.h5: so many, and a share of those that are there, so that all
 # rewriting together costs no more than a few times the rows.
 _MANY, _SHARE = 500, 0.25
+_FOLDERS = (runfile.CHECKPOINTS, runfile.RECORDED)
 
 
 class RunLog:
@@ -56,7 +59,7 @@ class RunLog:
         self.serial = 0
         self.earlier_versions: dict[str, Any] = {}
         """What the run was last started or continued with, before it was resumed here."""
-        for leftover in (*folder.glob(".*.tmp"), *folder.glob(f"{runfile.CHECKPOINTS}/.*.tmp")):
+        for leftover in (*folder.glob(".*.tmp"), *(p for sub in _FOLDERS for p in folder.glob(f"{sub}/.*.tmp"))):
             leftover.unlink(missing_ok=True)
 
     @classmethod
@@ -172,6 +175,11 @@ class RunLog:
         self._journal.write(runfile.journal_line(step, checks), self._budget)
         for text, content in zip(self._texts, (block, detailed), strict=True):
             text.write(content)
+
+    @cached_property
+    def frames(self) -> FrameWriter:
+        """The writer of what recorders keep."""
+        return FrameWriter(self.folder, self._header.run)
 
     def note(self, sentence: str) -> None:
         """Add a line to both text logs."""
@@ -339,6 +347,7 @@ class RunLog:
                 path.unlink()
             if (self.folder / runfile.CHECKPOINTS).is_dir():
                 shutil.rmtree(self.folder / runfile.CHECKPOINTS)
+            remove_all(self.folder)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
 
