@@ -22,6 +22,7 @@ from hfopt.preconditioners import EmpiricalFisherDiagonal
 from hfopt.step.stats import StepStats
 
 if TYPE_CHECKING:
+    from hfopt.experiment import visualize
     from hfopt.experiment.driver import HF
     from hfopt.experiment.recorders import CurvatureDensity, GradientByLag, HiddenStates, Recorder, Samples, Spectrum
     from hfopt.experiment.roles import Growth
@@ -77,14 +78,19 @@ __all__ = [
     "StepStats",
     "for_minibatches",
     "read_run",
+    "visualize",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a name of the experiment layer when it is first asked for."""
-    if name not in _LAZY:
+    if name not in _LAZY and name != "visualize":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    value: Any
+    if name == "visualize":  # pictures of runs, as functions of a module
+        value = import_module("hfopt.experiment.visualize")
+    else:
+        value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 

@@ -34,6 +34,7 @@ from hfopt.experiment.visualize import draw_sequence
 from models import RNN
 from pathological import PROBLEMS
 from runs.optimizers import optimizer, pace
+from runs.recording import recorders
 from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Settings:
     """Mu, the weight of structural damping relative to lambda."""
     threshold: float = 0.01
     """Share of wrong test sequences below which the run ends with success."""
+    record_every: int = 1
+    """Keep hidden states, gradients by lag and eigenvalues before every so many updates of hf; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ hf = HF(
     optimizer=optimizer(settings, structural=settings.structural),
     curvature_batches=range(settings.curvature_batches or settings.gradient_batches),
     evaluation_batches=range(settings.evaluation_batches or settings.gradient_batches),
+    record=recorders(settings.record_every, settings.optimizer),
     threshold=settings.threshold,
     seed=settings.seed,
     settings=settings,

@@ -36,6 +36,7 @@ from models import RNN
 from pathological import PROBLEMS
 from runs.optimizers import STOCHASTIC, optimizer, pace
 from runs.presets import PATHOLOGICAL as PRESETS
+from runs.recording import recorders
 from runs.settings import hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ hf = HF(
     curvature_batches=curvature,
     evaluation_batches=evaluation,
     debias_batches=debias or None,
+    record=recorders(settings.record_every, settings.optimizer),
     threshold=settings.threshold,
     seed=settings.seed,
     settings=settings,

@@ -56,6 +56,8 @@ class Settings:
     """Mu, the weight of structural damping relative to lambda."""
     threshold: float = 0.01
     """Share of wrong test sequences below which the run ends with success."""
+    record_every: int = 10
+    """Keep hidden states, gradients by lag and eigenvalues before every so many updates of hf; 0: never."""
 
 
 @dataclass(frozen=True)

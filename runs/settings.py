@@ -80,7 +80,18 @@ def parse(default: S, typed: Sequence[str], module: str) -> S:
 
 
 # What a run may be continued with or without, and what its name has by itself.
-_NOT_IN_NAMES = ("name", "device", "threads", "max_steps", "threshold", "folder", "test_every", "optimizer", "seed")
+_NOT_IN_NAMES = (
+    "name",
+    "device",
+    "threads",
+    "max_steps",
+    "threshold",
+    "folder",
+    "test_every",
+    "optimizer",
+    "seed",
+    "record_every",
+)
 _LONGEST_NAME = 100
 
 

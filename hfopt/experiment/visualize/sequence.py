@@ -1,19 +1,18 @@
-"""Pictures of one sequence: inputs, hidden units, predictions and targets; matplotlib is imported when one is drawn."""
+"""Pictures of one sequence: inputs, hidden units, predictions and targets; still, and moving over training."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
+
+from hfopt.experiment.visualize.style import COLOURS, INK, POSITIVE, SIGNED, SOFT, Array, as_array, styled, whole_steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Array = npt.NDArray[Any]
-_INK, _SOFT = "#262626", "#8a8a8a"
+_MANY_OUTPUTS = 8
 
 
 def draw_sequence(
@@ -31,7 +30,7 @@ def draw_sequence(
     Tensors and arrays are both taken.
 
     Args:
-        inputs: `(T, V)`, one row of the picture per input.
+        inputs: `(T, V)`, one row of the picture per input; `(T,)` class indices.
         hidden: `(T, h)`, one row per unit; the colours are symmetric about 0.
         predictions: `(T, O)`, after the output nonlinearity.
         targets: `(T, O)` real numbers, or `(T,)` class indices.
@@ -39,77 +38,130 @@ def draw_sequence(
         length: steps of the sequence; what follows is padding and is shaded. Default T.
         title: above the picture.
     """
-    from matplotlib import pyplot as plt
+    return SequencePicture(inputs, hidden, predictions, targets, scored, length=length, title=title).figure
 
-    inputs, hidden, predictions = _array(inputs), _array(hidden), _array(predictions)
-    targets, scored = _array(targets), _array(scored)
-    T, V = inputs.shape
-    length = T if length is None else length
-    outputs = predictions.shape[1]
-    classes = targets.ndim == 1
-    figure = plt.figure(figsize=(9.0, 6.5), layout="constrained")
-    heights = [min(2.0, 0.35 * V + 0.3), 3.2, 1.6]
-    grid = figure.add_gridspec(3, 2, width_ratios=[45, 1], height_ratios=heights)
-    above = figure.add_subplot(grid[0, 0])
-    middle = figure.add_subplot(grid[1, 0], sharex=above)
-    below = figure.add_subplot(grid[2, 0], sharex=above)
-    bars = [figure.add_subplot(grid[i, 1]) for i in range(3)]
-    for axes in (above, middle):
-        axes.tick_params(labelbottom=False)
-    _image(above, bars[0], inputs.T, "input", signed=bool((inputs < 0).any()))
-    _image(middle, bars[1], hidden.T, "hidden unit", signed=True)
-    if classes:
-        _image(below, bars[2], predictions.T, "class (○ target)", signed=False)
-        steps = np.flatnonzero(scored)
-        below.plot(steps, targets[steps], "o", markerfacecolor="none", color="tab:red", label="target")
-    else:
+
+class SequencePicture:
+    """The picture of one sequence, whose hidden units and predictions may be replaced by those of another time.
+
+    Args:
+        inputs, hidden, predictions, targets, scored, length, title: see :func:`draw_sequence`.
+        top: where the colours of the hidden units end; by default their largest modulus.
+        limits: of the axis of real predictions; by default what they and the targets need.
+    """
+
+    @styled
+    def __init__(
+        self,
+        inputs: Any,
+        hidden: Any,
+        predictions: Any,
+        targets: Any,
+        scored: Any,
+        *,
+        length: int | None = None,
+        title: str = "",
+        top: float | None = None,
+        limits: tuple[float, float] | None = None,
+    ) -> None:
+        from matplotlib import pyplot as plt
+
+        inputs, hidden, predictions = as_array(inputs), as_array(hidden), as_array(predictions)
+        self._targets, scored = as_array(targets), as_array(scored).astype(bool)
+        T = len(inputs)
+        inputs = inputs.reshape(T, -1)
+        length = T if length is None else length
+        self._scored = np.flatnonzero(scored)
+        self._classes = self._targets.ndim == 1
+        self._lines: list[tuple[Any, Any]] = []
+        self._numbers: Any = None
+        self.figure: Figure = plt.figure(figsize=(8.6, 6.2), layout="constrained")
+        heights = [min(2.0, 0.35 * inputs.shape[1] + 0.3), 3.4, 1.7]
+        grid = self.figure.add_gridspec(3, 2, width_ratios=[45, 1], height_ratios=heights)
+        above = self.figure.add_subplot(grid[0, 0])
+        middle = self.figure.add_subplot(grid[1, 0], sharex=above)
+        below = self.figure.add_subplot(grid[2, 0], sharex=above)
+        bars = [self.figure.add_subplot(grid[i, 1]) for i in range(3)]
+        for axes in (above, middle):
+            axes.tick_params(labelbottom=False)
+        _image(above, bars[0], inputs.T, "input", signed=bool((inputs < 0).any()))
+        self._units = _image(middle, bars[1], hidden.T, "hidden unit", signed=True, top=top)
+        if self._classes:
+            self._answers = _image(below, bars[2], predictions.T, "class", signed=False, top=1.0)
+            targets_at = self._targets[self._scored]
+            below.plot(self._scored, targets_at, "o", markerfacecolor="none", color=COLOURS[1], label="target")
+            below.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.1, borderpad=0.2)
+        else:
+            self._draw_numbers(below, bars[2], predictions, limits)
+        below.set_xlabel("time step")
+        below.set_xlim(-0.5, T - 0.5)
+        whole_steps(below)
+        if length < T:
+            for panel in (above, middle, below):
+                panel.axvspan(length - 0.5, T - 0.5, color="white", alpha=0.7, linewidth=0)
+                panel.axvline(length - 0.5, color=SOFT, linewidth=0.8, linestyle=":")
+        self.figure.align_ylabels([above, middle, below])
+        self._title = self.figure.suptitle(title, color=INK, x=0.01, ha="left")
+
+    def _draw_numbers(self, axes: Axes, beside: Axes, predictions: Array, limits: tuple[float, float] | None) -> None:
+        """Curves of real predictions, and the targets where they count."""
+        T, outputs = predictions.shape
+        beside.axis("off")
         for output in range(outputs):
-            colour = f"C{output % 10}"
+            colour = COLOURS[output % len(COLOURS)]
             name = f" {output}" if outputs > 1 else ""
-            steps = np.flatnonzero(scored)
-            below.plot(range(T), predictions[:, output], color=colour, label=f"prediction{name}")
-            below.plot(
-                steps,
-                targets[steps, output],
+            (line,) = axes.plot(range(T), predictions[:, output], color=colour, alpha=0.6, label=f"prediction{name}")
+            (dots,) = axes.plot(self._scored, predictions[self._scored, output], "o", markersize=5, color=colour)
+            axes.plot(
+                self._scored,
+                self._targets[self._scored, output],
                 "o",
+                markersize=10,
                 markerfacecolor="none",
-                color=colour,
+                markeredgecolor=COLOURS[1] if outputs == 1 else colour,
+                markeredgewidth=1.5,
                 label=f"target{name}",
             )
-            below.plot(steps, predictions[steps, output], ".", color=colour)
-        below.set_ylabel("output")
-        below.margins(y=0.15)
-        below.spines[["top", "right"]].set_visible(False)
-        bars[2].axis("off")
-        if outputs == 1 and scored.sum() == 1:
-            (step,) = np.flatnonzero(scored)
-            numbers = f"predicted {predictions[step, 0]:.3f}\ntarget {targets[step, 0]:.3f}"
-            bars[2].text(0.0, 0.02, numbers, transform=bars[2].transAxes, fontsize="small", color=_INK)
-        if outputs <= 8:
-            bars[2].legend(*below.get_legend_handles_labels(), frameon=False, fontsize="small", loc="upper left")
-    below.set_xlabel("step")
-    below.set_xlim(-0.5, T - 0.5)
-    if length < T:
-        for panel in (above, middle, below):
-            panel.axvspan(length - 0.5, T - 0.5, color="white", alpha=0.7, linewidth=0)
-            panel.axvline(length - 0.5, color=_SOFT, linewidth=0.8, linestyle=":")
-    figure.suptitle(title, color=_INK)
-    return figure
+            self._lines.append((line, dots))
+        axes.set_ylabel("output")
+        axes.margins(y=0.2)
+        if limits is not None:
+            axes.set_ylim(*limits)
+        if outputs <= _MANY_OUTPUTS:
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=8, borderaxespad=0.1, borderpad=0.2, handlelength=1.4
+            )
+        if outputs == 1 and len(self._scored) == 1:
+            self._numbers = axes.text(1.0, 1.03, "", transform=axes.transAxes, ha="right", fontsize=8.5, color=INK)
+            self._say(predictions)
+
+    def _say(self, predictions: Array) -> None:
+        (step,) = self._scored
+        said, target = predictions[step, 0], self._targets[step, 0]
+        self._numbers.set_text(f"predicted {said:.3f}, target {target:.3f}, error {abs(said - target):.3f}")
+
+    def update(self, hidden: Any, predictions: Any, title: str) -> None:
+        """Show other hidden units and predictions of the same sequence."""
+        hidden, predictions = as_array(hidden), as_array(predictions)
+        self._units.set_data(hidden.T)
+        if self._classes:
+            self._answers.set_data(predictions.T)
+        for output, (line, dots) in enumerate(self._lines):
+            line.set_ydata(predictions[:, output])
+            dots.set_ydata(predictions[self._scored, output])
+        if self._numbers is not None:
+            self._say(predictions)
+        self._title.set_text(title)
 
 
-def _array(values: Any) -> Array:
-    """A tensor or anything like an array as a numpy array."""
-    return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
-
-
-def _image(axes: Axes, bar: Axes, values: Array, label: str, *, signed: bool) -> None:
+def _image(axes: Axes, bar: Axes, values: Array, label: str, *, signed: bool, top: float | None = None) -> Any:
     """A picture of `values (rows, T)` with its colour bar."""
-    top = float(np.abs(values).max()) or 1.0
-    if signed:
-        image = axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-top, vmax=top, interpolation="nearest")
-    else:
-        image = axes.imshow(values, aspect="auto", cmap="Greys", vmin=0.0, vmax=top, interpolation="nearest")
+    top = (float(np.abs(values).max()) or 1.0) if top is None else top
+    scale: dict[str, Any] = {"cmap": SIGNED, "vmin": -top} if signed else {"cmap": POSITIVE, "vmin": 0.0}
+    image = axes.imshow(values, aspect="auto", vmax=top, interpolation="nearest", **scale)
+    axes.grid(visible=False)
     if values.shape[0] <= 10:
         axes.set_yticks(range(values.shape[0]))
     axes.set_ylabel(label)
-    axes.figure.colorbar(image, cax=bar)
+    axes.figure.colorbar(image, cax=bar).outline.set_visible(False)
+    return image
