@@ -17,6 +17,7 @@ from hfopt.experiment.visualize.style import (
     Given,
     as_runs,
     legend_above,
+    plain_numbers,
     styled,
     whole_steps,
 )

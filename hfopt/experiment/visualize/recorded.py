@@ -259,8 +259,8 @@ def draw_spectrum(run: Given, steps: list[int] | None = None, name: str = "spect
 def draw_curvature_density(run: Given, steps: list[int] | None = None) -> Figure:
     """The density of the Gauss-Newton matrix's eigenvalues over training, with each step's lambda.
 
-    A triangle marks each step's lambda: directions of smaller eigenvalues, to the left of it, are damped. The leftmost bump
-    stands for all eigenvalues that so few products cannot tell from each other, zeros among them.
+    A triangle marks each step's lambda: directions of smaller eigenvalues, to the left of it, are damped. The leftmost
+    bump stands for all eigenvalues that so few products cannot tell from each other, zeros among them.
 
     Args:
         run: a run with :class:`hfopt.CurvatureDensity` recorded, or its name.
@@ -287,7 +287,7 @@ def draw_curvature_density(run: Given, steps: list[int] | None = None) -> Figure
         damping = float(row["damping"][0]) if len(row) else np.nan
         if frame["grid"][0] < damping < frame["grid"][-1]:
             label = "" if dotted else "λ of the step"
-            above = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
+            above: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 5}
             axes.plot([damping], [1.0], "v", color=colour, markersize=8, label=label, **above)
             dotted = True
     axes.set_xscale("log")
