@@ -24,6 +24,7 @@ from hfopt.step.stats import StepStats
 if TYPE_CHECKING:
     from hfopt.experiment import visualize
     from hfopt.experiment.driver import HF
+    from hfopt.experiment.loading import load_run
     from hfopt.experiment.recorders import CurvatureDensity, GradientByLag, HiddenStates, Recorder, Samples, Spectrum
     from hfopt.experiment.roles import Growth
     from hfopt.experiment.store.format import RunError
@@ -42,6 +43,7 @@ _LAZY = {
     "RunError": "hfopt.experiment.store.format",
     "Samples": "hfopt.experiment.recorders",
     "Spectrum": "hfopt.experiment.recorders",
+    "load_run": "hfopt.experiment.loading",
     "read_run": "hfopt.experiment.store.reader",
 }
 
@@ -77,6 +79,7 @@ __all__ = [
     "Spectrum",
     "StepStats",
     "for_minibatches",
+    "load_run",
     "read_run",
     "visualize",
 ]

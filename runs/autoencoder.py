@@ -43,7 +43,7 @@ from hfopt.experiment.roles import Growth, evaluate
 from hfopt.preconditioners import KFAC
 from models import FNN
 from runs.optimizers import STOCHASTIC, optimizer, pace
-from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
+from runs.settings import Action, Training, described, hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -225,7 +225,7 @@ hf = HF(
     average=settings.minibatch_average if stochastic else settings.average,
     threshold=settings.threshold,
     seed=settings.seed,
-    settings=settings,
+    settings=described(settings, "runs.autoencoder"),
     overwrite=settings.overwrite,
     hints=hints("runs.autoencoder", typed, "images"),
     **driven,

@@ -35,7 +35,7 @@ from models import RNN
 from pathological import PROBLEMS
 from runs.optimizers import optimizer, pace
 from runs.recording import recorders
-from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
+from runs.settings import Action, Training, described, hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,7 +139,7 @@ hf = HF(
     record=recorders(settings.record_every, settings.optimizer),
     threshold=settings.threshold,
     seed=settings.seed,
-    settings=settings,
+    settings=described(settings, "runs.demo"),
     overwrite=settings.overwrite,
     hints=hints("runs.demo", typed, "hidden units"),
     **pace(settings.optimizer, settings.max_steps),

@@ -37,7 +37,7 @@ from pathological import PROBLEMS
 from runs.optimizers import STOCHASTIC, optimizer, pace
 from runs.presets import PATHOLOGICAL as PRESETS
 from runs.recording import recorders
-from runs.settings import hints, main, parse, run_name, sentences, status
+from runs.settings import described, hints, main, parse, run_name, sentences, status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ hf = HF(
     record=recorders(settings.record_every, settings.optimizer),
     threshold=settings.threshold,
     seed=settings.seed,
-    settings=settings,
+    settings=described(settings, "runs.pathological"),
     overwrite=settings.overwrite,
     hints=hints("runs.pathological", typed, "hidden units"),
     **driven,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -19,6 +19,8 @@ import tyro
 import hfopt
 from hfopt.experiment import report
 from hfopt.experiment.driver import HF
+from hfopt.experiment.identity import describe
+from hfopt.experiment.loading import RUN_FILE, recorded_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,10 +75,21 @@ class Action:
 
 
 def parse(default: S, typed: Sequence[str], module: str) -> S:
-    """The settings typed after `python -m module`; those not given are as in `default`."""
+    """The settings typed after `python -m module`; those not given are as in `default`.
+
+    While `hfopt.load_run` loads a run, they are that run's.
+    """
+    recorded = recorded_settings(default)
+    if recorded is not None:
+        return recorded
     _say_refusals(module.partition(" ")[0])
     flags = (tyro.conf.FlagCreatePairsOff,)
     return tyro.cli(type(default), args=typed, prog=f"python -m {module}", default=default, config=flags)
+
+
+def described(settings: object, module: str) -> dict[str, Any]:
+    """What a run records of its settings: `hfopt.load_run` builds it from them again."""
+    return {RUN_FILE: module, **describe(settings)}
 
 
 # What a run may be continued with or without, and what its name has by itself.

@@ -45,6 +45,8 @@ def describe(value: Any) -> Any:
         return value.item() if value.numel() == 1 else f"tensor of shape {tuple(value.shape)}"
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, range)):

@@ -56,6 +56,12 @@ class Recorder:
         return {"title": self.name, "arrays": {}}
 
 
+def taken(recorder: Recorder, hf: Experiment) -> tuple[Frame, dict[str, Any]]:
+    """A frame of an experiment as it is now, with what is constant, and what its arrays are; nothing is written."""
+    with untouched_generators(), evaluating(hf.model), evaluating(hf.tested):
+        return {**recorder.constant(hf), **recorder.record(hf)}, recorder.about(hf)
+
+
 class Recorders:
     """All recorders of an experiment; a name that occurs again gets a number."""
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hfopt.experiment.hooks import Experiment
+from hfopt.experiment.recorders.base import taken
+from hfopt.experiment.recorders.hidden_states import HiddenStates
 from hfopt.experiment.store.reader import Run
 from hfopt.experiment.store.recorded import Frame, Recorded
 from hfopt.experiment.visualize.sequence import SequencePicture
@@ -34,23 +37,35 @@ _CURVES = 7  # that one panel shows well
 # -- hidden states ----------------------------------------------------------------------------------------
 
 
-def draw_hidden_states(run: Given, step: int | None = None, sequence: int = 0) -> Figure:
+def draw_hidden_states(run: Given | Experiment, step: int | None = None, sequence: int = 0) -> Figure:
     """Hidden units, predictions and targets of a recorded test sequence, as before one update.
 
     Args:
-        run: a run with :class:`hfopt.HiddenStates` recorded, or its name.
+        run: a run with :class:`hfopt.HiddenStates` recorded, or its name; or an experiment (:class:`hfopt.HF`, such as
+            :func:`hfopt.load_run` returns), whose present model is shown.
         step: the recorded one nearest to it is drawn; by default the last.
-        sequence: which of the recorded ones.
+        sequence: which of the recorded ones, or of the first test batch.
 
     Raises:
         KeyError: the run has no hidden states.
         IndexError: there is no such sequence.
+        ValueError: nothing of an experiment's model gives hidden states.
     """
+    if not isinstance(run, (Run, str, Path)):
+        return _present(run, sequence)
     run = as_run(run)
     recorded = run.recorded["hidden_states"]
     at = int(recorded.steps[-1]) if step is None else recorded.nearest(step)
-    parts = _sequence(recorded, recorded.frame(at), sequence)
+    parts = _sequence(recorded.name, recorded.frame(at), sequence)
     return SequencePicture(**parts, title=_title(run, recorded, at, sequence)).figure
+
+
+def _present(hf: Experiment, sequence: int) -> Figure:
+    recorder = HiddenStates(sequences=max(1, sequence + 1 if sequence >= 0 else 8))
+    recorder.attach(hf)
+    frame, about = taken(recorder, hf)
+    parts = _sequence("the first test batch", frame, sequence)
+    return SequencePicture(**parts, title=f"{about['problem']}, test sequence {sequence}, after {hf.step} steps").figure
 
 
 def animate_hidden_states(
@@ -96,7 +111,7 @@ def animate_hidden_states(
     steps = evenly(recorded.steps, most)
     top, limits, parts = 0.0, [np.inf, -np.inf], {}
     for step in steps:  # one pass for axes that hold for all frames
-        parts = _sequence(recorded, recorded.frame(step), sequence)
+        parts = _sequence(recorded.name, recorded.frame(step), sequence)
         top = max(top, float(np.abs(parts["hidden"]).max()))
         shown = [parts["predictions"], np.asarray(parts["targets"])[parts["scored"]]]
         limits = [
@@ -104,7 +119,7 @@ def animate_hidden_states(
             max(limits[1], *(v.max() for v in shown if v.size)),
         ]
     room = 0.1 * (limits[1] - limits[0]) + 1e-6
-    first = _sequence(recorded, recorded.frame(steps[0]), sequence)
+    first = _sequence(recorded.name, recorded.frame(steps[0]), sequence)
     picture = SequencePicture(
         **first,
         title=_title(run, recorded, steps[0], sequence),
@@ -117,7 +132,7 @@ def animate_hidden_states(
     try:
         with writer.saving(picture.figure, str(temporary), dpi):
             for done, step in enumerate(steps):
-                found = _sequence(recorded, recorded.frame(step), sequence)
+                found = _sequence(recorded.name, recorded.frame(step), sequence)
                 picture.update(found["hidden"], found["predictions"], _title(run, recorded, step, sequence))
                 if done == 0:  # the layout holds for all frames: nothing moves but what changed
                     picture.figure.canvas.draw()
@@ -134,11 +149,11 @@ def animate_hidden_states(
     return output
 
 
-def _sequence(recorded: Recorded, frame: Frame, b: int) -> dict[str, Any]:
+def _sequence(whose: str, frame: Frame, b: int) -> dict[str, Any]:
     """What :class:`SequencePicture` wants of one sequence of a frame."""
     there = frame["hidden"].shape[-1]
     if not -there <= b < there:
-        raise IndexError(f"sequence={b}: {recorded.name} has {there} sequences, 0 to {there - 1}")
+        raise IndexError(f"sequence={b}: {whose} has {there} sequences, 0 to {there - 1}")
     hidden, outputs = frame["hidden"][..., b], frame["outputs"][..., b]
     T = len(hidden)
     if outputs.ndim == 1:  # of the last step alone

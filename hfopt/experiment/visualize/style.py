@@ -127,9 +127,12 @@ def colours_of_steps(steps: Sequence[int], whole: Sequence[int]) -> tuple[list[A
 
 def bar_of_steps(figure: Figure, mapped: ScalarMappable, axes: Any, steps: Sequence[int]) -> None:
     """A colour bar whose ticks are the steps that are drawn, so far as there is room for them."""
-    ticks = (
-        list(steps) if len(steps) <= 8 else [steps[i] for i in np.linspace(0, len(steps) - 1, 8).round().astype(int)]
-    )
+    low, high = mapped.get_clim()
+    room = 0.04 * ((high or 0) - (low or 0))
+    ticks: list[int] = []
+    for step in sorted(evenly(steps, 8), reverse=True):  # the last one is told in any case
+        if not ticks or ticks[-1] - step > room:
+            ticks.append(step)
     bar = figure.colorbar(mapped, ax=axes, label="step", ticks=ticks, pad=0.02, fraction=0.05)
     bar.outline.set_visible(False)
 
