@@ -15,6 +15,7 @@ from sphinx.environment import BuildEnvironment
 
 # The models and problems are used from a checkout, and documented from it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent))
 
 project = "hfopt"
 author = "hfopt authors"
@@ -66,7 +67,16 @@ def formulas(_app: Sphinx, _what: str, _name: str, _value: object, _options: obj
             lines[i:i] = ["::", ""]
 
 
+def draw_pictures(_app: Sphinx) -> None:
+    """Make the pictures of looking_inside.md, if the code that draws has changed since they were made."""
+    import pictures
+
+    if not pictures.is_current():
+        pictures.make()
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("builder-inited", draw_pictures)
     app.connect("missing-reference", existing)
     app.connect("autodoc-process-docstring", formulas, priority=400)  # napoleon's is 500

@@ -43,11 +43,11 @@ class Recorder:
     def attach(self, hf: Experiment) -> None:
         """Once, when the experiment has been built; raises ValueError for one that it cannot record."""
 
-    def record(self, hf: Experiment) -> Frame:
-        """The arrays of one frame by name; the shapes are the same at all steps."""
+    def record(self, hf: Experiment) -> Mapping[str, Any]:
+        """The arrays of one frame by name, or what numpy makes arrays of."""
         raise NotImplementedError
 
-    def constant(self, hf: Experiment) -> Frame:
+    def constant(self, hf: Experiment) -> Mapping[str, Any]:
         """Arrays that are the same in all frames, such as the inputs."""
         return {}
 
@@ -67,7 +67,7 @@ class Recorders:
 
     def __init__(self, recorders: Iterable[Any]) -> None:
         self.named: dict[str, Recorder] = {}
-        self._constant: dict[str, tuple[Frame, Mapping[str, Any]]] = {}
+        self._constant: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
         for recorder in recorders:
             if not isinstance(recorder, Recorder):
                 kind = recorder.__name__ if isinstance(recorder, type) else type(recorder).__name__

@@ -78,7 +78,9 @@ class FrameWriter:
         for name, pieces in list_pieces(folder, run).items():
             self._last[name], self._next[name] = pieces[-1].steps[-1], pieces[-1].number + 1
 
-    def write(self, name: str, step: int, frame: Frame, constant: Frame, about: Mapping[str, Any]) -> None:
+    def write(
+        self, name: str, step: int, frame: Mapping[str, Any], constant: Mapping[str, Any], about: Mapping[str, Any]
+    ) -> None:
         """Write one frame of the recorder `name`; its frames of this step and of later ones are dropped first.
 
         Raises:
@@ -86,17 +88,18 @@ class FrameWriter:
             WriteError: there is no room, or no permission; the frames before stay.
         """
         self.drop_from(step, name)
+        frame, constant = ({key: np.asarray(a) for key, a in arrays.items()} for arrays in (frame, constant))
         for key, array in {**frame, **constant}.items():
             if not NAME.fullmatch(key) or key in (_STEP, _CONSTANT, _ABOUT):
                 raise TypeError(f"recorder {name}: {key!r} cannot be the name of an array; use a-z, 0-9 and _")
-            if np.asarray(array).dtype.kind not in "fiub":
-                raise TypeError(f"recorder {name}: {key} must be an array of numbers, not of {np.asarray(array).dtype}")
+            if array.dtype.kind not in "fiub":
+                raise TypeError(f"recorder {name}: {key} must be an array of numbers, not of {array.dtype}")
         piece = self._open.get(name)
         if piece is None or not piece.takes(step, frame, constant, about):
             number = self._next.get(name, 1)
             piece = _Open(number, constant, dict(about))
             self._next[name] = number + 1
-        piece.frames.append((step, {key: np.asarray(array) for key, array in frame.items()}))
+        piece.frames.append((step, frame))
         try:
             self._write(name, piece)
         except BaseException:

@@ -58,9 +58,13 @@ def draw_cg_table(run: Given, step: int | None = None) -> Figure:
             markeredgecolor=INK,
             label=f"taken: {taken}",
         )
-    above.set_ylabel("change from the start of the step")
     above.margins(y=0.12)
+    above.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    above.yaxis.get_offset_text().set_visible(False)
     legend_above(above, 4)
+    figure.canvas.draw()  # decides on the power of ten
+    power = above.yaxis.get_offset_text().get_text()
+    above.set_ylabel(f"change in this step{f' ({power})' if power else ''}")
     for name, label, colour in (("residual", "residual", COLOURS[2]), ("norm", "iterate", COLOURS[3])):
         below.plot(iterations, checks[name], color=colour, marker=".", label=f"norm of the {label}")
     below.set_yscale("log")

@@ -141,6 +141,8 @@ def _curves(
 ) -> None:
     """Columns of a run; `place` is its place among several, whose colour and dashes it has."""
     start = _start(run, time)
+    if time == "products" and not start.any():  # of an optimizer that needs none
+        return
     for j, name in enumerate(names):
         known = _known(run, name)
         if not known.any():
@@ -182,6 +184,7 @@ def _extras(row: Sequence[Axes], runs: Sequence[Run], names: Sequence[str], metr
                 textcoords="offset points",
                 color=SOFT,
                 fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )
     if names == ("rho",):
         row[0].set_ylim(*_central([run.steps["rho"][_known(run, "rho")] for run in runs]))
