@@ -19,6 +19,7 @@ from hfopt.experiment.generators import generators, set_generators
 from hfopt.experiment.hooks import Callback, Callbacks
 from hfopt.experiment.interrupt import Interrupt
 from hfopt.experiment.metrics import Metric, metrics_of
+from hfopt.experiment.progress import Bar, shown
 from hfopt.experiment.recorders.base import Recorder, Recorders
 from hfopt.experiment.roles import (
     Drawn,
@@ -206,7 +207,8 @@ class HF:
         try:
             with Interrupt("step") as interrupt:
                 self._log.retry()
-                outcome = self._loop(self.max_steps if max_steps is None else max_steps, interrupt)
+                with shown(Bar(limited=bool(self.threshold)), quiet=self.quiet) as bar:
+                    outcome = self._loop(self.max_steps if max_steps is None else max_steps, interrupt, bar)
                 self._finish(outcome)
                 interrupt.pass_on()
             return outcome
@@ -275,13 +277,14 @@ class HF:
 
     # -- steps ------------------------------------------------------------------------------------------
 
-    def _loop(self, limit: int, interrupt: Interrupt) -> str:
+    def _loop(self, limit: int, interrupt: Interrupt, bar: Bar) -> str:
         """Steps until something ends them."""
         progress = report.Progress(self.metrics[0], second_order=self.second_order)
         if self._save_due:
             self._save()
         while True:
             assert self._log is not None
+            bar.at(self.step, limit)
             self.recorders.keep(self, self._log.frames)
             started = (time.perf_counter(), time.process_time())
             last = self.step >= limit

@@ -13,6 +13,7 @@ from hfopt.linalg.cuda_graphs import origin
 from hfopt.linalg.processes import Processes
 from hfopt.linalg.projection import Projection
 from hfopt.linalg.vector import ParameterVector
+from hfopt.linalg.watching import product_made
 
 
 class Operator(ABC):
@@ -133,6 +134,7 @@ class Damped(Operator):
     def multiply(self, v: Tensor, out: Tensor | None = None, *, structural: float = 0.0) -> Tensor:
         """Return ``B v + lambda v + lambda mu S v + c v``."""
         self.products += 1
+        product_made()
         out = self.base.multiply(v, out, structural=structural + self.damping * self.structural)
         return self._add_diagonal(v, out)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hfopt.experiment.hooks import Experiment
+from hfopt.experiment.progress import Bar
 from hfopt.experiment.recorders.base import taken
 from hfopt.experiment.recorders.hidden_states import HiddenStates
 from hfopt.experiment.store.reader import Run
@@ -76,7 +76,6 @@ def animate_hidden_states(
     frames_per_second: float = 3.0,
     dpi: int = 80,
     most: int = 200,
-    told: Callable[[int, int], Any] | None = None,
 ) -> Path:
     """A film of the hidden units over training: GIF, or MP4 where ffmpeg is installed.
 
@@ -89,7 +88,6 @@ def animate_hidden_states(
         frames_per_second: of the film; the last frame stays for two seconds.
         dpi: dots per inch; the film is 8.6 by 6.2 inches.
         most: frames, evenly spaced among the recorded ones.
-        told: called with (frames done, frames in all), for progress.
 
     Returns:
         The file.
@@ -130,7 +128,7 @@ def animate_hidden_states(
     writer = writers[output.suffix.lower()](fps=frames_per_second)
     temporary = output.with_name(f".{output.stem}.part{output.suffix}")
     try:
-        with writer.saving(picture.figure, str(temporary), dpi):
+        with progress(Bar("frame")) as bar, writer.saving(picture.figure, str(temporary), dpi):
             for done, step in enumerate(steps):
                 found = _sequence(recorded.name, recorded.frame(step), sequence)
                 picture.update(found["hidden"], found["predictions"], _title(run, recorded, step, sequence))
@@ -138,8 +136,7 @@ def animate_hidden_states(
                     picture.figure.canvas.draw()
                     picture.figure.set_layout_engine("none")
                 writer.grab_frame()
-                if told is not None:
-                    told(done + 1, len(steps))
+                bar.at(done + 1, len(steps))
             for _ in range(round(2 * frames_per_second)):
                 writer.grab_frame()
         temporary.replace(output)
