@@ -269,6 +269,8 @@ def read_piece(piece: Piece, run: str, name: str) -> tuple[list[tuple[int, Frame
         stacked = {key: sealed.array(sealed.item(file, key), "fiub") for key in keys}
         if any(array.ndim < 1 or len(array) != len(steps) for array in stacked.values()):
             raise ValueError("its arrays are not of as many frames as it has steps")
+        if steps.tolist() != list(piece.steps) or not all(map(NAME.fullmatch, keys)):
+            raise ValueError("its arrays have other names or steps than it tells")
         group = sealed.item(file, _CONSTANT)
         if not isinstance(group, h5py.Group):
             raise TypeError(f"/{_CONSTANT} is no group")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfopt.experiment.hooks import Experiment
-from hfopt.experiment.progress import Bar
+from hfopt.experiment.progress import Bar, shown
 from hfopt.experiment.recorders.base import taken
 from hfopt.experiment.recorders.hidden_states import HiddenStates
 from hfopt.experiment.store.reader import Run
@@ -111,11 +111,8 @@ def animate_hidden_states(
     for step in steps:  # one pass for axes that hold for all frames
         parts = _sequence(recorded.name, recorded.frame(step), sequence)
         top = max(top, float(np.abs(parts["hidden"]).max()))
-        shown = [parts["predictions"], np.asarray(parts["targets"])[parts["scored"]]]
-        limits = [
-            min(limits[0], *(v.min() for v in shown if v.size)),
-            max(limits[1], *(v.max() for v in shown if v.size)),
-        ]
+        values = np.concatenate([parts["predictions"].ravel(), np.asarray(parts["targets"])[parts["scored"]].ravel()])
+        limits = [min(limits[0], np.nanmin(values)), max(limits[1], np.nanmax(values))]
     room = 0.1 * (limits[1] - limits[0]) + 1e-6
     first = _sequence(recorded.name, recorded.frame(steps[0]), sequence)
     picture = SequencePicture(
@@ -128,7 +125,7 @@ def animate_hidden_states(
     writer = writers[output.suffix.lower()](fps=frames_per_second)
     temporary = output.with_name(f".{output.stem}.part{output.suffix}")
     try:
-        with progress(Bar("frame")) as bar, writer.saving(picture.figure, str(temporary), dpi):
+        with shown(Bar("frame")) as bar, writer.saving(picture.figure, str(temporary), dpi):
             for done, step in enumerate(steps):
                 found = _sequence(recorded.name, recorded.frame(step), sequence)
                 picture.update(found["hidden"], found["predictions"], _title(run, recorded, step, sequence))
