@@ -102,7 +102,9 @@ def test_plot(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_the_curves(runs: dict[str, Path]) -> None:
     run = read_run(runs["hf"])
     figure = plot_runs([run])
-    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["loss", "wrong (%)", "λ", "ρ", "CG iterations"]
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == [
+        "loss", "wrong (%)", "λ, damping", "ρ, decrease over\npredicted", "CG iterations",
+    ]  # fmt: skip
     for column, time in enumerate((run.steps["step"], run.steps["total_seconds"] - run.steps["seconds"])):
         training, test = figure.axes[column].get_lines()
         assert np.array_equal(training.get_xdata(), time)
@@ -130,7 +132,7 @@ def test_a_sequence_of_classes() -> None:
         length=5,
     )
     labels = [axes.get_ylabel() for axes in figure.axes]
-    assert labels[:3] == ["input", "hidden unit", "class (○ target)"]
+    assert labels[:3] == ["input", "hidden unit", "class"]
     (points,) = [line for line in figure.axes[2].get_lines() if line.get_label() == "target"]
     assert np.array_equal(points.get_xdata(), [3, 4])
     assert np.array_equal(points.get_ydata(), [2, 1])

@@ -197,8 +197,10 @@ def test_visualize_batch(b: int) -> None:
     last = int(batch.lengths[b]) - 1
     assert lines["target"].get_xdata() == [last]
     assert lines["target"].get_ydata() == [float(batch.targets[last, b, 0])]
-    (text,) = figure.axes[5].texts
-    assert text.get_text() == f"predicted {expected[last]:.3f}\ntarget {float(batch.targets[last, b, 0]):.3f}"
+    (text,) = outputs.texts
+    target = float(batch.targets[last, b, 0])
+    off = abs(expected[last] - target)
+    assert text.get_text() == f"predicted {expected[last]:.3f}, target {target:.3f}, error {off:.3f}"
     assert f"sequence {b}" in figure.get_suptitle()
 
 

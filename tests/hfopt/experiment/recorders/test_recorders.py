@@ -106,7 +106,9 @@ def test_frames_of_steps_that_another_run_takes_are_dropped(tmp_path: Path) -> N
 
 
 def adding(batch_size: int = 6) -> Any:
-    return pathological.addition(10, batch_size=batch_size, train_batches=1, test_batches=1, seed=3, dtype=torch.float64)
+    return pathological.addition(
+        10, batch_size=batch_size, train_batches=1, test_batches=1, seed=3, dtype=torch.float64
+    )
 
 
 def built(tmp_path: Path, model: nn.Module, problem: Any, **options: Any) -> HF:
