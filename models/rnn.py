@@ -106,6 +106,17 @@ class RNN(Recurrent):
         self._start_sparse(seed, connections, scale, input_scale)
         return self
 
+    def unrolled(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Outputs as of `forward`, one step after the other, and the hidden states (B, h) after each step."""
+        apply_ = NONLINEARITIES[self.nonlinearity].apply_
+        given = F.linear(self._checked(inputs), self.W_vh.t(), self.b_h)
+        h, nodes = self.h_init.expand(given.shape[1], -1), []
+        for a in given.unbind():  # torch's operators: for one step, those of whole sequences cost several times as much
+            h = torch.addmm(a, h, self.W_hh)
+            apply_(h)
+            nodes.append(h)
+        return self._readout(h if self.output == "last" else torch.stack(nodes)), nodes
+
     def _outputs(self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None) -> Tensor:
         inputs = self._checked(inputs)
         reached = self._ends(inputs, lengths)

@@ -9,7 +9,9 @@ _QUICK = 100  # steps of a stochastic optimizer take about as long as one of hf
 
 
 def recorders(every: int, optimizer: str) -> list[hfopt.Recorder]:
-    """Hidden states, gradients by lag, the recurrent matrix's eigenvalues, and, more rarely, the curvature's density.
+    """Hidden states, gradients by lag, and, more rarely, eigenvalues of the recurrent matrix and of the curvature.
+
+    On the demo they take less than 2% of the time (benchmarks/recording.py).
 
     Args:
         every: how many steps of hf lie between two frames; 0 for no recorders.
@@ -22,5 +24,5 @@ def recorders(every: int, optimizer: str) -> list[hfopt.Recorder]:
         hfopt.HiddenStates(every),
         hfopt.GradientByLag(every),
         hfopt.Spectrum(5 * every),
-        hfopt.CurvatureDensity(5 * every),
+        hfopt.CurvatureDensity(20 * every, iterations=16, cases=50),
     ]

@@ -35,7 +35,7 @@ Array = npt.NDArray[Any]
 Frame = dict[str, Array]
 
 # A file is complete with so many frames, or so many bytes of them.
-MOST_FRAMES, MOST_BYTES = 64, 1 << 20
+MOST_FRAMES, MOST_BYTES = 64, 1 << 18
 NAME = re.compile(r"[a-z][a-z0-9_]{0,49}", re.ASCII)
 _FILE = re.compile(rf"({NAME.pattern})-(\d{{6,9}})\.h5", re.ASCII)
 _STEP, _CONSTANT, _ABOUT = "step", "constant", "about"
