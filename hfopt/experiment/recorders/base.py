@@ -92,7 +92,7 @@ class Recorders:
         """
         if not closing:
             frames.drop_from(hf.step)
-        due = {name: r for name, r in self.named.items() if r.due(hf.step) is not closing}
+        due = {name: r for name, r in self.named.items() if bool(r.due(hf.step)) != closing}
         if not due:
             return
         with untouched_generators(), evaluating(hf.model), evaluating(hf.tested):

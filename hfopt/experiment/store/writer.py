@@ -157,6 +157,7 @@ class RunLog:
             log._consolidate()
             log._remove(dropped)
             log._prune()
+            _ = log.frames  # a damaged one is told before a step is taken
         except BaseException:
             log.close()
             raise

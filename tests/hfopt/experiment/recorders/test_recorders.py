@@ -290,3 +290,17 @@ def test_names_and_settings(tmp_path: Path) -> None:
             make()
     with pytest.raises(TypeError, match="record: Samples is no recorder; give one such as"):
         experiment(tmp_path / "other", record=[Samples])
+
+
+def test_damaged_frames_are_told_before_a_step_is_taken(tmp_path: Path) -> None:
+    experiment(tmp_path / "run", max_steps=4, save_freq=2, record=[Samples(1)]).optimize()
+    (path,) = (tmp_path / "run" / "recorded").glob("*.h5")
+    path.write_bytes(path.read_bytes().replace(b'"first":0', b'"first":9', 1))
+    again = experiment(tmp_path / "run", max_steps=6, save_freq=2, record=[Samples(1)])
+    again.load()
+    with pytest.raises(hfopt.RunError, match=r"samples-000001\.h5 has no frames of samples.*remove it, and with it"):
+        again.optimize()
+    assert len(read_run(tmp_path / "run").steps) == 5
+    path.unlink()
+    assert again.optimize() == "max_steps"
+    assert read_run(tmp_path / "run").recorded["samples"].steps.tolist() == [4, 5, 6]
