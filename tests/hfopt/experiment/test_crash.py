@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from hfopt.experiment.driver import HF
+from hfopt.experiment.recorders import GradientByLag, HiddenStates
 from hfopt.experiment.store.format import RUN
 from hfopt.experiment.store.reader import read_run
 from hfopt.linalg.cg import CG
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.slow
 
 def build(folder: Path, optimizer: str) -> HF:
     OPTIMIZERS["hf"] = lambda parameters: HessianFree(parameters, cg=CG(max_iterations=12))
-    return experiment(folder, optimizer=optimizer, save_freq=3, max_steps=STEPS[optimizer])
+    record = [HiddenStates(2), GradientByLag(3)]
+    return experiment(folder, optimizer=optimizer, save_freq=3, max_steps=STEPS[optimizer], record=record)
 
 
 def child(folder: Path, optimizer: str, acknowledged: Any) -> None:
@@ -94,6 +96,10 @@ def test_kill_at_random_moments(tmp_path: Path, spawn: Callable[..., BaseProcess
     for column in ("step", "train_loss", "test_loss", "error_rate", "rho", "damping", "cg_iterations"):
         assert one.steps[column].tobytes() == other.steps[column].tobytes(), column
     assert one.checks.tobytes() == other.checks.tobytes()
+    for name in ("hidden_states", "gradient_by_lag"):
+        frames, expected = dict(one.recorded[name].frames()), dict(other.recorded[name].frames())
+        assert list(frames) == list(expected)
+        assert all(frames[step][k].tobytes() == a.tobytes() for step in frames for k, a in expected[step].items())
     assert (folder / "results").read_text().count("resumed at step") == 5
 
 
