@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def draw_cg_table(run: Given, step: int | None = None) -> Figure:
     """The checks of one step: damped model and change of the loss by iteration, the choice, residual and length.
 
-    Backtracking compares the loss at some iterates, and takes one of them: the one that is circled. Where the loss
-    leaves the model, its region of trust ends.
+    Backtracking compares the loss at some iterates, and takes one of them: the one that is circled, with the change of
+    the loss that the step made. Where the loss leaves the model, its region of trust ends.
 
     Args:
         run: a run or its name.
@@ -48,16 +48,12 @@ def draw_cg_table(run: Given, step: int | None = None) -> Figure:
     )
     taken = int(row["backtracked"])
     chosen = looked & (iterations == taken)
-    if chosen.any():
-        above.plot(
-            iterations[chosen],
-            checks["evaluation"][chosen],
-            "o",
-            markersize=13,
-            markerfacecolor="none",
-            markeredgecolor=INK,
-            label=f"taken: {taken}",
-        )
+    # Not every iterate that was looked at is a row of the table; the step's own losses tell of the one that was taken.
+    change = checks["evaluation"][chosen][0] if chosen.any() else row["new_loss"] - row["evaluation_loss"]
+    if taken > 0 and np.isfinite(change):
+        options = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK, "label": f"taken: {taken}"}
+        above.plot([taken], [change], "s", color=COLOURS[1], markersize=4)
+        above.plot([taken], [change], "o", **options)
     above.margins(y=0.12)
     above.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     above.yaxis.get_offset_text().set_visible(False)
