@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hfopt.experiment.store.reader import Run, read_run
+from hfopt.experiment.store.reader import SavedRun, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 """Where `python -m runs...` is typed."""
@@ -91,7 +91,7 @@ def result(folder: Path) -> Result | None:
     return summary(run) if len(run.steps) else None
 
 
-def summary(run: Run) -> Result:
+def summary(run: SavedRun) -> Result:
     """A run in numbers."""
     rows = run.steps
     tests = rows[np.isfinite(rows["error_rate"])]
@@ -116,7 +116,7 @@ def summary(run: Run) -> Result:
     )
 
 
-def _state(run: Run) -> str:
+def _state(run: SavedRun) -> str:
     """A closing row, which was tested but not updated, ends a run; so does a loss that is not a number."""
     last, driver = run.steps[-1], run.configuration["driver"]
     if not last["updated"] and last["error_rate"] < driver["threshold"]:

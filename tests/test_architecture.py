@@ -205,6 +205,17 @@ def test_hfopt_is_imported_without_what_experiments_need() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_lists_of_runs_do_not_wait_for_torch() -> None:
+    command = (
+        "import sys; from hfopt.cli.main import main; main(['list', '.']); "
+        "import hfopt; assert 'torch' not in sys.modules; hfopt.HessianFree; assert 'torch' in sys.modules; "
+        "hfopt.preconditioners.EmpiricalFisherDiagonal"
+    )
+    subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT / "docs", check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+
+
 def test_every_folder_says_what_it_is_for_and_what_is_public() -> None:
     for folder in sorted({path.parent for path in (ROOT / "hfopt").rglob("*.py")}):
         init = folder / "__init__.py"
@@ -263,6 +274,9 @@ def test_the_wheel_contains_hfopt_alone(tmp_path: Path) -> None:
     assert {name.partition("/")[0] for name in names} == {"hfopt", metadata.partition("/")[0]}
     sources = {f"hfopt/{path.relative_to(ROOT / 'hfopt').as_posix()}" for path in ROOT.glob("hfopt/**/*.py")}
     assert sources | {"hfopt/py.typed"} <= set(names)
+    pages = [path for path in ROOT.glob("hfopt/experiment/pages/**/*") if path.is_file() and path.suffix != ".pyc"]
+    assert {"page.html", "uPlot.iife.min.js", "LICENSE-uPlot"} <= {path.name for path in pages}
+    assert {path.relative_to(ROOT).as_posix() for path in pages} <= set(names)
     assert "Requires-Python: >=3.10" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from hfopt.experiment.roles import Forward
 class Experiment(Protocol):
     """What a callback may rely on: :class:`hfopt.HF` has it, and more."""
 
+    path: Path
     model: nn.Module
     problem: Any
     optimizer: torch.optim.Optimizer

@@ -30,7 +30,7 @@ import torch
 from hfopt.experiment.metrics import Metric
 from hfopt.experiment.roles import Roles
 from hfopt.experiment.store.format import RunError
-from hfopt.experiment.store.reader import Run
+from hfopt.experiment.store.reader import SavedRun
 
 _SCALARS = (bool, int, float, str)
 
@@ -179,7 +179,7 @@ def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
     return differences(*_same_terms(saved, present))
 
 
-def refuse_another(run: Run, present: Mapping[str, Any]) -> None:
+def refuse_another(run: SavedRun, present: Mapping[str, Any]) -> None:
     """Raise RunError if a run was made by something else than what `present` describes."""
     saved = {key: run.configuration.get(key) for key in present if key in run.configuration}
     differing = changes({**saved, "seed": run.seed, "metric": run.metrics[0].name}, present)

@@ -16,7 +16,7 @@ import torch
 
 from hfopt.experiment.driver import HF
 from hfopt.experiment.store.format import RunError
-from hfopt.experiment.store.reader import Run, read_run
+from hfopt.experiment.store.reader import SavedRun, read_run
 
 S = TypeVar("S")
 RUN_FILE = "run_file"
@@ -63,7 +63,7 @@ def load_run(path: str | Path, checkpoint: int | str = "last") -> HF:
     return hf
 
 
-def _file_of(run: Run) -> str | None:
+def _file_of(run: SavedRun) -> str | None:
     """The module that made a run; earlier versions tell by their command line alone."""
     settings = run.configuration.get("settings")
     told = settings.get(RUN_FILE) if isinstance(settings, Mapping) else None

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from hfopt.errors import logger
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ERROR_RATE = "error_rate"
 """The column of the default metric: the share of wrong cases, or the mean of the errors that the problem measures."""
@@ -31,7 +32,7 @@ class Metric:
         unit: ``"%"`` for shares, which are shown times 100; otherwise what stands behind the number, such as "nats".
         better: whether "lower" or "higher" values are better.
         finish: applied to the average; default none.
-        column: of the tables in run.h5 and of `Run.steps`; default the name.
+        column: of the tables in run.h5 and of `SavedRun.steps`; default the name.
 
     Raises:
         ValueError: a name that cannot name a column, or another direction.
@@ -68,7 +69,7 @@ class Metric:
         """
         assert self.measure is not None
         found = self.measure(outputs, batch)
-        if isinstance(found, Tensor) and found.dim() == 1:
+        if _of_cases(found):
             return float(found.double().sum()), float(found.numel())
         if isinstance(found, tuple) and len(found) == 2:
             return float(found[0]), float(found[1])
@@ -151,7 +152,7 @@ def default_metric(problem: Any) -> Metric | None:
 
     def wrong(outputs: Tensor, batch: Any) -> Tensor | tuple[float, float]:
         found: Any = problem.zero_one_loss(outputs, batch)
-        if isinstance(found, Tensor) and found.dim() == 1:  # which cases are wrong
+        if _of_cases(found):  # which cases are wrong
             return found
         count, of = float(found), float(cases(batch))
         if count > of:
@@ -194,3 +195,10 @@ def metrics_in(configuration: Mapping[str, Any]) -> list[Metric]:
     # Format 1 had a single one, and named it only where it was measured.
     name = configuration.get("problem", {}).get("error_name")
     return [Metric("error rate", unit="%", column=ERROR_RATE) if name is None else Metric(str(name), column=ERROR_RATE)]
+
+
+def _of_cases(found: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of a value per case; lists of runs are shown without waiting for torch."""
+    from torch import Tensor
+
+    return isinstance(found, Tensor) and found.dim() == 1

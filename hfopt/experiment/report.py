@@ -9,12 +9,13 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hfopt.experiment.metrics import Metric, metrics_in
 from hfopt.experiment.store.format import CHECK_TYPE, DETAILED, RESULTS, RUN, STEP_TYPE, Row, complete
+
+if TYPE_CHECKING:
+    import torch
 
 _HEADING_EVERY = 20
 # Together 80 columns, as wide as a terminal at least is.

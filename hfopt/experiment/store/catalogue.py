@@ -15,7 +15,7 @@ import numpy as np
 
 from hfopt.experiment.store.format import RUN, RunError
 from hfopt.experiment.store.lock import is_held
-from hfopt.experiment.store.reader import Run, read_run
+from hfopt.experiment.store.reader import SavedRun, read_rows
 
 LOGS = Path("runs", "logs")
 _DEEP = 4  # folders below the one that is searched
@@ -41,7 +41,7 @@ class Entry:
         loss: the last test loss, else the last training loss.
         error: the first metric at the last test.
         state: "running", "finished" (it ended by itself), "killed" (it did not), or "damaged".
-        run: the run; None if it is damaged.
+        run: the run without its checks and checkpoints; None if it is damaged.
         said: what is wrong with a damaged one.
     """
 
@@ -53,7 +53,7 @@ class Entry:
     loss: float
     error: float
     state: str
-    run: Run | None = None
+    run: SavedRun | None = None
     said: str = ""
 
 
@@ -71,7 +71,7 @@ def find_runs(root: Path) -> Iterator[Path]:
             places += [(p, depth + 1) for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith(".")]
 
 
-def state_of(run: Run) -> str:
+def state_of(run: SavedRun) -> str:
     """Whether a run is running, finished, or was killed."""
     if is_held(run.path):
         return "running"
@@ -83,24 +83,40 @@ def entry(folder: Path, root: Path) -> Entry:
     """A run as an entry; one that cannot be read as "damaged"."""
     name = str(folder.relative_to(root)) if folder != root else folder.name
     try:
-        run = read_run(folder)
+        run = read_rows(folder)
     except (RunError, FileNotFoundError) as error:
         return Entry(name, "", "", "", -1, math.nan, math.nan, "damaged", said=str(error))
-    tested = run.steps[np.isfinite(run.steps["test_loss"])]
-    loss = tested["test_loss"][-1:] if len(tested) else run.steps["train_loss"][-1:]
-    errors = tested[run.metrics[0].column][-1:]
-    classes = {part: str(_at(run.configuration, f"{part}.class") or "") for part in ("model", "problem", "optimizer")}
+    return entry_of(run, name)
+
+
+def entry_of(run: SavedRun, name: str) -> Entry:
+    """A run that has been read as an entry."""
+    loss = _last(run.steps["test_loss"]) or _last(run.steps["train_loss"])
+    errors = _last(run.steps[run.metrics[0].column])
+    classes = {part: _class(run.configuration, part) for part in ("model", "problem", "optimizer")}
     return Entry(
         name,
         classes["model"],
         classes["problem"],
         classes["optimizer"],
         step=int(run.steps["updated"].sum()),
-        loss=float(loss[0]) if len(loss) else math.nan,
-        error=float(errors[0]) if len(errors) else math.nan,
+        loss=loss[0] if loss else math.nan,
+        error=errors[0] if errors else math.nan,
         state=state_of(run),
         run=run,
     )
+
+
+def _last(values: Any) -> list[float]:
+    """The last finite value, if there is one."""
+    known = np.flatnonzero(np.isfinite(values))[-1:]
+    return [float(value) for value in values[known]]
+
+
+def _class(configuration: Mapping[str, Any], part: str) -> str:
+    """The class of a part of an experiment; of a loop of one's own what its settings call it."""
+    found = _at(configuration, f"{part}.class") or _at(configuration, f"settings.{part}")
+    return str(found) if isinstance(found, str) else ""
 
 
 def select(
@@ -108,12 +124,14 @@ def select(
 ) -> list[Entry]:
     """Those entries for which all conditions hold, sorted by a column.
 
-    A condition is `column=value`, with `=`, `!=`, `<`, `<=`, `>`, `>=` or `~` (contains); the column is one of
-    `COLUMNS`, or a setting of the run such as `problem.T`, `optimizer.groups.0.lr` or `settings.hidden`. Runs that do
-    not have it are left out. Raises ValueError for a condition or a column that is none.
+    A condition is `column=value`, with `=`, `!=`, `<`, `<=`, `>`, `>=` or `~` (contains), or several joined by `and`;
+    words are compared without regard to case. The column is one of `COLUMNS`, or a setting of the run such as
+    `problem.T`, `optimizer.groups.0.lr` or `settings.hidden`, of which the last word is enough where all settings that
+    end in it have the same value. Runs that do not have it are left out. Raises ValueError for a condition or a column
+    that is none.
     """
     chosen = list(entries)
-    for condition in where:
+    for condition in (part for given in where for part in re.split(r"\s+and\s+", given)):
         match = re.fullmatch(r"([\w.]+)\s*(<=|>=|!=|=|<|>|~)\s*(.*)", condition)
         if match is None:
             raise ValueError(f"--where {condition!r}: write a condition such as 'error<0.01' or 'problem.T=30'")
@@ -131,7 +149,13 @@ def select(
 def _value(found: Entry, name: str) -> Any:
     if name in COLUMNS:
         return getattr(found, name)
-    return None if found.run is None else _at(found.run.configuration, name)
+    if found.run is None:
+        return None
+    value = _at(found.run.configuration, name)
+    if value is None and "." not in name:
+        values = [v for key, v in flat(found.run.configuration).items() if key.rpartition(".")[2] == name]
+        value = values[0] if values and all(v == values[0] for v in values) else None
+    return value
 
 
 def _holds(value: Any, sign: str, wanted: str) -> bool:
@@ -143,7 +167,7 @@ def _holds(value: Any, sign: str, wanted: str) -> bool:
             return compare(value, float(wanted))
         except ValueError:
             return sign == "!="
-    return compare(str(value), wanted)
+    return compare(str(value).casefold(), wanted.strip().casefold())
 
 
 def _at(tree: Any, path: str) -> Any:
@@ -167,7 +191,7 @@ def flat(tree: Any, name: str = "") -> dict[str, Any]:
     return {name: tree}
 
 
-def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differing(runs: Sequence[SavedRun]) -> dict[str, list[Any]]:
     """The settings that are not the same in all runs: a value per run, None where it has none."""
     described = [flat({k: v for k, v in run.configuration.items() if k != "metrics"}) for run in runs]
     names = dict.fromkeys(name for settings in described for name in settings if name != "model.printed")
@@ -175,11 +199,11 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
 
 
-def near_misses(given: str) -> list[str]:
+def near_misses(given: str, root: Path = LOGS) -> list[str]:
     """Runs whose names are like one that is not there."""
     path = Path(given)
-    root = LOGS if path.name == given else path.parent
-    names = {str(folder.relative_to(root)): None for folder in find_runs(root)} if root.is_dir() else {}
+    place = root if path.name == given else (root / path).parent if (root / path).parent.is_dir() else path.parent
+    names = {str(folder.relative_to(place)): None for folder in find_runs(place)} if place.is_dir() else {}
     close = get_close_matches(path.name, names, n=4, cutoff=0.4)
     close += [name for name in names if path.name.lower() in name.lower() and name not in close]
-    return [name if root == LOGS else str(root / name) for name in close[:4]]
+    return [name if path.name == given else str(path.parent / name) for name in close[:4]]

@@ -14,20 +14,21 @@ import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-import torch
 
 from hfopt.experiment.store import sealed
 from hfopt.experiment.store.format import CHECKPOINTS, RunError
-from hfopt.experiment.store.tree import as_tensor, link_name
+from hfopt.experiment.store.tree import link_name
+
+if TYPE_CHECKING:
+    import torch
 
 _TAG = "$"
 _TREE = "hfopt:tree"  # no key of a state becomes a name that begins so
 _ROOM = 1024  # bytes by which the text may grow before the structure is made again
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16}
 NAME = re.compile(r"[A-Za-z][\w.+-]{0,99}", re.ASCII)
 OWN_NAMES = ("last", "best")
 _FILE = re.compile(r"(\d{8,}|[A-Za-z][\w.+-]{0,99})\.h5", re.ASCII)
@@ -141,14 +142,16 @@ class _Structure:
 
 def _encode(value: Any, at: tuple[str, ...], tensors: dict[str, Any]) -> Any:
     """A tree as JSON values; tensors and arrays go into `tensors` under the names of their datasets."""
+    from hfopt.experiment.store.tensors import is_tensor, type_of
+
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, np.generic):
         return _encode(value.item(), at, tensors)
     if isinstance(value, (int, float)):
         return value
-    if isinstance(value, torch.Tensor):
-        return {_TAG: "tensor", "at": _place(at, value, tensors), "dtype": str(value.dtype).removeprefix("torch.")}
+    if is_tensor(value, f"/{'/'.join(map(link_name, at))}"):
+        return {_TAG: "tensor", "at": _place(at, value, tensors), "dtype": type_of(value)}
     if isinstance(value, np.ndarray):
         return {_TAG: "array", "at": _place(at, value, tensors)}
     if isinstance(value, Mapping):
@@ -172,8 +175,6 @@ def _encode(value: Any, at: tuple[str, ...], tensors: dict[str, Any]) -> Any:
 def _place(at: tuple[str, ...], value: Any, tensors: dict[str, Any]) -> str:
     """The name of the dataset of a tensor or an array, which is put there."""
     name = "/".join(map(link_name, at))
-    if isinstance(value, torch.Tensor) and value.layout != torch.strided:
-        raise TypeError(f"/{name}: a tensor of layout {value.layout} cannot be saved; make it dense")
     if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
         raise TypeError(f"/{name}: an array of {value.dtype} cannot be saved")
     tensors[name] = value
@@ -184,12 +185,9 @@ def _plain_array(value: Any) -> np.ndarray[Any, Any]:
     """The numbers as they lie in memory; of types that numpy lacks, the bits."""
     if isinstance(value, np.ndarray):
         return np.ascontiguousarray(value).reshape(value.shape)
-    flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    try:
-        array: np.ndarray[Any, Any] = flat.numpy()
-    except TypeError:
-        array = flat.view(_INTEGER_OF_SIZE[flat.element_size()]).numpy()
-    return array
+    from hfopt.experiment.store.tensors import as_array
+
+    return as_array(value)
 
 
 # -- reading ----------------------------------------------------------------------------------------------
@@ -269,4 +267,8 @@ def _decode(value: Any, tensor: Callable[[str], Any]) -> Any:
         items = [_decode(item, tensor) for item in value["values"]]
         return dict(zip(value["keys"], items, strict=True))
     array = tensor(value["at"])
-    return array if kind == "array" else as_tensor(array, value["dtype"])
+    if kind == "array":
+        return array
+    from hfopt.experiment.store.tensors import as_tensor
+
+    return as_tensor(array, value["dtype"])

@@ -34,6 +34,7 @@ from hfopt.errors import HfoptError
 
 FORMAT = "hfopt run"
 VERSION = 2
+OWN_LOOP = "own loop"  # the class of the driver in runs that HF did not write
 RUN, RESULTS, DETAILED, CHECKPOINTS = "run.h5", "results", "detailed_results", "checkpoints"
 RECORDED = "recorded"
 

@@ -95,8 +95,8 @@ def write_run(path: Path, header: Header, steps: Table, checks: Table, checkpoin
     sealed.write_sealed(path, {"kind": "run", "version": VERSION}, [image])
 
 
-def read_contents(path: Path) -> Contents:
-    """Read run.h5, of format 1 or 2.
+def read_contents(path: Path, *, brief: bool = False) -> Contents:
+    """Read run.h5, of format 1 or 2; `brief` leaves out checks, checkpoints, versions and sessions of format 2.
 
     Raises FileNotFoundError if there is none, and RunError if it is truncated, damaged, or not a run's.
     """
@@ -109,18 +109,20 @@ def read_contents(path: Path) -> Contents:
         with sealed.open_sealed(path) as (facts, file):
             if facts.get("kind") != "run":
                 raise RunError(f"{path} is a {facts.get('kind')} of hfopt, not a run")
-            return _second(file)
+            return _second(file, brief)
     return _first(path)
 
 
 _NEWER = "use a newer hfopt"
 
 
-def _second(file: Any) -> Contents:
+def _second(file: Any, brief: bool) -> Contents:
     attributes = {name: _scalar(file.attrs, name) for name in file.attrs}
     if attributes.get("format") != FORMAT:
         raise ValueError("no run of hfopt wrote it")
-    configuration, versions, metrics, sessions = (json.loads(sealed.text(sealed.item(file, n))) for n in _TEXTS)
+    left_out: dict[str, Any] = {"versions": {}, "sessions": []} if brief else {}
+    texts = [left_out[n] if n in left_out else json.loads(sealed.text(sealed.item(file, n))) for n in _TEXTS]
+    configuration, versions, metrics, sessions = texts
     _check_described(configuration, versions)
     metrics_in({"metrics": metrics})
     header = Header(
@@ -136,6 +138,9 @@ def _second(file: Any) -> Contents:
         journal=int(attributes["journal"]),
         serial=int(attributes["serial"]),
     )
+    steps = _table(file, "steps", step_columns(m["column"] for m in header.metrics))
+    if brief:
+        return Contents(VERSION, header, steps, np.empty(0, CHECK_TYPE), [])
     listed = sealed.array(sealed.item(file, "checkpoints"), "V", 1)
     if listed.dtype != _CHECKPOINT_TYPE:
         raise TypeError(f"/checkpoints has type {listed.dtype}")
@@ -143,7 +148,6 @@ def _second(file: Any) -> Contents:
         Checkpoint(row["key"].decode("ascii"), *(row[name].item() for name in ("step", "serial", "named", "saved")))
         for row in listed
     ]
-    steps = _table(file, "steps", step_columns(m["column"] for m in header.metrics))
     return Contents(VERSION, header, steps, _table(file, "checks", CHECK_TYPE), checkpoints)
 
 
@@ -187,7 +191,7 @@ def read_first_checkpoint(path: Path, key: str, part: str | None) -> Any:
 
 def _table(file: Any, name: str, columns: Any) -> Table:
     """One of the tables; its steps rise."""
-    rows: Table = sealed.array(sealed.item(file, name), "V", 1)
+    rows: Table = sealed.array(sealed.item(file, name), "V", 1, columns)
     if "step" not in (rows.dtype.names or ()) or rows.dtype["step"].kind != "i" or (np.diff(rows["step"]) < 0).any():
         raise ValueError(f"/{name} has no rising steps")
     return as_columns(rows, columns)

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import h5py
 import numpy as np
-import torch
 
 from hfopt.experiment.store import sealed
+
+if TYPE_CHECKING:
+    import torch
 
 _KIND = "hfopt:kind"
 _ORDER = "hfopt:order"
@@ -32,7 +34,6 @@ _EMPTY_NAME = "%00"
 # HDF5 keeps attributes of up to 64 kB beside the object; longer strings and longer lists of names go
 # elsewhere.
 _LONGEST_ATTRIBUTE = 60_000
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16}
 
 
 def write_tree(group: Any, tree: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> None:
@@ -77,7 +78,7 @@ def read_tree(group: Any) -> Any:
 def _write_item(group: Any, name: str, value: Any) -> None:
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value, f"{group.name}/{name}"):
         _write_tensor(group, name, value)
     elif isinstance(value, np.ndarray):
         if value.dtype.hasobject:
@@ -116,17 +117,17 @@ def _numbers(values: list[Any] | tuple[Any, ...]) -> np.ndarray[Any, Any] | None
     return None
 
 
+def _is_tensor(value: Any, name: str) -> bool:
+    from hfopt.experiment.store.tensors import is_tensor
+
+    return is_tensor(value, name)
+
+
 def _write_tensor(group: Any, name: str, value: torch.Tensor) -> None:
-    if value.layout != torch.strided:
-        raise TypeError(f"{group.name}/{name}: a tensor of layout {value.layout} cannot be saved; make it dense")
-    flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    dtype = str(flat.dtype).removeprefix("torch.")
-    try:
-        array = flat.numpy()
-    except TypeError:  # numpy has no such type: keep the bits
-        array = flat.view(_INTEGER_OF_SIZE[flat.element_size()]).numpy()
-    dataset = group.create_dataset(name, data=array)
-    dataset.attrs[_DTYPE] = dtype
+    from hfopt.experiment.store import tensors
+
+    dataset = group.create_dataset(name, data=tensors.as_array(value))
+    dataset.attrs[_DTYPE] = tensors.type_of(value)
 
 
 def _read_item(group: Any, name: str) -> Any:
@@ -146,21 +147,11 @@ def _read_item(group: Any, name: str) -> Any:
     if (kind := item.attrs.get(_KIND)) is not None:
         return tuple(array.tolist()) if kind == "tuple" else array.tolist()
     dtype = item.attrs.get(_DTYPE)
-    return array if dtype is None else as_tensor(array, str(dtype))
+    if dtype is None:
+        return array
+    from hfopt.experiment.store.tensors import as_tensor
 
-
-def as_tensor(array: Any, dtype: str) -> torch.Tensor:
-    """The tensor that was written as `array`; TypeError for a type that is none of torch's."""
-    wanted = getattr(torch, dtype, None)
-    if not isinstance(wanted, torch.dtype):
-        raise TypeError(f"torch has no type {dtype!r}")
-    # A clone, because torch aligns its own memory and numpy's is aligned less strictly.
-    tensor = torch.from_numpy(np.asarray(array)).clone()
-    if tensor.dtype == wanted:
-        return tensor
-    if tensor.dtype != _INTEGER_OF_SIZE.get(wanted.itemsize):
-        raise TypeError(f"a tensor of {dtype} is stored as {tensor.dtype}")
-    return tensor.view(wanted)
+    return as_tensor(array, str(dtype))
 
 
 def link_name(key: str) -> str:

@@ -53,6 +53,8 @@ class RunLog:
         self._journal: Appender | None = None
         self._budget = SyncBudget()
         self._header: Header
+        self._steps: Table
+        self._checks: Table
         self._pending: list[tuple[runfile.Row, list[runfile.Row]]] = []
         self._checkpoints: list[Checkpoint] = []
         self._durable: str | None = None  # the latest checkpoint known to be on the disk
@@ -67,13 +69,13 @@ class RunLog:
         cls,
         folder: Path,
         header: Mapping[str, Any],
-        checkpoint: Mapping[str, Any],
+        checkpoint: Mapping[str, Any] | None,
         *,
         keep: int | None,
         overwrite: bool,
     ) -> tuple[RunLog, Path | None]:
         """Begin a new run in `folder`, with `header` (name, created, seed, configuration, versions, metrics, session)
-        and a checkpoint.
+        and a checkpoint, or none.
 
         An earlier run there is moved aside to the first free of `<folder>.1`, `<folder>.2`, ..., and this
         path is returned as well; with `overwrite`, or if the earlier run has not finished a single step, it
@@ -84,7 +86,7 @@ class RunLog:
         try:
             while log._is_occupied():
                 if overwrite or log._is_empty():
-                    log._clear()
+                    clear(folder)
                     break
                 moved = _free_name(folder)
                 try:
@@ -94,7 +96,7 @@ class RunLog:
                 # The lock went along; whoever takes the one of a new folder first has it.
                 log.close()
                 log = cls(folder, keep=keep)
-            log._clear()
+            clear(folder)
             metrics = header.get("metrics") or [m.describe() for m in metrics_in(header["configuration"])]
             log._header = Header(
                 run=uuid.uuid4().hex,
@@ -108,7 +110,8 @@ class RunLog:
             )
             log._prepare(runfile.table([], log._columns()), runfile.table([], runfile.CHECK_TYPE))
             # First the checkpoint: without run.h5 there is no run yet.
-            log._write_checkpoint(checkpoint, None)
+            if checkpoint is not None:
+                log._write_checkpoint(checkpoint, None)
             log._consolidate()
         except BaseException:
             log.close()
@@ -181,6 +184,22 @@ class RunLog:
     def frames(self) -> FrameWriter:
         """The writer of what recorders keep."""
         return FrameWriter(self.folder, self._header.run)
+
+    def measure(self, metrics: Sequence[Mapping[str, str]]) -> None:
+        """Have columns for these metrics, those of the run among them, from the next row on; the first judges the run.
+
+        Raises WriteError if it cannot be written; the run then has the columns it had.
+        """
+        before = self._header.metrics, self._steps
+        self._header.metrics = [dict(metric) for metric in metrics]
+        self._steps = runfile.as_columns(self._steps, self._columns())
+        self._metric = metrics_in({"metrics": self._header.metrics})[0]
+        try:
+            self.retry()
+            self._consolidate()
+        except RunError:
+            self._header.metrics, self._steps = before
+            raise
 
     def note(self, sentence: str) -> None:
         """Add a line to both text logs."""
@@ -319,7 +338,7 @@ class RunLog:
             self._writer().path(checkpoint.key).unlink(missing_ok=True)
         self._checkpoints = [c for c in self._checkpoints if c not in gone]
 
-    def _move_out(self, run: reader.Run, checkpoints: Iterable[Checkpoint]) -> None:
+    def _move_out(self, run: reader.SavedRun, checkpoints: Iterable[Checkpoint]) -> None:
         """Write checkpoints of a run of format 1 to files of their own; its run.h5 stays until it is replaced."""
         self._header.run = uuid.uuid4().hex
         for checkpoint in checkpoints:
@@ -339,18 +358,25 @@ class RunLog:
         except (RunError, FileNotFoundError):
             return False
 
-    def _clear(self) -> None:
-        """Remove the files of an earlier run; what else lies there stays."""
-        try:
-            for name in (runfile.RUN, runfile.RESULTS, runfile.DETAILED):
-                (self.folder / name).unlink(missing_ok=True)
-            for path in self.folder.glob("journal-*.jsonl"):
-                path.unlink()
-            if (self.folder / runfile.CHECKPOINTS).is_dir():
-                shutil.rmtree(self.folder / runfile.CHECKPOINTS)
-            remove_all(self.folder)
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
+
+def clear(folder: Path) -> None:
+    """Remove the files of a run, the one that makes it a run first; what else lies there stays.
+
+    The lock is held by the caller. Links are removed, not what they lead to. Raises WriteError without permission.
+    """
+    try:
+        for name in (runfile.RUN, runfile.RESULTS, runfile.DETAILED):
+            (folder / name).unlink(missing_ok=True)
+        for path in folder.glob("journal-*.jsonl"):
+            path.unlink()
+        checkpoints = folder / runfile.CHECKPOINTS
+        if checkpoints.is_symlink():
+            checkpoints.unlink()
+        elif checkpoints.is_dir():
+            shutil.rmtree(checkpoints)
+        remove_all(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def best_of(steps_of: Mapping[str, int], tests: Mapping[int, tuple[float, float]]) -> str | None:

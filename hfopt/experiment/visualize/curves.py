@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from hfopt.experiment.metrics import Metric
-from hfopt.experiment.store.reader import Run
+from hfopt.experiment.store.reader import SavedRun
 from hfopt.experiment.visualize.style import (
     COLOURS,
     INK,
@@ -80,7 +80,7 @@ def compare_runs(runs: Sequence[Given]) -> Figure:
 
 
 def _panels(
-    runs: Sequence[Run],
+    runs: Sequence[SavedRun],
     panels: Sequence[tuple[str, tuple[str, ...], str]],
     against: Sequence[Against],
     metrics: Sequence[Metric],
@@ -132,7 +132,7 @@ def _panels(
 
 def _curves(
     axes: Axes,
-    run: Run,
+    run: SavedRun,
     place: int | None,
     names: Sequence[str],
     time: Against,
@@ -168,7 +168,7 @@ def _curves(
         axes.plot(start[known], values, **options)
 
 
-def _extras(row: Sequence[Axes], runs: Sequence[Run], names: Sequence[str], metrics: Sequence[Metric]) -> None:
+def _extras(row: Sequence[Axes], runs: Sequence[SavedRun], names: Sequence[str], metrics: Sequence[Metric]) -> None:
     """What a panel shows besides curves: the threshold, where rho leaves lambda, limits that show most values."""
     if names == (metrics[0].column,):
         bounds = {run.configuration.get("driver", {}).get("threshold") for run in runs}
@@ -207,7 +207,7 @@ def _extras(row: Sequence[Axes], runs: Sequence[Run], names: Sequence[str], metr
                 )
 
 
-def _start(run: Run, time: Against) -> Array:
+def _start(run: SavedRun, time: Against) -> Array:
     """Where the update of each row began."""
     if time == "step":
         steps: Array = run.steps["step"]
@@ -223,7 +223,7 @@ def _dash(place: int) -> Any:
     return ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1.5, 1.5)))[place // len(COLOURS) % 4]
 
 
-def _common(runs: Sequence[Run]) -> list[Metric]:
+def _common(runs: Sequence[SavedRun]) -> list[Metric]:
     """The metrics that all runs have; ValueError if their first ones differ, which would be drawn as one."""
     if len({run.metrics[0] for run in runs}) > 1:
         titles = ", ".join(sorted({run.metrics[0].title for run in runs}))
@@ -237,14 +237,14 @@ def _label(metric: Metric) -> str:
     return f"{metric.name} ({metric.unit})" if metric.unit else metric.name
 
 
-def _scale(metric: Metric, runs: Sequence[Run]) -> str:
+def _scale(metric: Metric, runs: Sequence[SavedRun]) -> str:
     """What is positive and better where it is lower has a logarithmic axis."""
     values = [run.steps[metric.column][_known(run, metric.column)] for run in runs]
     positive = any((v > 0).any() for v in values) and not any((v < 0).any() for v in values)
     return "log" if metric.better == "lower" and positive else "linear"
 
 
-def _known(run: Run, name: str) -> Array:
+def _known(run: SavedRun, name: str) -> Array:
     """Which rows of a run have a value in a column."""
     values = run.steps[name]
     known: Array = np.isfinite(values) if values.dtype.kind == "f" else values >= 0

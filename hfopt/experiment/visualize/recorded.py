@@ -11,7 +11,7 @@ from hfopt.experiment.hooks import Experiment
 from hfopt.experiment.progress import Bar, shown
 from hfopt.experiment.recorders.base import taken
 from hfopt.experiment.recorders.hidden_states import HiddenStates
-from hfopt.experiment.store.reader import Run
+from hfopt.experiment.store.reader import SavedRun
 from hfopt.experiment.store.recorded import Frame, Recorded
 from hfopt.experiment.visualize.sequence import SequencePicture
 from hfopt.experiment.visualize.style import (
@@ -51,7 +51,7 @@ def draw_hidden_states(run: Given | Experiment, step: int | None = None, sequenc
         IndexError: there is no such sequence.
         ValueError: nothing of an experiment's model gives hidden states.
     """
-    if not isinstance(run, (Run, str, Path)):
+    if not isinstance(run, (SavedRun, str, Path)):
         return _present(run, sequence)
     run = as_run(run)
     recorded = run.recorded["hidden_states"]
@@ -173,7 +173,7 @@ def _sequence(whose: str, frame: Frame, b: int) -> dict[str, Any]:
     }
 
 
-def _title(run: Run, recorded: Recorded, step: int, b: int) -> str:
+def _title(run: SavedRun, recorded: Recorded, step: int, b: int) -> str:
     said = said_of(run, step)
     return (
         f"{recorded.about.get('problem', run.name)}, test sequence {b}, after {step} steps{f': {said}' if said else ''}"

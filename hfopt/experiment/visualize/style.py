@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hfopt.experiment.store.reader import Run, read_run
+from hfopt.experiment.store.reader import SavedRun, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = npt.NDArray[Any]
-Given = Run | str | Path
+Given = SavedRun | str | Path
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -69,14 +69,14 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     return drawn
 
 
-def as_run(given: Given) -> Run:
+def as_run(given: Given) -> SavedRun:
     """A run, or the run of that name or folder."""
-    return given if isinstance(given, Run) else read_run(given)
+    return given if isinstance(given, SavedRun) else read_run(given)
 
 
-def as_runs(given: Given | Sequence[Given]) -> list[Run]:
+def as_runs(given: Given | Sequence[Given]) -> list[SavedRun]:
     """One or several runs, or their names."""
-    return [as_run(given)] if isinstance(given, (Run, str, Path)) else [as_run(one) for one in given]
+    return [as_run(given)] if isinstance(given, (SavedRun, str, Path)) else [as_run(one) for one in given]
 
 
 def as_array(values: Any) -> Array:
@@ -145,7 +145,7 @@ def evenly(steps: Sequence[int] | Array, most: int) -> list[int]:
     return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
 
 
-def said_of(run: Run, step: int) -> str:
+def said_of(run: SavedRun, step: int) -> str:
     """The first metric before an update as words; empty if there was no test."""
     row, metric = run.steps[run.steps["step"] == step], run.metrics[0]
     if not len(row) or not np.isfinite(row[metric.column][0]):

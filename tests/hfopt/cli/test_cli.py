@@ -25,7 +25,7 @@ from hfopt.linalg.cg import CG
 from hfopt.optimizer import HessianFree
 from tests.hfopt.tiny import OPTIMIZERS, experiment
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)

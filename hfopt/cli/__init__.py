@@ -1,0 +1,5 @@
+"""The command `hfopt`: look at runs from the terminal."""
+
+from hfopt.cli.main import main
+
+__all__ = ["main"]
