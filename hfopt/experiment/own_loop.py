@@ -121,7 +121,7 @@ class Run:
         Raises:
             ValueError: a step before the last one, or a name that the run uses itself.
             TypeError: a value that is not one number.
-            WriteError: there is no room; the row is kept and written by the next call.
+            ~hfopt.experiment.store.format.WriteError: there is no room; the row is kept and written by the next call.
         """
         log = self._opened()
         last = self._last.get("step", -1)
