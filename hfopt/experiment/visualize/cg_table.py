@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def draw_cg_table(run: Given, step: int | None = None) -> Figure:
     """The checks of one step: damped model and change of the loss by iteration, the choice, residual and length.
 
-    Backtracking compares the loss at some iterates, and takes one of them: the one that is circled, with the change of
-    the loss that the step made. Where the loss leaves the model, its region of trust ends.
+    Backtracking compares the loss at some iterates, and takes one of them: the one that is circled, with the change
+    that the step made, line search included. Losses are those with the penalty of weight decay. Where the loss leaves
+    the model, its region of trust ends.
 
     Args:
         run: a run or its name.
@@ -47,9 +48,8 @@ def draw_cg_table(run: Given, step: int | None = None) -> Figure:
         iterations[looked], checks["evaluation"][looked], color=COLOURS[1], marker="s", markersize=4, label="loss"
     )
     taken = int(row["backtracked"])
-    chosen = looked & (iterations == taken)
-    # Not every iterate that was looked at is a row of the table; the step's own losses tell of the one that was taken.
-    change = checks["evaluation"][chosen][0] if chosen.any() else row["new_loss"] - row["evaluation_loss"]
+    # Not every iterate that was looked at is a row of the table; rho tells of the one that was taken.
+    change = row["rho"] * row["quadratic"]
     if taken > 0 and np.isfinite(change):
         options = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": INK, "label": f"taken: {taken}"}
         above.plot([taken], [change], "s", color=COLOURS[1], markersize=4)
