@@ -37,8 +37,16 @@ class Carrier:
         return self._now.get(i)
 
     def carry(self, i: int, states: Sequence[Tensor]) -> None:
-        """Keep the states after minibatch i for the next step."""
-        self._next[i] = tuple(states)
+        """Keep the states after training minibatch i for the next step; those after test minibatch i for i - 1."""
+        if i < 0:
+            self._now[i - 1] = tuple(states)
+        else:
+            self._next[i] = tuple(states)
+
+    def forget_tests(self) -> None:
+        """Begin a test: its first minibatch starts afresh."""
+        for i in [i for i in self._now if i < 0]:
+            del self._now[i]
 
     def forget(self, *, everything: bool = False) -> None:
         """Begin the next step; or a new pass, in which all start afresh."""

@@ -37,16 +37,15 @@ class Long:
         generator = torch.Generator().manual_seed(1)
         self._x = torch.randn(3, STEPS * WINDOWS, COLUMNS, 2, generator=generator, dtype=torch.float64)
         self._y = self._x.cumsum(1)[..., :1].sin()
-        self._carrier, self._tests, self._draws = Carrier(), Carrier(), 0
+        self._carrier, self._draws = Carrier(), 0
         self.handed: list[int] = []
 
     def __call__(self, i: int) -> Window:
         if i == -1:
-            self._tests.forget(everything=True)
+            self._carrier.forget_tests()
         k = (max(0, self._draws - 1) % WINDOWS) if i >= 0 else -1 - i
         part = slice(STEPS * k, STEPS * (k + 1))
-        states = self._carrier.states(i) if i >= 0 else self._tests.states(i)
-        return Window(self._x[i if i >= 0 else 2, part], self._y[i if i >= 0 else 2, part], states)
+        return Window(self._x[max(i, -1), part], self._y[max(i, -1), part], self._carrier.states(i))
 
     def size(self, batch: Window) -> int:
         return batch.targets.numel()
@@ -60,11 +59,7 @@ class Long:
     def carry(self, i: int, states: Sequence[Tensor]) -> None:
         assert not any(state.requires_grad for state in states)
         self.handed.append(i)
-        if i >= 0:
-            self._carrier.carry(i, states)
-        else:
-            self._tests.carry(i - 1, states)
-            self._tests.forget()
+        self._carrier.carry(i, states)
 
     def forget(self) -> None:
         self._carrier.forget(everything=self._draws % WINDOWS == 0)
