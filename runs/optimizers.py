@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,14 +10,15 @@ from torch import nn
 
 import hfopt
 from hfopt.damping import Damping, LevenbergMarquardt
+from runs.muon import MuonWithAdam
 from runs.nesterov import Nesterov
 from runs.settings import Training
 
 Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 # Learning rates for recurrent nets with long lags; every comparison should tune its own.
-LEARNING_RATES = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 1e-2, "nag": 1e-3, "lbfgs": 1.0}
-STOCHASTIC = ("adam", "rmsprop", "sgd", "nag")
+LEARNING_RATES = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 1e-2, "nag": 1e-3, "muon": 1e-3, "lbfgs": 1.0}
+STOCHASTIC = ("adam", "rmsprop", "sgd", "nag", "muon")
 
 
 def optimizer(
@@ -25,6 +26,7 @@ def optimizer(
     rates: dict[str, float] | None = None,
     rule: Callable[..., Damping] = LevenbergMarquardt,
     decay: Callable[[int], float] | None = None,
+    outside_muon: Collection[int] = (),
     **hessian_free: Any,
 ) -> Factory:
     """What makes the optimizer that the settings ask for.
@@ -35,6 +37,7 @@ def optimizer(
         rule: what lambda follows, made from ``initial=``. Chosen by the loss of a few batches, lambda would follow
             their noise: by default it follows rho.
         decay: a schedule in place of the settings' factor of the last solution.
+        outside_muon: identities of matrices that muon leaves to Adam.
         hessian_free: further arguments of `hfopt.HessianFree`.
     """
     name, lr = settings.optimizer, settings.lr
@@ -61,6 +64,8 @@ def optimizer(
         last = steps(name, settings.max_steps)
         lower_from = last - settings.final_steps if settings.final_steps else None
         return lambda parameters: Nesterov(parameters, lr, settings.momentum, lower_from)
+    if name == "muon":
+        return lambda parameters: MuonWithAdam(parameters, lr, outside_muon)
     return first_order(name, lr)
 
 

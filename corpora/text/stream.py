@@ -161,6 +161,16 @@ class Text(Minibatches[Window]):
         other.train_mem, other.test_mem, other._carrier = {}, {}, Carrier()
         return other
 
+    def codes(self, part: str) -> Codes:
+        """The numbers of a part's symbols."""
+        begin, end = self.bounds[part]
+        return self._codes[begin:end]
+
+    def with_past(self, part: str, most: int = 1000) -> tuple[Codes, int]:
+        """The numbers of a part's symbols behind up to `most` that precede it, and how many are its own."""
+        begin, end = self.bounds[part]
+        return self._codes[max(0, begin - most) : end], end - begin
+
     # -- minibatches ------------------------------------------------------------------------------------
 
     def __call__(self, i: int) -> Window:
@@ -288,7 +298,7 @@ def nats(outputs: Tensor, batch: Window) -> tuple[float, float]:
 
 
 def _bits() -> Metric:
-    return Metric("bits per character", nats, unit="bits", finish=lambda mean: mean / math.log(2))
+    return Metric("bits per character", nats, finish=lambda mean: mean / math.log(2))
 
 
 def _perplexity() -> Metric:

@@ -94,6 +94,34 @@ class Schedule(Callback):
         self._scheduler.load_state_dict(state)
 
 
+class LowerOnPlateau(Schedule):
+    """Lower the learning rate when so many tests in a row were no better than the best before them.
+
+    It is torch's ReduceLROnPlateau, asked after every test.
+
+    Args:
+        patience: the number of tests.
+        factor: of the learning rate.
+        metric: its name; default the first metric.
+    """
+
+    def __init__(self, patience: int, factor: float = 0.5, metric: str | None = None) -> None:
+        if patience < 1:
+            raise ValueError(f"patience={patience}: must be at least 1")
+        self.patience, self.factor, self.metric = patience, factor, metric
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+        # torch counts the tests that are still let pass. Its own threshold would call small progress none.
+        super().__init__(lambda o: plateau(o, factor=factor, patience=patience - 1, threshold=0.0))
+
+    def after_update(self, hf: Experiment, row: Mapping[str, Any]) -> None:
+        """Do nothing: progress is seen by tests."""
+
+    def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
+        """Lower the learning rate, if it is time."""
+        metric = next(m for m in hf.metrics if self.metric in (None, m.name, m.column))
+        self._scheduler.step(metric.rank(row[metric.column]))  # type: ignore[arg-type]  # of this scheduler: the metric
+
+
 class ClipGradient(Callback):
     """Scale the gradient of all parameters together to a norm of at most `norm`, for optimizers of gradients."""
 
