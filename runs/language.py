@@ -22,7 +22,8 @@ from hfopt.experiment.hooks import Callback, ClipGradient, Experiment, KeepBest,
 from hfopt.experiment.roles import evaluate
 from hfopt.experiment.store.reader import read_run
 from models.language import LanguageModel, beside_symbols, units_within
-from runs.optimizers import STOCHASTIC, optimizer, pace
+from runs.muon import MuonWithAdam
+from runs.optimizers import LEARNING_RATES, STOCHASTIC, Factory, optimizer, pace
 from runs.settings import Training
 
 if TYPE_CHECKING:
@@ -158,6 +159,14 @@ def build(settings: Any, symbols: int) -> LanguageModel:
     return model.to(settings.device)
 
 
+def _optimizer(settings: Any, model: LanguageModel) -> Factory:
+    """The optimizer that the settings ask for; muon leaves what is next to the symbols to Adam."""
+    if settings.optimizer == "muon":
+        lr = LEARNING_RATES["muon"] if settings.lr is None else settings.lr
+        return lambda parameters: MuonWithAdam(parameters, lr, beside_symbols(model))
+    return optimizer(settings, structural=settings.structural)
+
+
 def forward(model: Any, batch: Window) -> Any:
     """Outputs of a window, with the states that the next one goes on from."""
     return Carried(*model.with_states(batch.inputs, batch.states))
@@ -229,7 +238,7 @@ class Language(HF):
             model,
             problem,
             forward=forward if problem.regime == "columns" else (lambda model, batch: model(batch.inputs)),
-            optimizer=optimizer(settings, outside_muon=beside_symbols(model), structural=settings.structural),
+            optimizer=_optimizer(settings, model),
             callbacks=callbacks,
             threshold=0,
             seed=settings.seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ def optimizer(
     rates: dict[str, float] | None = None,
     rule: Callable[..., Damping] = LevenbergMarquardt,
     decay: Callable[[int], float] | None = None,
-    outside_muon: Collection[int] = (),
     **hessian_free: Any,
 ) -> Factory:
     """What makes the optimizer that the settings ask for.
@@ -37,7 +36,6 @@ def optimizer(
         rule: what lambda follows, made from ``initial=``. Chosen by the loss of a few batches, lambda would follow
             their noise: by default it follows rho.
         decay: a schedule in place of the settings' factor of the last solution.
-        outside_muon: identities of matrices that muon leaves to Adam.
         hessian_free: further arguments of `hfopt.HessianFree`.
     """
     name, lr = settings.optimizer, settings.lr
@@ -65,7 +63,7 @@ def optimizer(
         lower_from = last - settings.final_steps if settings.final_steps else None
         return lambda parameters: Nesterov(parameters, lr, settings.momentum, lower_from)
     if name == "muon":
-        return lambda parameters: MuonWithAdam(parameters, lr, outside_muon)
+        return lambda parameters: MuonWithAdam(parameters, lr)
     return first_order(name, lr)
 
 
