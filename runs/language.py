@@ -350,7 +350,7 @@ def draw(hf: Language, steps: int = 100) -> Figure:
         ylabel="bits",
         title=f"{hf.problem.name}: what each symbol costs, after {hf.step} steps ({bits.mean():.2f} bits)",
     )
-    image = below.imshow(hidden.T, aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    image = below.imshow(hidden.T.numpy(), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     below.set(ylabel="hidden unit of the last layer")
     turned = 90 if hf.problem.alphabet.between else 0
     below.set_xticks(np.arange(steps), names, fontsize=8, rotation=turned, family="monospace")
