@@ -28,9 +28,9 @@ if find_spec("models") is None:
     sys.exit("runs.characters: type python -m runs.characters in the folder of the checkout")
 
 from corpora.text import characters
-from runs.language import Language, draw, options
+from runs.language import Language, options, train
 from runs.language_presets import CHARACTERS as PRESETS
-from runs.settings import hints, main, parse, run_name, sentences, status
+from runs.settings import hints, parse, run_name, sentences
 
 typed = sys.argv[1:] if __name__ == "__main__" else []
 preset = typed[0] if typed and not typed[0].startswith("-") else "topics"
@@ -48,7 +48,7 @@ with sentences("runs.characters", settings):
     problem = characters(settings.text, alphabet=settings.alphabet, encoding=settings.encoding, **options(settings))
 
     # 2. Model, optimizer and driver.
-    name = settings.name or run_name(f"characters-{preset}", settings, PRESETS[preset])
+    name = settings.name or run_name(f"characters-{preset}", settings, PRESETS[preset], known=("score",))
     hf = Language(
         Path(__file__).parent / "logs" / name,
         settings,
@@ -57,7 +57,4 @@ with sentences("runs.characters", settings):
     )
 
 if __name__ == "__main__":
-    outcome = main("runs.characters", settings, hf, lambda: draw(hf))
-    if outcome not in (None, "interrupted"):
-        hf.tell(hf.best())
-    sys.exit(status("max_steps" if outcome == "stopped" else outcome, wanted=False))
+    sys.exit(train("runs.characters", settings, hf))

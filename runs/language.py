@@ -24,7 +24,7 @@ from hfopt.experiment.store.reader import read_run
 from models.language import LanguageModel, beside_symbols, units_within
 from runs.muon import MuonWithAdam
 from runs.optimizers import LEARNING_RATES, STOCHASTIC, Factory, optimizer, pace
-from runs.settings import Training
+from runs.settings import Training, main, sentences, status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,11 +43,11 @@ class Settings:
     """Folder of a published text's files; by default the one of its name in the folder HFOPT_DATA."""
     regime: Literal["windows", "columns"] = "windows"
     """Training windows at random places, or contiguous columns with the state carried."""
-    window: int = 100
+    window: int = 60
     """Steps of a window."""
-    warm_up: int = 20
+    warm_up: int = 10
     """Steps of a random window that are not scored; and at least so many before what is scored in a test."""
-    batch_size: int = 100
+    batch_size: int = 50
     """Sequences in a batch of hf and lbfgs."""
     gradient_batches: int = 10
     """Batches of the gradient, drawn again at every step."""
@@ -62,7 +62,7 @@ class Settings:
 
     cell: Literal["mrnn", "rnn", "lstm", "gru", "ugrnn"] = "mrnn"
     """Kind of the recurrent layers."""
-    hidden: int = 200
+    hidden: int = 128
     """Hidden units of every layer, and factors of mrnn."""
     parameters: int | None = None
     """Choose the number of hidden units by this many parameters at most, instead."""
@@ -101,13 +101,16 @@ class Settings:
     """Temperature of samples: 0 for the most probable symbols."""
     order: int = 3
     """Symbols that the count model sees that the result is compared with."""
+    score: bool = False
+    """Do not train: score the best parameters of the run on all of the validation and test parts."""
 
 
 @dataclass(frozen=True)
 class LanguageTraining(Training):
     """Settings of every run, as language models have them."""
 
-    cg_iterations: int = 40
+    # Short solves on few sequences: the batches are new at every step, and many steps are worth more than long ones.
+    cg_iterations: int = 15
     """Iterations of conjugate gradients at most."""
     threads: int | None = 1
     """Threads of torch on the CPU; None: as torch chooses."""
@@ -323,6 +326,18 @@ class Language(HF):
         report.say("\n".join(lines))
 
 
+def train(module: str, settings: Any, hf: Language) -> int:
+    """Do what was asked for, say what came of it, and return the exit status."""
+    if settings.score:
+        with sentences(module, settings):
+            hf.tell(hf.best())
+        return 0
+    outcome = main(module, settings, hf, lambda: draw(hf))
+    if outcome not in (None, "interrupted", "diverged"):
+        hf.tell(hf.best())
+    return status("max_steps" if outcome == "stopped" else outcome, wanted=False)
+
+
 def _write(path: Path, content: Any) -> None:
     """Replace a file as a whole, so that it is never half there."""
     new = path.with_suffix(".new")
@@ -358,4 +373,4 @@ def draw(hf: Language, steps: int = 100) -> Figure:
     return figure
 
 
-__all__ = ["BEST", "Language", "LanguageTraining", "Settings", "draw", "options"]
+__all__ = ["BEST", "Language", "LanguageTraining", "Settings", "draw", "options", "train"]

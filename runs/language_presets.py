@@ -48,7 +48,7 @@ class Words(Action, LanguageTraining, Settings):
 
 
 # What five minutes of two cores allow.
-_LAPTOP = Characters(minutes=4.0, threads=2, max_steps=100_000)
+_LAPTOP = Characters(minutes=4.5, threads=2, max_steps=100_000)
 # Sutskever, Martens & Hinton, ICML 2011: 1500 units and factors, 4.9 million parameters; gradient of 48,000 sequences
 # of 250 characters, curvature of 2,400, the first 50 steps not scored; at most 150 iterations, 160 steps.
 _MRNN_2011 = Characters(
@@ -88,7 +88,7 @@ _PTB_2019 = Characters(
 CHARACTERS = {
     "topics": _LAPTOP,
     "ptb": Characters(
-        text="ptb", parameters=200_000, window=100, warm_up=20, start="the_meaning_of_life_is_", stop_after=20
+        text="ptb", parameters=200_000, valid_symbols=50_000, start="the_meaning_of_life_is_", test_every=10
     ),
     "text8": Characters(text="text8", parameters=500_000, start="the meaning of life is ", valid_symbols=100_000),
     "enwik8": Characters(text="enwik8", parameters=500_000, encoding="bytes", valid_symbols=100_000),

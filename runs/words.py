@@ -23,9 +23,9 @@ if find_spec("models") is None:
     sys.exit("runs.words: type python -m runs.words in the folder of the checkout")
 
 from corpora.text import words
-from runs.language import Language, draw, options
+from runs.language import Language, options, train
 from runs.language_presets import WORDS as PRESETS
-from runs.settings import hints, main, parse, run_name, sentences, status
+from runs.settings import hints, parse, run_name, sentences
 
 typed = sys.argv[1:] if __name__ == "__main__" else []
 preset = typed[0] if typed and not typed[0].startswith("-") else "topics"
@@ -43,7 +43,7 @@ with sentences("runs.words", settings):
     problem = words(settings.text, vocabulary=settings.vocabulary, encoding=settings.encoding, **options(settings))
 
     # 2. Model, optimizer and driver.
-    name = settings.name or run_name(f"words-{preset}", settings, PRESETS[preset])
+    name = settings.name or run_name(f"words-{preset}", settings, PRESETS[preset], known=("score",))
     hf = Language(
         Path(__file__).parent / "logs" / name,
         settings,
@@ -52,7 +52,4 @@ with sentences("runs.words", settings):
     )
 
 if __name__ == "__main__":
-    outcome = main("runs.words", settings, hf, lambda: draw(hf))
-    if outcome not in (None, "interrupted"):
-        hf.tell(hf.best())
-    sys.exit(status("max_steps" if outcome == "stopped" else outcome, wanted=False))
+    sys.exit(train("runs.words", settings, hf))
