@@ -61,6 +61,7 @@ def network(symbols: int, hidden: int, steps: int, batch: int) -> dict[str, tupl
     by_index = LanguageModel("rnn", symbols, hidden)
     by_vector = Stack(cells.tanh_rnn, 1, symbols, hidden, symbols)
     by_vector.load_state_dict(by_index.state_dict())
+    v = torch.randn(sum(p.numel() for p in by_index.parameters()))
     found = []
     for model, inputs in (
         (by_index, lambda: numbers[:-1]),
@@ -71,10 +72,9 @@ def network(symbols: int, hidden: int, steps: int, batch: int) -> dict[str, tupl
             return F.cross_entropy(model(inputs()).flatten(0, 1), numbers[1:].flatten())
 
         matrix = hfopt.GaussNewton(loss, model.parameters(), linearisation="double-backward")
-        v = torch.randn(sum(p.numel() for p in model.parameters()))
         parameters = list(model.parameters())
         found.append(
-            (lambda loss=loss, ps=parameters: torch.autograd.grad(loss(), ps), lambda matrix=matrix, v=v: matrix @ v)
+            (lambda loss=loss, ps=parameters: torch.autograd.grad(loss(), ps), lambda matrix=matrix: matrix @ v)
         )
     return {name: (found[0][i], found[1][i]) for i, name in enumerate(("gradient", "product"))}
 
