@@ -21,8 +21,10 @@ from runs.tables import Row, Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MINUTES = (10.0, 60.0)
-"""The times that methods are compared at, in minutes of one processor."""
+MINUTES = (2.0, 10.0, 60.0)
+"""The times that methods are compared at, in minutes of one processor: a first look, and the two that count."""
+CHOICE = 10.0
+"""The time after which each method's best setting is chosen, which alone goes on for longer."""
 BEGIN, END = "<!-- written by python -m runs.reproduce language -->", "<!-- end of what is written -->"
 PUBLISHED = 1.41
 """Bits per character on the test part: the multiplicative RNN trained Hessian-free, Mikolov et al. 2012."""
@@ -129,13 +131,16 @@ def chosen(found: Sequence[Curve], minutes: float) -> list[Curve]:
     ]
 
 
-def score(found: Sequence[Curve], folder: Path) -> None:
-    """Score the parameters that are best by validation on the whole test part, where that has not been done yet."""
+def score(found: Sequence[Curve], folder: Path) -> int:
+    """Score the parameters that are best by validation on the whole test part; how many had not been scored yet."""
+    scored = 0
     for c in found:
         run = read_run(folder / c.cell.name)
         if c.test is None or c.test[1] != run.find("best-test").step:
             words = [*c.cell.arguments, "--name", str((folder / c.cell.name).resolve()), "--score"]
             subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment())
+            scored += 1
+    return scored
 
 
 def write(folder: Path, document: Path) -> None:
@@ -145,9 +150,9 @@ def write(folder: Path, document: Path) -> None:
         ValueError: the document has no marks.
     """
     found = curves(folder)
-    last = {c.cell: c for minutes in MINUTES for c in chosen(found, minutes)}
-    score(list(last.values()), folder)
-    found = curves(folder)
+    best = {c.cell: c for minutes in MINUTES for c in chosen(found, minutes)}
+    if score(list(best.values()), folder):
+        found = curves(folder)
     text = document.read_text(encoding="utf-8") if document.is_file() else f"{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -176,8 +176,10 @@ def main(settings: CommandLine) -> int:
     names = list(TABLES) if settings.table == "all" else [settings.table]
     cells = list(dict.fromkeys(cell for name in names for cell in chosen(known[name], settings)))
     if settings.best and language:
-        first = language_table.chosen(language_table.curves(settings.folder), language_table.MINUTES[0])
+        first = language_table.chosen(language_table.curves(settings.folder), language_table.CHOICE)
         cells = [curve.cell for curve in first if curve.cell in cells]
+        if not cells:
+            sys.exit(f"runs.reproduce: no cell has run for {language_table.CHOICE:g} minutes yet; run without --best")
     if not cells:
         sys.exit(f"runs.reproduce: no row is called {' or '.join(settings.only)}")
     status = 0
