@@ -28,7 +28,7 @@ if find_spec("models") is None:
     sys.exit("runs.characters: type python -m runs.characters in the folder of the checkout")
 
 from corpora.text import characters
-from runs.language import Language, options, train
+from runs.language import SHOWN, Language, options, train
 from runs.language_presets import CHARACTERS as PRESETS
 from runs.settings import hints, parse, run_name, sentences
 
@@ -48,7 +48,7 @@ with sentences("runs.characters", settings):
     problem = characters(settings.text, alphabet=settings.alphabet, encoding=settings.encoding, **options(settings))
 
     # 2. Model, optimizer and driver.
-    name = settings.name or run_name(f"characters-{preset}", settings, PRESETS[preset], known=("score",))
+    name = settings.name or run_name(f"characters-{preset}", settings, PRESETS[preset], known=SHOWN)
     hf = Language(
         Path(__file__).parent / "logs" / name,
         settings,

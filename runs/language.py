@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from runs.settings import Training, main, sentences, status
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHOWN = ("score", "data", "minutes", "sample", "sample_every", "start", "temperature", "order")
+"""Settings that do not change what is learned, which the name of a run leaves out."""
 BEST = "best-test"
 """The checkpoint of the parameters that are best by validation."""
 
@@ -328,14 +331,17 @@ class Language(HF):
 
 def train(module: str, settings: Any, hf: Language) -> int:
     """Do what was asked for, say what came of it, and return the exit status."""
-    if settings.score:
+    outcome = "max_steps" if settings.score else main(module, settings, hf, lambda: draw(hf))
+    if outcome in (None, "interrupted", "diverged"):
+        return status(outcome)
+    try:
         with sentences(module, settings):
             hf.tell(hf.best())
-        return 0
-    outcome = main(module, settings, hf, lambda: draw(hf))
-    if outcome not in (None, "interrupted", "diverged"):
-        hf.tell(hf.best())
-    return status("max_steps" if outcome == "stopped" else outcome, wanted=False)
+    except KeyError:
+        sys.exit(f"{module}: the run in {report.short(hf.path)} has not been tested yet; go on with --resume")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{module}: the run is complete, but its best parameters were not scored; --score does that")
+    return 0
 
 
 def _write(path: Path, content: Any) -> None:
@@ -373,4 +379,4 @@ def draw(hf: Language, steps: int = 100) -> Figure:
     return figure
 
 
-__all__ = ["BEST", "Language", "LanguageTraining", "Settings", "draw", "options", "train"]
+__all__ = ["BEST", "SHOWN", "Language", "LanguageTraining", "Settings", "draw", "options", "train"]

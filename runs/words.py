@@ -23,7 +23,7 @@ if find_spec("models") is None:
     sys.exit("runs.words: type python -m runs.words in the folder of the checkout")
 
 from corpora.text import words
-from runs.language import Language, options, train
+from runs.language import SHOWN, Language, options, train
 from runs.language_presets import WORDS as PRESETS
 from runs.settings import hints, parse, run_name, sentences
 
@@ -43,7 +43,7 @@ with sentences("runs.words", settings):
     problem = words(settings.text, vocabulary=settings.vocabulary, encoding=settings.encoding, **options(settings))
 
     # 2. Model, optimizer and driver.
-    name = settings.name or run_name(f"words-{preset}", settings, PRESETS[preset], known=("score",))
+    name = settings.name or run_name(f"words-{preset}", settings, PRESETS[preset], known=SHOWN)
     hf = Language(
         Path(__file__).parent / "logs" / name,
         settings,
