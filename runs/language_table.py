@@ -71,6 +71,7 @@ class Curve:
     Attributes:
         cell, title: the cell, and what its row is called.
         minutes, bits: of the tests (N,).
+        spent: minutes of the whole run so far.
         parameters: of the network.
         test: bits on the test part of the parameters that are best by validation, and the step that they are of.
     """
@@ -79,6 +80,7 @@ class Curve:
     title: str
     minutes: npt.NDArray[np.float64]
     bits: npt.NDArray[np.float64]
+    spent: float
     parameters: int
     test: tuple[float, int] | None
 
@@ -89,9 +91,8 @@ class Curve:
 
     def best(self, minutes: float) -> float:
         """The lowest validation bits of the tests up to a time; nan if the cell did not get that far."""
-        if not len(self.minutes) or self.minutes[-1] < 0.97 * minutes:  # the last test may be a while before the end
-            return float("nan")
-        return float(self.bits[self.minutes <= minutes].min())
+        there = self.bits[self.minutes <= minutes]
+        return float(there.min()) if self.spent >= minutes and len(there) else float("nan")
 
 
 def curves(folder: Path, table: Table = TABLE) -> list[Curve]:
@@ -103,7 +104,7 @@ def curves(folder: Path, table: Table = TABLE) -> list[Curve]:
                 run = read_run(folder / cell.name)
             except FileNotFoundError:
                 continue
-            if len(run.steps):
+            if np.isfinite(run.steps[_METRIC]).any():
                 found.append(_curve(cell, row.title, run, folder / cell.name / "scores.json"))
     return found
 
@@ -111,13 +112,14 @@ def curves(folder: Path, table: Table = TABLE) -> list[Curve]:
 def _curve(cell: Cell, title: str, run: Run, scores: Path) -> Curve:
     rows = run.steps
     tested = np.isfinite(rows[_METRIC])
-    minutes = np.cumsum(rows["cpu_seconds"])[tested] / 60
+    minutes = np.cumsum(rows["cpu_seconds"]) / 60
     sizes = [p.numel() for p in run.parameters().values()]
     test = None
     if scores.is_file():
         read = json.loads(scores.read_text(encoding="utf-8"))["scores"]
         test = float(read["test"]), int(read["step"])
-    return Curve(cell, title, minutes, np.asarray(rows[_METRIC][tested], np.float64), sum(sizes), test)
+    bits = np.asarray(rows[_METRIC][tested], np.float64)
+    return Curve(cell, title, minutes[tested], bits, float(minutes[-1]), sum(sizes), test)
 
 
 def chosen(found: Sequence[Curve], minutes: float) -> list[Curve]:
@@ -178,13 +180,13 @@ def results(found: Sequence[Curve]) -> list[str]:
     if not found:
         return ["No cell has run yet."]
     ran = f"{len(found)} of {sum(len(row.cells(TABLE.seeds)) for row in TABLE.rows)} cells have run"
-    lines = [f"{ran}, the longest for {max(c.minutes[-1] for c in found):.1f} processor minutes of one thread."]
+    lines = [f"{ran}, the longest for {max(c.spent for c in found):.1f} processor minutes of one thread."]
     for minutes in MINUTES:
         best = chosen(found, minutes)
-        lines += ["", f"After {minutes:g} minutes, with the best setting of each method by validation:", ""]
         if not best:
-            lines[-2] = f"No cell has run for {minutes:g} minutes yet."
+            lines += ["", f"No cell has run for {minutes:g} minutes yet."]
             continue
+        lines += ["", f"After {minutes:g} minutes, with the best setting of each method by validation:", ""]
         lines += [
             "| method and setting | parameters | validation | test, best parameters so far |",
             "|---|--:|--:|--:|",
@@ -192,9 +194,9 @@ def results(found: Sequence[Curve]) -> list[str]:
         for c in sorted(best, key=lambda c: c.best(minutes)):
             test = "-" if c.test is None else f"{c.test[0]:.3f}"
             lines.append(f"| {c.title} | {c.parameters:,} | {c.best(minutes):.3f} | {test} |")
-    lines += ["", "Every cell that has run, with the lowest bits per character on validation so far:", ""]
-    lines += ["| cell | processor minutes | validation |", "|---|--:|--:|"]
-    lines += [f"| `{c.cell.command}` | {c.minutes[-1]:.1f} | {c.bits.min():.3f} |" for c in found]
+    lines += ["", "Every cell that has run, with bits per character on validation:", ""]
+    lines += ["| cell | processor minutes | lowest | last test |", "|---|--:|--:|--:|"]
+    lines += [f"| `{c.cell.command}` | {c.spent:.1f} | {c.bits.min():.3f} | {c.bits[-1]:.3f} |" for c in found]
     return lines
 
 
@@ -221,6 +223,7 @@ def draw(found: Sequence[Curve]) -> Figure:
     axes.axhline(PUBLISHED, color="0.4", linestyle=":", linewidth=1, label=f"published, on the test part: {PUBLISHED}")
     low = min(PUBLISHED, *(float(c.bits.min()) for c in found))
     axes.set(xlabel="processor minutes", ylabel="validation, bits per character", ylim=(low - 0.1, 3.5), xscale="log")
+    axes.set_xlim(left=0.1)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     return figure

@@ -22,7 +22,7 @@ from runs.cells import Cell
 
 def curve(title: str, minutes: list[float], bits: list[float], test: tuple[float, int] | None = None) -> t.Curve:
     cell = Cell("characters", tuple(title.split()), 0)
-    return t.Curve(cell, title, np.array(minutes), np.array(bits), 1000, test)
+    return t.Curve(cell, title, np.array(minutes), np.array(bits), minutes[-1], 1000, test)
 
 
 FOUND = [
