@@ -100,7 +100,7 @@ def tiles(begin: int, end: int, window: int, warm_up: int) -> Tiles:
     return Tiles(starts, first, last, window)
 
 
-def column_tiles(begin: int, end: int, count: int, warm_up: int) -> tuple[Tiles, int]:
+def column_tiles(begin: int, end: int, count: int, warm_up: int) -> Tiles:
     """Cut the targets in ``stream[begin:end]`` into columns to be run through with the state carried, each scored once.
 
     Each column starts `warm_up` steps before its first target, so that this has a past.
@@ -112,7 +112,7 @@ def column_tiles(begin: int, end: int, count: int, warm_up: int) -> tuple[Tiles,
 
     Returns:
         The columns, all of the same length (the last steps of some are scored by the next column or lie behind the
-        stream: `take` repeats its last symbol), and the number of columns.
+        stream: `take` repeats its last symbol).
 
     Raises:
         ValueError: there is no target.
@@ -123,7 +123,7 @@ def column_tiles(begin: int, end: int, count: int, warm_up: int) -> tuple[Tiles,
     count = min(count, end - begin)
     bounds = begin + np.arange(count + 1) * (end - begin) // count
     starts = np.maximum(bounds[:-1] - 1 - warm_up, 0)
-    return Tiles(starts, bounds[:-1], bounds[1:], int((bounds[1:] - 1 - starts).max())), count
+    return Tiles(starts, bounds[:-1], bounds[1:], int((bounds[1:] - 1 - starts).max()))
 
 
 def take(stream: npt.NDArray[Any], starts: Ints, steps: int) -> npt.NDArray[Any]:

@@ -120,7 +120,7 @@ class LanguageTraining(Training):
 
 
 def roles(settings: Any) -> dict[str, Any]:
-    """Which batches an optimizer's roles have, for the driver, and the text's own options for that."""
+    """Which batches the roles of an optimizer's step have, as the driver's arguments."""
     stochastic = settings.optimizer in STOCHASTIC
     gradient = range(1 if stochastic else settings.gradient_batches)
     return {
@@ -331,6 +331,7 @@ class Language(HF):
 
 def train(module: str, settings: Any, hf: Language) -> int:
     """Do what was asked for, say what came of it, and return the exit status."""
+    report.say(hf.problem.describe())
     outcome = "max_steps" if settings.score else main(module, settings, hf, lambda: draw(hf))
     if outcome in (None, "interrupted", "diverged"):
         return status(outcome)

@@ -91,7 +91,7 @@ CHARACTERS = {
         text="ptb", parameters=200_000, valid_symbols=50_000, start="the_meaning_of_life_is_", test_every=10
     ),
     "text8": Characters(text="text8", parameters=500_000, start="the meaning of life is ", valid_symbols=100_000),
-    "enwik8": Characters(text="enwik8", parameters=500_000, encoding="bytes", valid_symbols=100_000),
+    "enwik8": Characters(text="enwik8", parameters=500_000, valid_symbols=100_000),
     "mrnn-2011": _MRNN_2011,
     "text8-2017": _TEXT8_2017,
     "ptb-2019": replace(_PTB_2019, start="the_meaning_of_life_is_"),

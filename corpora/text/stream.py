@@ -143,11 +143,11 @@ class Text(Minibatches[Window]):
             self._tiles = tiles(begin, end, self.window, self.warm_up)
             self._tests = -(-len(self._tiles.starts) // self.batch_size)
         else:
-            self._tiles, _ = column_tiles(begin, end, self.batch_size, self.warm_up)
+            self._tiles = column_tiles(begin, end, self.batch_size, self.warm_up)
             self._tests = -(-self._tiles.window // self.window)
 
-    def evaluated_on(self, part: str, *, whole: bool = True) -> Text:
-        """The same text with test minibatches of another part, by default of all its symbols.
+    def evaluated_on(self, part: str) -> Text:
+        """The same text with test minibatches of all symbols of another part.
 
         Raises:
             ValueError: an unknown part.
@@ -155,7 +155,7 @@ class Text(Minibatches[Window]):
         if part not in PARTS:
             raise ValueError(f"part is {part!r}; choose {' or '.join(map(repr, PARTS))}")
         other = copy(self)
-        other._test_symbols = None if whole else self._test_symbols
+        other._test_symbols = None
         other._lay_tests(part)
         other.test_batches = range(-1, -1 - other._tests, -1)
         other.train_mem, other.test_mem, other._carrier = {}, {}, Carrier()
@@ -279,7 +279,7 @@ class Text(Minibatches[Window]):
     def describe(self) -> str:
         """Two sentences on the text for people."""
         counts = ", ".join(f"{length:,} {part}" for part, length in self.lengths.items())
-        sentence = f"{self.name} has {self.V:,} different symbols and {counts} symbols (SHA-256 {self.text_hash})."
+        sentence = f"{self.name} has {self.V:,} different symbols and {counts} symbols (hash of their numbers {self.text_hash})."
         return f"{sentence} {self.note}".strip()
 
     def __repr__(self) -> str:
