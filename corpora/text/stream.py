@@ -277,9 +277,10 @@ class Text(Minibatches[Window]):
         self._carrier.load_state_dict(state.get("states", {}))
 
     def describe(self) -> str:
-        """Two sentences on the text for people."""
-        counts = ", ".join(f"{length:,} {part}" for part, length in self.lengths.items())
-        sentence = f"{self.name} has {self.V:,} different symbols and {counts} symbols (hash of their numbers {self.text_hash})."
+        """What the text is, in sentences."""
+        names = {"train": "for training", "valid": "for validation", "test": "for the test"}
+        counts = ", ".join(f"{length:,} {names[part]}" for part, length in self.lengths.items())
+        sentence = f"{self.name} has {self.V:,} different symbols; {counts} (hash of their numbers {self.text_hash})."
         return f"{sentence} {self.note}".strip()
 
     def __repr__(self) -> str:

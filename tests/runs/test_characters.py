@@ -100,7 +100,7 @@ def test_bad_words_end_with_a_sentence(typed: Any, tmp_path: Path) -> None:
         ("nothing",): "there is no preset 'nothing'; choose from topics, ptb",
         ("--text", "nothing"): "there is no file nothing",
         ("--text", str(tmp_path / "a.txt")): "a.txt is no UTF-8 text: byte 0 is 0xff",
-        ("--warm-up", "100"): "warm_up is 100, but a window has 100 steps",
+        ("--warm-up", "60"): "warm_up is 60, but a window has 60 steps",
         ("--tied",): "tied needs an embedding",
         ("--parameters", "10"): "budget is 10",
     }.items():
