@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Optimizer):
+    """The method of torch.optim.Muon in the precision of the parameters: M <- mu M + (1 - mu) G, then W -= lr s O.
+
+    O has the singular vectors of (1 - mu) G + mu M and singular values near 1, by five steps of a Newton-Schulz
+    iteration; s = 0.2 sqrt(larger side) makes updates as large as Adam's usually are. torch's own iterates in bfloat16,
+    which many processors only emulate: a step of it took longer there than the gradient.
+
+    Args:
+        params: matrices.
+        lr: learning rate.
+        momentum: mu.
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Liu et al.,
+    arXiv:2502.16982 (s).
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters by their gradients."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                M = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                M.lerp_(p.grad, 1 - group["momentum"])
+                O = orthogonal(p.grad.lerp(M, group["momentum"]))
+                p.sub_(O, alpha=group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+
+
+def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
+    """A matrix with the singular vectors of G and singular values near 1."""
+    tall = G.shape[0] > G.shape[1]
+    X: Tensor = G.t() if tall else G
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        A = X @ X.t()
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.t() if tall else X
 
 
 class MuonWithAdam(torch.optim.Optimizer):
-    """torch.optim.Muon for parameters with two dimensions, torch.optim.Adam for the others.
-
-    Both have the same learning rate: Muon's is scaled so that its updates are as large as Adam's usually are.
+    """Muon for parameters with two dimensions, torch.optim.Adam for the others, with the same learning rate.
 
     Args:
         params: the parameters.
         lr: learning rate.
         outside: identities of matrices that Adam has nevertheless: those next to the symbols of a language model.
-
-    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024; Liu et al.,
-    arXiv:2502.16982 (the scale).
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, outside: Collection[int] = ()) -> None:
@@ -30,7 +69,7 @@ class MuonWithAdam(torch.optim.Optimizer):
         super().__init__(all_of_them, {"lr": lr})
         self.parts: list[torch.optim.Optimizer] = []
         if inside:
-            self.parts.append(torch.optim.Muon(inside, lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(inside, lr))
         if rest:
             self.parts.append(torch.optim.Adam(rest, lr))
         self.param_groups = [group for part in self.parts for group in part.param_groups]

@@ -17,7 +17,7 @@ from hfopt.experiment.carried import Carried
 from hfopt.experiment.data import Batch, Minibatches, Problem
 from hfopt.experiment.metrics import Metric, metrics_of
 
-Forward = Callable[[nn.Module, Any], "Tensor | Carried"]
+Forward = Callable[[nn.Module, Any], Tensor | Carried]
 Closure = Callable[[], Tensor]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from runs.muon import MuonWithAdam
+from runs.muon import MuonWithAdam, orthogonal
 
 
 def network() -> nn.Sequential:
@@ -44,9 +44,24 @@ def test_each_takes_its_own_parameters_with_its_own_steps() -> None:
         expected.backward()
         muon.step()
         adam.step()
-        assert_close(found, expected)
-    for p, q in zip(model.parameters(), apart.parameters(), strict=True):
-        assert_close(p, q, rtol=1e-6, atol=1e-7)
+        assert_close(found, expected, rtol=1e-3, atol=0)
+    # torch's iteration has the 8 bits of bfloat16; three updates of 0.01 * 0.2 * sqrt(6) at most.
+    torch.testing.assert_close(model[0].weight, apart[0].weight, rtol=0, atol=3 * 0.01 * 0.2 * 6**0.5 * 2**-6)
+    moved = (apart[0].weight - network()[0].weight).abs().max()
+    assert moved > 0.01 * 0.2
+    for name in ("0.bias", "2.weight", "2.bias"):
+        assert_close(model.get_parameter(name), apart.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
+def test_the_iteration_keeps_singular_vectors_and_evens_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((5, 9), (9, 5)):
+        G = torch.randn(shape, generator=generator, dtype=torch.float64)
+        O = orthogonal(G)
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        inner = U.T @ O @ Vh.T
+        assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-12)
+        assert ((inner.diagonal() > 0.65) & (inner.diagonal() < 1.25)).all()
 
 
 def test_a_state_goes_on_to_the_same_bits_and_rates_can_be_changed() -> None:
