@@ -112,7 +112,6 @@ class LowerOnPlateau(Schedule):
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
         # torch counts the tests that are let pass; by its own threshold and eps, small changes would be none.
         super().__init__(lambda o: plateau(o, factor=factor, patience=patience - 1, threshold=0.0, eps=0.0))
-
         self._tested = -1
 
     def after_update(self, hf: Experiment, row: Mapping[str, Any]) -> None:
@@ -227,12 +226,10 @@ class StopWithout(Callback):
 
     def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
         """Count, and stop."""
-        if row["step"] == self._tested:  # the test that ended a run is made again when that goes on
-            return
-        self._tested = row["step"]
         metric = next(m for m in hf.metrics if self.metric in (None, m.name, m.column))
-        rank = metric.rank(row[metric.column])
-        self._best, self._worse = (rank, 0) if rank < self._best else (self._best, self._worse + 1)
+        if row["step"] != self._tested:  # the test that ended a run is made again when that goes on
+            self._tested, rank = row["step"], metric.rank(row[metric.column])
+            self._best, self._worse = (rank, 0) if rank < self._best else (self._best, self._worse + 1)
         if self._worse >= self.progress_in:
             hf.stop(f"no progress of {metric.name} in {self._worse} tests")
 
