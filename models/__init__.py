@@ -5,6 +5,7 @@ from __future__ import annotations
 from models.cells import GRU2014, RHN, UGRNN, IntersectionRNN
 from models.fnn import FNN
 from models.gru import GRU
+from models.language import LanguageModel
 from models.lstm import LSTM
 from models.mrnn import MRNN
 from models.rnn import RNN
@@ -21,6 +22,7 @@ __all__ = [
     "RNN",
     "UGRNN",
     "IntersectionRNN",
+    "LanguageModel",
     "Stack",
     "parameter_count",
     "units_for",

@@ -255,8 +255,10 @@ class Stack(Recurrent):
 
     def _checked(self, inputs: Tensor) -> Tensor:
         """Inputs (T, B, V), or indices (T, B)."""
-        if self.embedding is None:
-            return super()._checked(inputs)
+        return super()._checked(inputs) if self.embedding is None else self._indices(inputs)
+
+    def _indices(self, inputs: Tensor) -> Tensor:
+        """Indices (T, B)."""
         if inputs.is_floating_point() or inputs.is_complex() or inputs.dtype == torch.bool:
             raise TypeError(f"inputs has dtype {inputs.dtype}; with an embedding they are indices, integers")
         if inputs.dim() != 2 or inputs.numel() == 0:
@@ -266,16 +268,18 @@ class Stack(Recurrent):
             )
         return inputs.transpose(0, 1) if self.batch_first else inputs
 
+    def _input(self, inputs: Tensor) -> Tensor:
+        """What the first layer takes (T, B, .)."""
+        if self.embedding is not None:
+            return F.embedding(inputs, self.W_in)
+        return F.linear(inputs, self.W_in.t(), self.b_in) if self.projects else inputs
+
     def _layer(
         self, inputs: Tensor, starts: Sequence[Tensor | None], lengths: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         own = self._starts()
         given = [start if start is not None else first for start, first in zip(self._given(starts), own, strict=True)]
-        x, count = inputs, len(self.cell.states)
-        if self.embedding is not None:
-            x = F.embedding(x, self.W_in)
-        elif self.projects:
-            x = F.linear(x, self.W_in.t(), self.b_in)
+        x, count = self._input(inputs), len(self.cell.states)
         final: list[Tensor] = []
         for k in range(self.depth):
             found = cell_layer(

@@ -50,7 +50,7 @@ class Result:
         steps, cg_iterations, products: of the optimizer, in all.
         seconds: wall-clock time of all steps, tests included.
         cpu_seconds: processor time of the same, all threads together; nan if the run's log has none.
-        loss, error: of the last test.
+        loss, error: of the last test; the error is the first metric.
         lowest: the lowest error of all tests.
         curve: (seconds, error) of every test; processor seconds where the run was on the CPU.
         on_cpu: whether it ran there.
@@ -93,13 +93,13 @@ def result(folder: Path) -> Result | None:
 
 def summary(run: SavedRun) -> Result:
     """A run in numbers."""
-    rows = run.steps
-    tests = rows[np.isfinite(rows["error_rate"])]
+    rows, judge = run.steps, run.metrics[0].column
+    tests = rows[np.isfinite(rows[judge])]
     updates = rows[rows["updated"]]
     on_cpu = str(run.versions["device"]).startswith("cpu")
     processor = rows["cpu_seconds"]
     clock = processor if on_cpu and np.isfinite(processor).all() else rows["seconds"]
-    total = np.cumsum(clock)[np.isfinite(rows["error_rate"])]
+    total = np.cumsum(clock)[np.isfinite(rows[judge])]
     return Result(
         state=_state(run),
         steps=len(updates),
@@ -108,9 +108,9 @@ def summary(run: SavedRun) -> Result:
         seconds=float(rows["seconds"].sum()),
         cpu_seconds=float(processor.sum()),
         loss=float(tests["test_loss"][-1]) if len(tests) else np.nan,
-        error=float(tests["error_rate"][-1]) if len(tests) else np.nan,
-        lowest=float(tests["error_rate"].min()) if len(tests) else np.nan,
-        curve=(np.asarray(total, np.float64), np.asarray(tests["error_rate"], np.float64)),
+        error=float(tests[judge][-1]) if len(tests) else np.nan,
+        lowest=float(tests[judge].min()) if len(tests) else np.nan,
+        curve=(np.asarray(total, np.float64), np.asarray(tests[judge], np.float64)),
         on_cpu=on_cpu,
         versions={name: str(value) for name, value in run.versions.items()},
     )
@@ -119,7 +119,7 @@ def summary(run: SavedRun) -> Result:
 def _state(run: SavedRun) -> str:
     """A closing row, which was tested but not updated, ends a run; so does a loss that is not a number."""
     last, driver = run.steps[-1], run.configuration["driver"]
-    if not last["updated"] and last["error_rate"] < driver["threshold"]:
+    if not last["updated"] and last[run.metrics[0].column] < driver["threshold"]:
         return "solved"
     over = not last["updated"] and last["step"] >= driver["max_steps"]
     return "not solved" if over or np.isnan(last["train_loss"]) else "unfinished"

@@ -10,14 +10,15 @@ from torch import nn
 
 import hfopt
 from hfopt.damping import Damping, LevenbergMarquardt
+from runs.muon import MuonWithAdam
 from runs.nesterov import Nesterov
 from runs.settings import Training
 
 Factory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 # Learning rates for recurrent nets with long lags; every comparison should tune its own.
-LEARNING_RATES = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 1e-2, "nag": 1e-3, "lbfgs": 1.0}
-STOCHASTIC = ("adam", "rmsprop", "sgd", "nag")
+LEARNING_RATES = {"adam": 1e-3, "rmsprop": 1e-3, "sgd": 1e-2, "nag": 1e-3, "muon": 1e-3, "lbfgs": 1.0}
+STOCHASTIC = ("adam", "rmsprop", "sgd", "nag", "muon")
 
 
 def optimizer(
@@ -61,6 +62,8 @@ def optimizer(
         last = steps(name, settings.max_steps)
         lower_from = last - settings.final_steps if settings.final_steps else None
         return lambda parameters: Nesterov(parameters, lr, settings.momentum, lower_from)
+    if name == "muon":
+        return lambda parameters: MuonWithAdam(parameters, lr)
     return first_order(name, lr)
 
 

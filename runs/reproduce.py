@@ -6,6 +6,7 @@
     python -m runs.reproduce pathological --only "addition*" "xor*"
     python -m runs.reproduce --write                      the document alone, from what is there
     python -m runs.reproduce --write --document docs/reproduction.md
+    python -m runs.reproduce language --budget-minutes 10 language models, and their page; then with --best for longer
 
 A cell is one run: a problem, its length, its settings, a seed. Cells that are finished are read from their run.h5;
 unfinished ones go on where they were last saved, also after a kill. A cell that has used up its budget counts as not
@@ -28,6 +29,7 @@ from typing import Annotated
 import tyro
 
 from hfopt.experiment.report import duration
+from runs import language_table
 from runs.cells import ROOT, Cell, Result, environment, result
 from runs.reproduction import write_document
 from runs.tables import TABLES, Table
@@ -41,7 +43,8 @@ class CommandLine:
     """Run the missing cells of a table, or of all tables, and write the document."""
 
     table: Annotated[str, tyro.conf.Positional] = "all"
-    """Name of the table: all, pathological, pathological-long, memorization-damping, time-to-solution."""
+    """Name of the table: pathological, pathological-long, memorization-damping, time-to-solution, or all of these;
+    or language."""
     only: tuple[str, ...] = ()
     """Rows to run, by their titles; * stands for anything."""
     seeds: int | None = None
@@ -57,7 +60,10 @@ class CommandLine:
     folder: Path = ROOT / "runs" / "logs" / "reproduce"
     """Where the runs lie."""
     document: Path | None = None
-    """The document, by default reproduction.md in that folder; its figures go to the folder images beside it."""
+    """The document, by default reproduction.md in that folder, or language.md; figures go to the folder images beside
+    it. Of language.md, what stands outside two marks is left alone."""
+    best: bool = False
+    """Of language: only the best setting so far of each method."""
     write: bool = False
     """Run nothing: write the document from the runs that are there."""
 
@@ -150,7 +156,8 @@ def line(cell: Cell, found: Result | None) -> str:
     """One line on a cell that has ended."""
     if found is None:
         return f"{cell.name}: no step finished"
-    return f"{cell.name}: {found.state}, {found.steps} steps, {duration(found.spent)}, {100 * found.error:.2f}% wrong"
+    error = f"{found.error:.3f}" if cell.module in ("characters", "words") else f"{100 * found.error:.2f}% wrong"
+    return f"{cell.name}: {found.state}, {found.steps} steps, {duration(found.spent)}, {error}"
 
 
 def chosen(table: Table, settings: CommandLine) -> list[Cell]:
@@ -162,10 +169,17 @@ def chosen(table: Table, settings: CommandLine) -> list[Cell]:
 
 def main(settings: CommandLine) -> int:
     """The exit status: 0, 1 if a cell broke down, 130 after Ctrl-C."""
-    if settings.table != "all" and settings.table not in TABLES:
-        sys.exit(f"runs.reproduce: there is no table {settings.table!r}; choose from all, {', '.join(TABLES)}")
+    known = {**TABLES, "language": language_table.TABLE}
+    if settings.table != "all" and settings.table not in known:
+        sys.exit(f"runs.reproduce: there is no table {settings.table!r}; choose from all, {', '.join(known)}")
+    language = settings.table == "language"
     names = list(TABLES) if settings.table == "all" else [settings.table]
-    cells = list(dict.fromkeys(cell for name in names for cell in chosen(TABLES[name], settings)))
+    cells = list(dict.fromkeys(cell for name in names for cell in chosen(known[name], settings)))
+    if settings.best and language:
+        first = language_table.chosen(language_table.curves(settings.folder), language_table.CHOICE)
+        cells = [curve.cell for curve in first if curve.cell in cells]
+        if not cells:
+            sys.exit(f"runs.reproduce: no cell has run for {language_table.CHOICE:g} minutes yet; run without --best")
     if not cells:
         sys.exit(f"runs.reproduce: no row is called {' or '.join(settings.only)}")
     status = 0
@@ -179,8 +193,15 @@ def main(settings: CommandLine) -> int:
             status = int(bool(run_cells(cells, settings.folder, **options)))  # type: ignore[arg-type]
         except KeyboardInterrupt:
             status = 130
-    document = settings.folder / "reproduction.md" if settings.document is None else settings.document
-    write_document(TABLES, settings.folder, document)
+    default = settings.folder / ("language.md" if language else "reproduction.md")
+    document = default if settings.document is None else settings.document
+    if language:
+        try:
+            language_table.write(settings.folder, document)
+        except ValueError as error:
+            sys.exit(f"runs.reproduce: {error}")
+    else:
+        write_document(TABLES, settings.folder, document)
     print(document)
     return status
 

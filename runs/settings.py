@@ -32,8 +32,9 @@ S = TypeVar("S")
 class Training:
     """Optimizer, seed, place and name of a run."""
 
-    optimizer: Literal["hf", "adam", "rmsprop", "sgd", "nag", "lbfgs"] = "hf"
-    """Hessian-free, or another to compare it with; nag is SGD with Nesterov's momentum on the schedule of 2013."""
+    optimizer: Literal["hf", "adam", "rmsprop", "sgd", "nag", "muon", "lbfgs"] = "hf"
+    """Hessian-free, or another to compare it with; nag is SGD with Nesterov's momentum on the schedule of 2013, muon
+    has Adam for what is no matrix."""
     lr: float | None = None
     """Learning rate; by default a usual one, for hf 1."""
     momentum: float = 0.99

@@ -52,7 +52,7 @@ class HF:
         model: returns what the problem's losses take.
         problem: the data object (`hfopt.experiment.data`). Its errors are counted (`zero_one_loss`), or measured
             (`errors`, `error_name`): then "error rate" is the mean error of the test cases here; or it has `metrics`.
-        forward: outputs of (model, batch); default `model(batch.inputs)`.
+        forward: outputs of (model, batch), default `model(batch.inputs)`; or `Carried` (`hfopt.experiment.carried`).
         optimizer: over the model's parameters, or a function that makes one of them (`torch.optim.Adam`,
             say); default `hfopt.HessianFree`.
         gradient_batches: training batches of the gradient; default all.

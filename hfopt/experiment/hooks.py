@@ -100,6 +100,47 @@ class Schedule(Callback):
         self._scheduler.load_state_dict(state)
 
 
+class LowerOnPlateau(Schedule):
+    """Lower the learning rate when so many tests in a row were no better than the best before them.
+
+    It is torch's ReduceLROnPlateau, asked after every test.
+
+    Args:
+        patience: the number of tests.
+        factor: of the learning rate.
+        metric: its name; default the first metric.
+    """
+
+    def __init__(self, patience: int, factor: float = 0.5, metric: str | None = None) -> None:
+        if patience < 1:
+            raise ValueError(f"patience={patience}: must be at least 1")
+        self.patience, self.factor, self.metric = patience, factor, metric
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+        # torch counts the tests that are let pass; by its own threshold and eps, small changes would be none.
+        super().__init__(lambda o: plateau(o, factor=factor, patience=patience - 1, threshold=0.0, eps=0.0))
+        self._tested = -1
+
+    def after_update(self, hf: Experiment, row: Mapping[str, Any]) -> None:
+        """Do nothing: progress is seen by tests."""
+
+    def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
+        """Lower the learning rate, if it is time."""
+        if row["step"] == self._tested:  # the test that ended a run is made again when that goes on
+            return
+        self._tested = row["step"]
+        metric = next(m for m in hf.metrics if self.metric in (None, m.name, m.column))
+        self._scheduler.step(metric.rank(row[metric.column]))  # type: ignore[arg-type]  # of this scheduler: the metric
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's, and the step of the last test."""
+        return {**super().state_dict(), "tested": self._tested}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+        super().load_state_dict({key: value for key, value in state.items() if key != "tested"})
+        self._tested = state["tested"]
+
+
 class ClipGradient(Callback):
     """Scale the gradient of all parameters together to a norm of at most `norm`, for optimizers of gradients."""
 
@@ -187,23 +228,24 @@ class StopWithout(Callback):
         if progress_in < 1:
             raise ValueError(f"progress_in={progress_in}: must be at least 1")
         self.progress_in, self.metric = progress_in, metric
-        self._best, self._worse = math.inf, 0
+        self._best, self._worse, self._tested = math.inf, 0, -1
 
     def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
         """Count, and stop."""
         metric = next(m for m in hf.metrics if self.metric in (None, m.name, m.column))
-        rank = metric.rank(row[metric.column])
-        self._best, self._worse = (rank, 0) if rank < self._best else (self._best, self._worse + 1)
+        if row["step"] != self._tested:  # the test that ended a run is made again when that goes on
+            self._tested, rank = row["step"], metric.rank(row[metric.column])
+            self._best, self._worse = (rank, 0) if rank < self._best else (self._best, self._worse + 1)
         if self._worse >= self.progress_in:
             hf.stop(f"no progress of {metric.name} in {self._worse} tests")
 
     def state_dict(self) -> dict[str, Any]:
-        """The best test, and how many have followed it."""
-        return {"best": self._best, "worse": self._worse}
+        """The best test, how many have followed it, and the step of the last one."""
+        return {"best": self._best, "worse": self._worse, "tested": self._tested}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from it."""
-        self._best, self._worse = state["best"], state["worse"]
+        self._best, self._worse, self._tested = state["best"], state["worse"], state.get("tested", -1)
 
 
 class Callbacks:

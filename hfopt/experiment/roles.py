@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hfopt.experiment.carried import Carried
 from hfopt.experiment.data import Batch, Minibatches, Problem
 from hfopt.experiment.generators import untouched_generators
 from hfopt.experiment.metrics import Metric, metrics_of
 
-Forward = Callable[[nn.Module, Any], Tensor]
+Forward = Callable[[nn.Module, Any], Tensor | Carried]
 Closure = Callable[[], Tensor]
 
 
@@ -139,6 +140,7 @@ class Drawn:
         self._problem = problem
         self._held: dict[int, Any] = {}
         self._sizes: dict[int, int] = {}
+        self._carried: set[int] = set()
 
     def __call__(self, i: int) -> Any:
         """Batch `i`."""
@@ -154,6 +156,13 @@ class Drawn:
         if i not in self._sizes:
             self._sizes[i] = self._problem.size(self(i))
         return self._sizes[i]
+
+    def outputs(self, i: int, found: Tensor | Carried) -> Tensor:
+        """The outputs that a forward found for batch `i`; states that came along are handed on, once."""
+        if i not in self._carried and isinstance(found, Carried):
+            self._carried.add(i)
+            hand_on(self._problem, i, found)
+        return found.outputs if isinstance(found, Carried) else found
 
     def weights(self, indices: Sequence[int]) -> list[float]:
         """`size(i) / sum of sizes`; a single batch is not drawn for that."""
@@ -172,6 +181,17 @@ def averaged(model: nn.Module, share: float) -> AveragedModel:
         get_ema_multi_avg_fn(min(1 - 1 / (int(before) + 1), share))(averages, now, before)  # type: ignore[no-untyped-call]
 
     return AveragedModel(model, multi_avg_fn=mix)
+
+
+def hand_on(problem: Problem, i: int, found: Carried) -> None:
+    """Give the states after batch `i` to the problem, as constants; TypeError if it takes none."""
+    carry = getattr(problem, "carry", None)
+    if carry is None:
+        raise TypeError(
+            f"forward returned states to be carried, but the data object, a {type(problem).__name__}, has no "
+            "carry(i, states), which takes them; hfopt.experiment.carried.Carrier has what it needs"
+        )
+    carry(i, tuple(state.detach() for state in found.states))
 
 
 def on_inputs(model: nn.Module, batch: Batch) -> Tensor:
@@ -204,7 +224,7 @@ def closure(
         total: Tensor | None = None
         for i, weight in zip(indices, weights, strict=True):
             batch = drawn(i)
-            loss = problem.loss(forward(model, batch), batch)
+            loss = problem.loss(drawn.outputs(i, forward(model, batch)), batch)
             if weight != 1:
                 loss = loss * weight
             if optimizer is not None:
@@ -235,7 +255,7 @@ def evaluate(
     """Evaluate some batches: mean loss over their scored outputs, and metrics over their cases.
 
     By default the metrics are the problem's own; the first is the share of wrong cases if it counts them. The model is
-    in evaluation mode meanwhile.
+    in evaluation mode meanwhile. States that are carried are handed on from batch to batch.
     """
     metrics = metrics_of(problem) if metrics is None else metrics
     losses, sizes = [], []
@@ -244,6 +264,9 @@ def evaluate(
         for i in indices:
             batch = problem(i)
             outputs = forward(model, batch)
+            if isinstance(outputs, Carried):
+                hand_on(problem, i, outputs)
+                outputs = outputs.outputs
             losses.append(float(problem.loss(outputs, batch)))
             sizes.append(problem.size(batch))
             for k, metric in enumerate(metrics):

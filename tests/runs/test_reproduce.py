@@ -183,7 +183,10 @@ class TestSummary:
         rows[-1] |= columns
         driver = {"threshold": 0.01, "max_steps": 2}
         return SimpleNamespace(
-            steps=table(rows, STEP_TYPE), versions={"device": device}, configuration={"driver": driver}
+            steps=table(rows, STEP_TYPE),
+            versions={"device": device},
+            configuration={"driver": driver},
+            metrics=[SimpleNamespace(column="error_rate")],
         )
 
     def test_numbers(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 import hfopt
 from hfopt.experiment.driver import HF
-from hfopt.experiment.hooks import Callback, ClipGradient, KeepBest, Project, Schedule, StopWithout
+from hfopt.experiment.hooks import Callback, ClipGradient, KeepBest, LowerOnPlateau, Project, Schedule, StopWithout
 from hfopt.experiment.store.format import RunError
 from hfopt.experiment.store.reader import read_run
 from tests.hfopt.tiny import Running, Sums, bits, experiment
@@ -140,3 +141,36 @@ def test_what_is_no_callback_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no metric 'nothing'"):
         experiment(tmp_path / "run", callbacks=[KeepBest("nothing")])
     assert hfopt.HF is HF
+
+
+def test_the_learning_rate_is_lowered_on_a_plateau_and_that_is_resumed(tmp_path: Path) -> None:
+    def run(path: Path, steps: int) -> HF:
+        torch.manual_seed(0)
+        return HF(
+            path,
+            Running(),
+            Sums(),
+            optimizer=lambda p: torch.optim.SGD(p, lr=1e-9),  # too small for progress
+            callbacks=[LowerOnPlateau(2, factor=0.1)],
+            threshold=0.0,
+            max_steps=steps,
+            quiet=True,
+        )
+
+    whole = run(tmp_path / "whole", 9)
+    whole.optimize()
+    metric = read_run(tmp_path / "whole").steps["error_rate"]
+    best, worse, expected = math.inf, 0, 1e-9
+    for value in metric:
+        best, worse = (value, 0) if value < best else (best, worse + 1)
+        if worse == 2:
+            worse, expected = 0, expected * 0.1
+    assert expected < 1e-9
+    assert whole.optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12, abs=0)
+    run(tmp_path / "parts", 4).optimize()
+    again = run(tmp_path / "parts", 9)
+    again.load()
+    again.optimize()
+    assert again.optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12, abs=0)
+    with pytest.raises(ValueError, match="patience=0"):
+        LowerOnPlateau(0)
