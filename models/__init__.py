@@ -8,7 +8,9 @@ from models.gru import GRU
 from models.language import LanguageModel
 from models.lstm import LSTM
 from models.mrnn import MRNN
+from models.piano_roll import PianoRoll
 from models.rnn import RNN
+from models.rnn_nade import RNNNADE
 from models.sizes import parameter_count, units_for
 from models.stacked import Stack
 
@@ -20,9 +22,11 @@ __all__ = [
     "MRNN",
     "RHN",
     "RNN",
+    "RNNNADE",
     "UGRNN",
     "IntersectionRNN",
     "LanguageModel",
+    "PianoRoll",
     "Stack",
     "parameter_count",
     "units_for",

@@ -6,7 +6,9 @@
 (torch.Size([5, 88]), 'nats/frame')
 """
 
+from corpora.music.collections import NAMES, load
+from corpora.music.counterpoint import counterpoint
 from corpora.music.data import Music
 from corpora.music.rolls import Pieces
 
-__all__ = ["Music", "Pieces"]
+__all__ = ["NAMES", "Music", "Pieces", "counterpoint", "load"]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 
 from corpora.music.rolls import PITCHES, Roll
+from corpora.source import Found, read
 
 _MAGIC = b"MATLAB 5.0 MAT-file"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _VARIABLES = {"train": "traindata", "valid": "validdata", "test": "testdata"}
 
 
-def read_mat(path: Path, most: int = 1 << 28) -> dict[str, list[Roll]]:
+def read_mat(path: Found, most: int = 1 << 28) -> dict[str, list[Roll]]:
     """The piano rolls in a .mat file of version 5: cell arrays `traindata`, `validdata`, `testdata` of `(T, 88)`.
 
     The format holds numbers alone; nothing in it is executed. Files of more than `most` bytes are refused.
@@ -24,10 +25,7 @@ def read_mat(path: Path, most: int = 1 << 28) -> dict[str, list[Roll]]:
         ValueError: the file is empty, damaged or truncated, or it holds something else.
         ModuleNotFoundError: scipy is not installed.
     """
-    if path.stat().st_size > most:
-        raise ValueError(f"{path} has more than {most:,} bytes; the published piano rolls are far smaller")
-    with path.open("rb") as file:
-        start = file.read(128)
+    start = (content := read(path, most))[:128]
     if start.startswith(_HDF5):
         raise ValueError(f"{path} is a MATLAB file of version 7.3; save it again with save(..., '-v7')")
     if not start.startswith(_MAGIC):
@@ -37,7 +35,7 @@ def read_mat(path: Path, most: int = 1 << 28) -> dict[str, list[Roll]]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("scipy is needed to read .mat files: pip install scipy") from error
     try:
-        found: dict[str, Any] = loadmat(path, variable_names=list(_VARIABLES.values()))
+        found: dict[str, Any] = loadmat(BytesIO(content), variable_names=list(_VARIABLES.values()))
     except Exception as error:  # scipy raises errors of a dozen kinds on damaged files
         raise ValueError(f"{path} is damaged or truncated ({type(error).__name__}: {error}); fetch it again") from error
     missing = sorted(set(_VARIABLES.values()) - found.keys())
@@ -46,14 +44,14 @@ def read_mat(path: Path, most: int = 1 << 28) -> dict[str, list[Roll]]:
     return {role: [_roll(path, name, k, x) for k, x in enumerate(_cells(path, name, found))] for role, name in _VARIABLES.items()}
 
 
-def _cells(path: Path, name: str, found: dict[str, Any]) -> list[Any]:
+def _cells(path: Found, name: str, found: dict[str, Any]) -> list[Any]:
     cells = found[name]
     if not isinstance(cells, np.ndarray) or cells.dtype != object:
         raise ValueError(f"{path}: {name} is no cell array; each of its cells is a piece (T, {PITCHES})")
     return list(cells.ravel())
 
 
-def _roll(path: Path, name: str, k: int, x: Any) -> Roll:
+def _roll(path: Found, name: str, k: int, x: Any) -> Roll:
     if not isinstance(x, np.ndarray) or x.dtype.kind not in "uifb" or x.ndim != 2 or x.shape[1] != PITCHES:
         what = f"shape {x.shape} and dtype {x.dtype}" if isinstance(x, np.ndarray) else f"type {type(x).__name__}"
         raise ValueError(f"{path}: cell {k} of {name} has {what}; a piece is (T, {PITCHES}) numbers")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-import zlib
-from pathlib import Path
 from typing import Any
 
 from corpora.music.rolls import ROLES, Roll, roll_of
+from corpora.source import Found, read
 
 
-def read_notes(path: Path, most: int = 1 << 28) -> dict[str, list[Roll]]:
+def read_notes(path: Found, most: int = 1 << 28) -> dict[str, list[Roll]]:
     """The piano rolls in a .json or .json.gz file: ``{"train": [[[60, 64], ..], ..], "valid": .., "test": ..}``.
 
     Each piece lists its frames, each frame its MIDI notes. A -1 (or NaN) stands for a silent voice in the form that
@@ -22,13 +20,7 @@ def read_notes(path: Path, most: int = 1 << 28) -> dict[str, list[Roll]]:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, damaged, truncated, larger than `most` bytes unpacked, or no such JSON.
     """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            text = file.read(most + 1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no complete gzip file ({error}); fetch it again") from error
-    if len(text) > most:
-        raise ValueError(f"{path} has more than {most:,} bytes; lists of chorales are far smaller")
+    text = read(path, most)
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,194 @@
+"""Polyphonic music: recurrent nets predict each frame of a piano roll from those before it, and write music.
+
+    python -m runs.music                                  generated counterpoint with RNN-NADE; no file is needed
+    python -m runs.music jsb                              Bach's chorales, a plain recurrent net
+    python -m runs.music jsb-nade                         the same with RNN-NADE
+    python -m runs.music nottingham                       folk tunes; piano-midi, musedata: the other collections
+    python -m runs.music jsb --optimizer adam             the same with Adam (or sgd, rmsprop, muon)
+    python -m runs.music --data songs/ --steps-per-beat 4 a folder of MIDI files
+    python -m runs.music jsb --resume                     go on with that run where it was last saved
+    python -m runs.music jsb --picture roll.png           a picture of new music, and roll.mid beside it
+    python -m runs.music jsb --help                       all settings, those of the preset as defaults
+
+and from Python, with the settings of the counterpoint:
+
+    python -c "import runs.music as m; m.hf.optimize(); m.summary()"
+
+Tests during training are of the validation pieces: the run ends when they no longer improve, and what is reported at
+its end, on validation and test pieces, is of the parameters that were best on the former. Losses are nats per frame,
+summed over 88 pitches, over all frames with the first ones predicted from the learned start (as in 2012), and without
+the first ones (as in 2018).
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if find_spec("models") is None:
+    sys.exit("runs.music: type python -m runs.music in the folder of the checkout")
+
+from corpora.music import Music, load
+from corpora.music.baseline import FirstOrder
+from corpora.music.midi import write_midi
+from corpora.music.picture import draw_rolls
+from corpora.music.rolls import PITCHES
+from corpora.music.rules import mean_share, obedience
+from hfopt.experiment.driver import HF
+from models import RNNNADE, PianoRoll
+from runs.music_presets import PRESETS, RATES, RULES
+from runs.settings import hints, main, parse, run_name, sentences, status
+from runs.validated import FIRST_ORDER, callbacks, factory, paced, report, seeded
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from corpora.music.rolls import Roll
+
+typed = sys.argv[1:] if __name__ == "__main__" else []
+preset = typed[0] if typed and not typed[0].startswith("-") else "counterpoint"
+if preset not in PRESETS:
+    sys.exit(f"runs.music: there is no preset {preset!r}; choose from {', '.join(PRESETS)}")
+settings = parse(PRESETS[preset], typed[typed[:1] == [preset] :], f"runs.music {preset}")
+
+# 0. Seed, and threads, which sums are divided among.
+seeded(settings)
+
+# 1. Pieces. First-order optimizers take a minibatch at a step, hf the gradient of all windows.
+stochastic = settings.optimizer in FIRST_ORDER
+with sentences("runs.music", settings):
+    if settings.optimizer not in ("hf", *FIRST_ORDER):
+        raise ValueError(f"optimizer {settings.optimizer} has no settings here; choose hf, {', '.join(FIRST_ORDER)}")
+    pieces = load(settings.data, settings.folder, steps_per_beat=settings.steps_per_beat)
+    music = Music(
+        pieces,
+        batch_size=settings.minibatch if stochastic else settings.batch_size,
+        window=settings.window,
+        context=settings.context,
+        first=settings.first,
+        conditional=settings.nade > 0,
+        shuffle_every=None if stochastic else 1,
+        seed=settings.seed,
+        device=settings.device,
+    )
+
+# 2. Model and its initialisation; output biases begin at how often each note sounds.
+with sentences("runs.music", settings):
+    noise: dict[str, float] = {name: getattr(settings, name) for name in ("dropout", "input_dropout", "weight_noise")}
+    model: RNNNADE | PianoRoll = (
+        RNNNADE(settings.cell, settings.hidden, settings.nade, settings.depth, **noise)
+        if settings.nade
+        else PianoRoll(settings.cell, settings.hidden, settings.depth, **noise)
+    )
+    frames = np.concatenate(pieces.parts["train"])
+    rates = torch.from_numpy((frames.sum(0) + 0.5) / (len(frames) + 1))
+    model.sparse_init(settings.seed, settings.connections, settings.scale, settings.input_scale, rates)
+    model.to(settings.device)
+
+
+def forward(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """The logits of a minibatch; of scored frames alone where each of them is expensive."""
+    outputs: torch.Tensor = (
+        model(batch.inputs, batch.targets, batch.lengths, batch.scored)
+        if settings.nade
+        else model(batch.inputs, batch.lengths)
+    )
+    return outputs
+
+
+# 3. Loss: the pieces bring their own, music.loss(outputs, batch), and their metrics.
+
+# 4. Optimizer and driver.
+name = settings.name or run_name(f"music-{preset}", settings, PRESETS[preset])
+batches = len(music.train_batches)
+roles: dict[str, Any] = {}
+if not stochastic:
+    roles = {"curvature_batches": range(min(settings.curvature_batches, batches))}
+    if settings.gradient_batches is not None:
+        roles["gradient_batches"] = range(min(settings.gradient_batches, batches))
+hf = HF(
+    Path(__file__).parent / "logs" / name,
+    model,
+    music,
+    forward=forward,
+    optimizer=factory(settings, RATES, rule=RULES[settings.lambda_by], structural=settings.structural)
+    if not stochastic
+    else factory(settings, RATES),
+    **roles,
+    callbacks=callbacks(settings, stochastic=stochastic),
+    threshold=0,
+    keep_checkpoints=1,
+    seed=settings.seed,
+    settings=settings,
+    overwrite=settings.overwrite,
+    hints=hints("runs.music", typed, "new music"),
+    **paced(settings, settings, batches),
+)
+
+
+def sample(steps: int = 64, seed: int = 0) -> Roll:
+    """A roll (steps, 88) drawn from the model as it is."""
+    model.eval()
+    drawn = model.sample(steps, torch.Generator().manual_seed(seed))
+    return drawn.cpu().numpy().astype(np.uint8)
+
+
+def visualize_batch(steps: int = 64) -> Figure:
+    """New music of the model, of a first-order model of the notes, and a piece of the validation part."""
+    first_order = FirstOrder(pieces).sample(steps, np.random.default_rng(settings.seed))
+    rolls = {
+        f"{type(model).__name__} after {hf.step} steps": sample(steps, settings.seed),
+        "each note by itself, a chain of first order": first_order,
+        f"a piece of {pieces.name}": pieces.parts["valid"][0][:steps],
+    }
+    return draw_rolls(rolls, steps_per_beat=pieces.steps_per_beat, title=f"{pieces.name}: drawn and given")
+
+
+def rules(count: int = 16, steps: int = 64) -> dict[str, dict[str, Any]]:
+    """How often the rules of counterpoint are obeyed by new pieces of the model and of a first-order model."""
+    generator = np.random.default_rng(settings.seed)
+    first_order = FirstOrder(pieces)
+    made = {
+        "model": [sample(steps, seed) for seed in range(count)],
+        "first order": [first_order.sample(steps, generator) for _ in range(count)],
+        "test pieces": pieces.parts["test"],
+    }
+    return {who: obedience(rolls) for who, rolls in made.items()}
+
+
+def summary() -> dict[str, Any]:
+    """Print and return what the best parameters by validation reach, beside a first-order model of each note."""
+    found: dict[str, Any] = dict(report(hf, {role: music.evaluated_on(role) for role in ("valid", "test")}, forward))
+    chain = FirstOrder(pieces)
+    found["first order"] = chain.nats(pieces.parts["test"])
+    print("a first-order model of each note: nats/frame {:.4g}, from 2nd {:.4g} (test)".format(*found["first order"]))
+    if pieces.name == "counterpoint":
+        found["rules"] = rules()
+        for who, counts in found["rules"].items():
+            shares = ", ".join(f"{rule} {100 * c.share:.1f}%" for rule, c in counts.items())
+            print(f"rules obeyed by {who}: {100 * mean_share(counts):.1f}% ({shares})")
+    return found
+
+
+def show(picture: Path) -> None:
+    """Write a picture of new music, and the music as a MIDI file beside it."""
+    visualize_batch().savefig(picture, dpi=130)
+    midi = picture.with_suffix(".mid")
+    write_midi(midi, sample(128, settings.seed), pieces.steps_per_beat)
+    print(f"new music: {picture} and {midi}")
+
+
+if __name__ == "__main__":
+    assert music.pieces.parts["train"][0].shape[1] == PITCHES
+    if settings.picture is not None:
+        hf.load("best-valid")
+    outcome = main("runs.music", settings, hf, visualize_batch)
+    if outcome not in (None, "interrupted"):
+        summary()
+        show(hf.path / "sample.png")
+    sys.exit(status(outcome, wanted=False))

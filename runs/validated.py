@@ -1,0 +1,159 @@
+"""Runs that are chosen by validation: when they stop, which parameters are kept, and what is reported of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfopt.experiment.data import Problem
+from hfopt.experiment.driver import HF
+from hfopt.experiment.hooks import Callback, ClipGradient, Experiment, KeepBest, StopWithout
+from hfopt.experiment.metrics import metrics_of
+from hfopt.experiment.roles import Forward, evaluate, on_inputs
+from runs.optimizers import Factory, first_order, optimizer, pace
+from runs.settings import Training
+
+BEST = "best-valid"
+"""The checkpoint with the best validation so far."""
+REPORT = "report.json"
+"""What a finished run's best parameters reach, in its folder."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """How validation ends a run and what regularises it."""
+
+    patience: int = 10
+    """Validations in a row without progress after which the run ends."""
+    halve: int = 0
+    """Validations in a row without progress after which a first-order optimizer's learning rate is halved; 0: never."""
+    clip: float = 0.0
+    """Largest norm of the gradient, for first-order optimizers; 0 for none."""
+    validate_every: int | None = None
+    """Steps from one validation to the next; by default 1 for hf, and a pass over the data for the others."""
+
+
+class HalveRate(Callback):
+    """Halve the learning rate after so many validations in a row without progress of the first metric.
+
+    Args:
+        after: how many.
+    """
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self._best, self._worse = math.inf, 0
+
+    def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
+        """Count, and halve."""
+        rank = hf.metrics[0].rank(row[hf.metrics[0].column])
+        self._best, self._worse = (rank, 0) if rank < self._best else (self._best, self._worse + 1)
+        if self._worse >= self.after:
+            self._worse = 0
+            for group in hf.optimizer.param_groups:
+                group["lr"] *= 0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best validation, and how many have followed it."""
+        return {"best": self._best, "worse": self._worse}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+        self._best, self._worse = state["best"], state["worse"]
+
+
+def callbacks(settings: Validated, *, stochastic: bool) -> list[Callback]:
+    """Keep the best parameters, stop in time, and halve and clip as the settings say."""
+    found: list[Callback] = [KeepBest(name=BEST), StopWithout(settings.patience)]
+    if stochastic and settings.halve:
+        found.append(HalveRate(settings.halve))
+    if stochastic and settings.clip:
+        found.append(ClipGradient(settings.clip))
+    return found
+
+
+FIRST_ORDER = ("adam", "sgd", "rmsprop", "muon")
+
+
+def factory(settings: Training, rates: dict[str, float], **hessian_free: Any) -> Factory:
+    """What makes the optimizer: hf with these arguments, or one of `FIRST_ORDER` with its weight decay.
+
+    Args:
+        settings: of the run.
+        rates: learning rates by optimizer, where the settings have none.
+        hessian_free: further arguments of `runs.optimizers.optimizer` and `hfopt.HessianFree`.
+    """
+    name = settings.optimizer
+    if name not in FIRST_ORDER:
+        return optimizer(settings, rates, **hessian_free)
+    lr = rates[name] if settings.lr is None else settings.lr
+    return first_order(name, lr, settings.weight_decay)
+
+
+def paced(settings: Training, validated: Validated, batches: int) -> dict[str, Any]:
+    """The pace of the driver: hf takes all batches at a step, the others one, and saves about once in a pass."""
+    stochastic = settings.optimizer in FIRST_ORDER
+    chosen = pace(settings.optimizer, settings.max_steps)
+    every = validated.validate_every or (batches if stochastic else 1)
+    return {**chosen, "test_freq": every, "save_freq": max(chosen["save_freq"], every)}
+
+
+Row = dict[str, float]
+
+
+def report(hf: HF, roles: Mapping[str, Problem], forward: Forward = on_inputs) -> dict[str, Row]:
+    """Load the best parameters by validation and evaluate them; the numbers are kept in the run's folder, and printed.
+
+    Args:
+        hf: the run, with a checkpoint of the best validation.
+        roles: data objects whose test batches are evaluated, by name.
+        forward: as of the driver.
+
+    Returns:
+        Loss and metrics by role.
+    """
+    run_step = hf.step
+    hf.load(BEST)
+    found: dict[str, Row] = {}
+    for role, problem in roles.items():
+        evaluated = evaluate(hf.model, problem, problem.test_batches, forward)
+        found[role] = {"loss": evaluated.loss, **evaluated.values}
+    content = {"step": hf.step, "steps": run_step, "parameters": count(hf.model), **found}
+    path = hf.path / REPORT
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    part.replace(path)
+    names = {m.column: m for m in metrics_of(next(iter(roles.values())))}
+    for role, row in found.items():
+        values = ", ".join(f"{m.name} {m.quantity(row[column])}" for column, m in names.items())
+        print(f"{role:>8}: {values}")
+    return found
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """What `report` kept in the folder of a run; None if it is not there."""
+    try:
+        found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def count(model: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def seeded(settings: Training) -> None:
+    """Set torch's seed and number of threads."""
+    torch.manual_seed(settings.seed)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+
