@@ -13,6 +13,7 @@ from models.rnn import RNN
 from models.rnn_nade import RNNNADE
 from models.sizes import parameter_count, units_for
 from models.stacked import Stack
+from models.tagger import Tagger
 
 __all__ = [
     "FNN",
@@ -28,6 +29,7 @@ __all__ = [
     "LanguageModel",
     "PianoRoll",
     "Stack",
+    "Tagger",
     "parameter_count",
     "units_for",
 ]

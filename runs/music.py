@@ -191,4 +191,4 @@ if __name__ == "__main__":
     if outcome not in (None, "interrupted"):
         summary()
         show(hf.path / "sample.png")
-    sys.exit(status(outcome, wanted=False))
+    sys.exit(status("success" if outcome == "stopped" else outcome, wanted=False))
