@@ -79,10 +79,10 @@ class RNNNADE(WeightNoise):
             inputs: the frames before each one.
             frames: of zeros and ones.
             lengths: (B,) steps of each sequence that count.
-            scored: (N,) where the wanted steps are in `frames.flatten(0, 1)`; the logits of the others are 0.
+            scored: (N,) where the wanted steps are in `frames.flatten(0, 1)`; None for all.
 
         Returns:
-            `(T, B, pitches)`.
+            `(T, B, pitches)`, or `(N, pitches)` of the wanted steps.
         """
         outputs = self.noisy(self.net, inputs, frames, lengths, scored)
         assert isinstance(outputs, Tensor)
@@ -121,8 +121,7 @@ class _Conditionals(nn.Module):
         u, v = states.flatten(0, 1), frames.flatten(0, 1)
         if scored is None:
             return self._logits(u, v).view_as(frames)
-        some = self._logits(u.index_select(0, scored), v.index_select(0, scored))
-        return some.new_zeros(v.shape).index_copy(0, scored, some).view_as(frames)
+        return self._logits(u.index_select(0, scored), v.index_select(0, scored))
 
     def _logits(self, u: Tensor, v: Tensor) -> Tensor:
         on = v > 0.5

@@ -37,18 +37,18 @@ from corpora.music import Music, load
 from corpora.music.baseline import FirstOrder
 from corpora.music.midi import write_midi
 from corpora.music.picture import draw_rolls
-from corpora.music.rolls import PITCHES
 from corpora.music.rules import mean_share, obedience
 from hfopt.experiment.driver import HF
 from models import RNNNADE, PianoRoll
 from runs.music_presets import PRESETS, RATES, RULES
 from runs.settings import hints, main, parse, run_name, sentences, status
-from runs.validated import FIRST_ORDER, callbacks, factory, paced, report, seeded
+from runs.validated import FIRST_ORDER, at_best, callbacks, factory, paced, report, seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from corpora.music.rolls import Roll
+    from corpora.sequences import Groups
 
 typed = sys.argv[1:] if __name__ == "__main__" else []
 preset = typed[0] if typed and not typed[0].startswith("-") else "counterpoint"
@@ -91,14 +91,11 @@ with sentences("runs.music", settings):
     model.to(settings.device)
 
 
-def forward(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """The logits of a minibatch; of scored frames alone where each of them is expensive."""
-    outputs: torch.Tensor = (
-        model(batch.inputs, batch.targets, batch.lengths, batch.scored)
-        if settings.nade
-        else model(batch.inputs, batch.lengths)
-    )
-    return outputs
+def forward(model: torch.nn.Module, batch: Groups) -> torch.Tensor:
+    """The logits of a minibatch's scored frames."""
+    if settings.nade:
+        return torch.cat([model(group.inputs, group.targets, group.lengths, group.scored) for group in batch.groups])
+    return batch.outputs(model)
 
 
 # 3. Loss: the pieces bring their own, music.loss(outputs, batch), and their metrics.
@@ -121,6 +118,7 @@ hf = HF(
     else factory(settings, RATES),
     **roles,
     callbacks=callbacks(settings, stochastic=stochastic),
+    average=settings.average,
     threshold=0,
     keep_checkpoints=1,
     seed=settings.seed,
@@ -133,8 +131,10 @@ hf = HF(
 
 def sample(steps: int = 64, seed: int = 0) -> Roll:
     """A roll (steps, 88) drawn from the model as it is."""
-    model.eval()
-    drawn = model.sample(steps, torch.Generator().manual_seed(seed))
+    player = hf.tested
+    assert isinstance(player, (PianoRoll, RNNNADE))
+    player.eval()
+    drawn = player.sample(steps, torch.Generator().manual_seed(seed))
     return drawn.cpu().numpy().astype(np.uint8)
 
 
@@ -175,6 +175,13 @@ def summary() -> dict[str, Any]:
     return found
 
 
+def draw_new() -> Figure:
+    """Write new music as a MIDI file beside the picture, and return the picture."""
+    assert settings.picture is not None
+    write_midi(settings.picture.with_suffix(".mid"), sample(128, settings.seed), pieces.steps_per_beat)
+    return visualize_batch()
+
+
 def show(picture: Path) -> None:
     """Write a picture of new music, and the music as a MIDI file beside it."""
     visualize_batch().savefig(picture, dpi=130)
@@ -184,10 +191,7 @@ def show(picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert music.pieces.parts["train"][0].shape[1] == PITCHES
-    if settings.picture is not None:
-        hf.load("best-valid")
-    outcome = main("runs.music", settings, hf, visualize_batch)
+    outcome = main("runs.music", settings, hf, at_best(hf, draw_new))
     if outcome not in (None, "interrupted"):
         summary()
         show(hf.path / "sample.png")

@@ -32,7 +32,7 @@ from corpora.images.pixels import pixels, small_pixels
 from hfopt.experiment.driver import HF
 from models import GRU, LSTM, RNN
 from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
-from runs.validated import BEST, FIRST_ORDER, Validated, callbacks, factory, paced, report, seeded
+from runs.validated import FIRST_ORDER, Validated, at_best, callbacks, factory, paced, report, seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -156,6 +156,7 @@ hf = HF(
     optimizer=factory(settings, RATES, **second_order),
     **roles,
     callbacks=callbacks(settings, stochastic=stochastic),
+    average=settings.average,
     threshold=settings.threshold,
     keep_checkpoints=1,
     seed=settings.seed,
@@ -173,7 +174,7 @@ def visualize_batch(count: int = 20) -> Figure:
     test = problem.evaluated_on("test")
     batch = test(-1)
     with torch.no_grad():
-        given = model(batch.inputs).argmax(1)
+        given = hf.tested(batch.inputs).argmax(1)
     rows, columns = problem.shape
     where = problem.places.argsort() if problem.order == "permuted" else slice(None)
     images = batch.inputs.transpose(0, 1).flatten(1).cpu()[:, where].view(-1, rows, columns)
@@ -192,9 +193,7 @@ def summary() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    if settings.picture is not None:
-        hf.load(BEST)
-    outcome = main("runs.pixels", settings, hf, visualize_batch)
+    outcome = main("runs.pixels", settings, hf, at_best(hf, visualize_batch))
     if outcome not in (None, "interrupted"):
         summary()
     sys.exit(status("success" if outcome == "stopped" else outcome, wanted=settings.threshold > 0))

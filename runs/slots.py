@@ -32,10 +32,12 @@ from corpora.slots import atis
 from hfopt.experiment.driver import HF
 from models import Tagger
 from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
-from runs.validated import BEST, FIRST_ORDER, Validated, callbacks, factory, paced, report, seeded
+from runs.validated import FIRST_ORDER, Validated, at_best, callbacks, factory, paced, report, seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from corpora.sequences import Groups
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,9 @@ with sentences("runs.slots", settings):
     model.to(settings.device)
 
 
-def forward(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    """The logits of a minibatch."""
-    outputs: torch.Tensor = model(batch.inputs, batch.lengths)
-    return outputs
+def forward(model: torch.nn.Module, batch: Groups) -> torch.Tensor:
+    """The logits of a minibatch's words."""
+    return batch.outputs(model)
 
 
 # 3. Loss: the utterances bring their own, slots.loss(outputs, batch), and their metrics.
@@ -164,6 +165,7 @@ hf = HF(
     optimizer=factory(settings, RATES, **second_order),
     **({} if stochastic else {"curvature_batches": range(min(settings.curvature_batches, batches))}),
     callbacks=callbacks(settings, stochastic=stochastic),
+    average=settings.average,
     threshold=0,
     keep_checkpoints=1,
     seed=settings.seed,
@@ -177,14 +179,14 @@ hf = HF(
 def tagged(count: int = 8) -> list[list[tuple[str, str, str]]]:
     """The first test utterances: each word with its tag and the predicted one."""
     test = slots.evaluated_on("test")
-    batch = test(-1)
-    model.eval()
+    batch = test.take("test", slice(0, count))
+    hf.tested.eval()
     with torch.no_grad():
-        predicted = test.predictions(forward(model, batch), batch)
-    return [
-        list(zip(utterance.words, utterance.tags, tags, strict=True))
-        for utterance, tags in zip(test.parts["test"][:count], predicted, strict=False)
-    ]
+        predicted = test.predictions(forward(hf.tested, batch), batch)
+    order = [k for group in batch.members for k in group]
+    found = dict(zip(order, predicted, strict=True))
+    utterances = test.parts["test"][:count]
+    return [list(zip(u.words, u.tags, found[k], strict=True)) for k, u in enumerate(utterances)]
 
 
 def visualize_batch(count: int = 8) -> Figure:
@@ -215,9 +217,7 @@ def summary() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    if settings.picture is not None:
-        hf.load(BEST)
-    outcome = main("runs.slots", settings, hf, visualize_batch)
+    outcome = main("runs.slots", settings, hf, at_best(hf, visualize_batch))
     if outcome not in (None, "interrupted"):
         summary()
     sys.exit(status("success" if outcome == "stopped" else outcome, wanted=False))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from hfopt.experiment.metrics import metrics_of
 from hfopt.experiment.roles import Forward, evaluate, on_inputs
 from runs.optimizers import Factory, first_order, optimizer, pace
 from runs.settings import Training
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEST = "best-valid"
 """The checkpoint with the best validation so far."""
@@ -36,6 +39,8 @@ class Validated:
     """Validations in a row without progress after which a first-order optimizer's learning rate is halved; 0: never."""
     clip: float = 0.0
     """Largest norm of the gradient, for first-order optimizers; 0 for none."""
+    average: float | None = None
+    """Share of what was before in the running average of the parameters that is validated in place of them."""
     validate_every: int | None = None
     """Steps from one validation to the next; by default 1 for hf, and a pass over the data for the others."""
 
@@ -105,6 +110,16 @@ def paced(settings: Training, validated: Validated, batches: int) -> dict[str, A
     return {**chosen, "test_freq": every, "save_freq": max(chosen["save_freq"], every)}
 
 
+def at_best(hf: HF, visualize: Callable[[], Figure]) -> Callable[[], Figure]:
+    """What draws the best parameters by validation."""
+
+    def draw() -> Figure:
+        hf.load(BEST)
+        return visualize()
+
+    return draw
+
+
 Row = dict[str, float]
 
 
@@ -123,7 +138,7 @@ def report(hf: HF, roles: Mapping[str, Problem], forward: Forward = on_inputs) -
     hf.load(BEST)
     found: dict[str, Row] = {}
     for role, problem in roles.items():
-        evaluated = evaluate(hf.model, problem, problem.test_batches, forward)
+        evaluated = evaluate(hf.tested, problem, problem.test_batches, forward)
         found[role] = {"loss": evaluated.loss, **evaluated.values}
     content = {"step": hf.step, "steps": run_step, "parameters": count(hf.model), **found}
     path = hf.path / REPORT

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from corpora.music.rolls import PITCHES, ROLES, Pieces
-from corpora.sequences import Sequences, padded
+from corpora.music.rolls import PITCHES, ROLES, Pieces, Roll
+from corpora.sequences import Groups, Sequences, by_length, padded
 from hfopt.experiment.data import Shuffled, integer
 from hfopt.experiment.metrics import Metric
 
@@ -27,7 +27,7 @@ class Window(NamedTuple):
     end: int
 
 
-class Music(Shuffled[Sequences]):
+class Music(Shuffled[Groups]):
     """Piano rolls in minibatches, with the log-likelihood and the accuracy of a model that predicts each frame.
 
     The input at step t is frame t - 1, and no note before the first: the first frame is predicted from the model's
@@ -140,23 +140,29 @@ class Music(Shuffled[Sequences]):
 
     # -- minibatches ------------------------------------------------------------------------------------
 
-    def draw(self, i: int, epoch: int) -> Sequences:
+    def draw(self, i: int, epoch: int) -> Groups:
         """See :meth:`Shuffled.draw`; test minibatch `i` has the pieces of similar length that belong together."""
         if i >= 0:
             return super().draw(i, epoch)
         rolls = self.pieces.parts[self.evaluate_on]
         return self._batch(self.evaluate_on, [Window(k, 0, 0, len(rolls[k])) for k in self._groups[-1 - i]], "predicted")
 
-    def take(self, role: str, cases: slice | Tensor) -> Sequences:
+    def take(self, role: str, cases: slice | Tensor) -> Groups:
         """The given training windows."""
         chosen = self._windows[cases] if isinstance(cases, slice) else [self._windows[k] for k in cases.tolist()]
         return self._batch("train", chosen, self.first)
 
-    def _batch(self, role: str, chosen: list[Window], first: str) -> Sequences:
-        rolls = self.pieces.parts[role]
+    def _batch(self, role: str, chosen: list[Window], first: str) -> Groups:
+        members = by_length([w.end - w.begin for w in chosen])
+        groups = (self._group_of(self.pieces.parts[role], [chosen[k] for k in group], first) for group in members)
+        return Groups(tuple(groups), members)
+
+    def _group_of(self, rolls: list[Roll], chosen: list[Window], first: str) -> Sequences:
+        silence = np.zeros((1, PITCHES), dtype=np.uint8)
         targets = padded([rolls[w.piece][w.begin : w.end] for w in chosen])
-        before = [rolls[w.piece][w.begin - 1] if w.begin else np.zeros(PITCHES, dtype=np.uint8) for w in chosen]
-        inputs = padded([np.concatenate([b[None], rolls[w.piece][w.begin : w.end - 1]]) for w, b in zip(chosen, before, strict=True)])
+        before = [rolls[w.piece][w.begin - 1 : w.begin] if w.begin else silence for w in chosen]
+        later = [rolls[w.piece][w.begin : w.end - 1] for w in chosen]
+        inputs = padded([np.concatenate(both) for both in zip(before, later, strict=True)])
         lengths = np.array([w.end - w.begin for w in chosen])
         steps = np.arange(len(targets))[:, None]
         unscored = [w.score - w.begin if w.score or first == "predicted" else 1 for w in chosen]
@@ -168,49 +174,50 @@ class Music(Shuffled[Sequences]):
             lengths=torch.from_numpy(lengths).to(self.device),
         )
 
-    def size(self, batch: Sequences) -> int:
+    def size(self, batch: Groups) -> int:
         """The number of scored frames, which the loss is the mean over."""
-        return batch.scored.numel()
+        return batch.size
 
     # -- judging outputs --------------------------------------------------------------------------------
 
-    def loss(self, outputs: Tensor, batch: Sequences) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Groups) -> Tensor:
         """The mean over scored frames of the negative log-likelihood in nats, summed over the 88 pitches.
 
         Args:
-            outputs: logits `(T, B, 88)`.
+            outputs: logits of the scored frames `(N, 88)`.
             batch: whose frames they predict.
 
         Raises:
             ValueError: outputs of another shape.
         """
-        return F.binary_cross_entropy_with_logits(self._scored(outputs, batch), batch.select(batch.targets)) * PITCHES
+        return F.binary_cross_entropy_with_logits(self._checked(outputs, batch), batch.targets) * PITCHES
 
-    def _scored(self, outputs: Tensor, batch: Sequences) -> Tensor:
+    def _checked(self, outputs: Tensor, batch: Groups) -> Tensor:
         if outputs.shape != batch.targets.shape:
             raise ValueError(
-                f"outputs have shape {tuple(outputs.shape)}, but the frames {tuple(batch.targets.shape)}: give one "
-                "logit per step, sequence and pitch"
+                f"outputs have shape {tuple(outputs.shape)}, but the scored frames {tuple(batch.targets.shape)}: give "
+                "one logit per frame and pitch, group by group"
             )
-        return batch.select(outputs)
+        return outputs
 
-    def nats(self, outputs: Tensor, batch: Sequences) -> Tensor:
+    def nats(self, outputs: Tensor, batch: Groups) -> Tensor:
         """Each scored frame's negative log-likelihood `(N,)`, in nats and double precision, summed over pitches."""
-        z, y = self._scored(outputs, batch).double(), batch.select(batch.targets).double()
+        z, y = self._checked(outputs, batch).double(), batch.targets.double()
         return F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(1)
 
-    def _all_frames(self, outputs: Tensor, batch: Sequences) -> Tensor:
+    def _all_frames(self, outputs: Tensor, batch: Groups) -> Tensor:
         return self.nats(outputs, batch)
 
-    def _later_frames(self, outputs: Tensor, batch: Sequences) -> Tensor:
-        return self.nats(outputs, batch)[batch.scored >= batch.mask.shape[1]]
+    def _later_frames(self, outputs: Tensor, batch: Groups) -> Tensor:
+        later = torch.cat([group.scored >= group.mask.shape[1] for group in batch.groups])
+        return self.nats(outputs, batch)[later]
 
-    def _accuracy(self, outputs: Tensor, batch: Sequences) -> tuple[float, float]:
-        on, y = self._scored(outputs, batch) >= 0, batch.select(batch.targets) > 0.5
+    def _accuracy(self, outputs: Tensor, batch: Groups) -> tuple[float, float]:
+        on, y = self._checked(outputs, batch) >= 0, batch.targets > 0.5
         return float((on & y).sum()), float((on | y).sum())
 
-    def _expected(self, outputs: Tensor, batch: Sequences) -> tuple[float, float]:
-        p, y = self._scored(outputs, batch).double().sigmoid(), batch.select(batch.targets).double()
+    def _expected(self, outputs: Tensor, batch: Groups) -> tuple[float, float]:
+        p, y = self._checked(outputs, batch).double().sigmoid(), batch.targets.double()
         right = float((p * y).sum())
         return right, float(p.sum() + y.sum()) - right
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from corpora.sequences import Sequences, padded
+from corpora.sequences import Groups, Sequences, by_length, padded
 from corpora.slots.iob import Utterance, read_iob
 from corpora.slots.spans import compare
 from corpora.source import File, find, folder_of
@@ -64,7 +64,7 @@ class Vocabulary:
         return self.words.get(folded(word), self.words[UNKNOWN])
 
 
-class Slots(Shuffled[Sequences]):
+class Slots(Shuffled[Groups]):
     """Utterances in minibatches, with the loss and the span F1 of a model that tags every word.
 
     The inputs are word indices `(T, B)`, 0 after an utterance's end; the targets are tag indices `(T, B)`. Vocabulary
@@ -131,51 +131,55 @@ class Slots(Shuffled[Sequences]):
         ]
         return other
 
-    def take(self, role: str, cases: slice | Tensor) -> Sequences:
+    def take(self, role: str, cases: slice | Tensor) -> Groups:
         """The given utterances."""
         part = self.parts["train" if role == "train" else self.evaluate_on]
         chosen = part[cases] if isinstance(cases, slice) else [part[k] for k in cases.tolist()]
+        members = by_length([len(u.words) for u in chosen])
+        groups = tuple(self._group_of([chosen[k] for k in group]) for group in members)
+        return Tagged(groups, members, [chosen[k].tags for group in members for k in group])
+
+    def _group_of(self, chosen: list[Utterance]) -> Sequences:
         words = padded([np.array([self.vocabulary.word(w) for w in u.words]) for u in chosen], PADDING)
         # -1 for a tag that training utterances do not have: nothing equals it.
         tags = padded([np.array([self._tags.get(t, -1) for t in u.tags]) for u in chosen], -1)
         lengths = np.array([len(u.words) for u in chosen])
-        return Tagged(
+        return Sequences(
             inputs=torch.from_numpy(words).to(self.device),
             targets=torch.from_numpy(tags).to(self.device),
             mask=torch.from_numpy(np.arange(len(words))[:, None] < lengths).to(self.device),
             lengths=torch.from_numpy(lengths).to(self.device),
-            tags=[u.tags for u in chosen],
         )
 
-    def size(self, batch: Sequences) -> int:
+    def size(self, batch: Groups) -> int:
         """The number of words, which the loss is the mean over."""
-        return batch.scored.numel()
+        return batch.size
 
-    def loss(self, outputs: Tensor, batch: Sequences) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Groups) -> Tensor:
         """The mean cross-entropy of the tags in nats; words whose tag no training utterance has are left out.
 
         Args:
-            outputs: logits `(T, B, O)`.
+            outputs: logits of all words `(N, O)`.
             batch: whose words they tag.
         """
-        return F.cross_entropy(batch.select(outputs), batch.select(batch.targets), ignore_index=-1)
+        return F.cross_entropy(outputs, batch.targets, ignore_index=-1)
 
-    def predictions(self, outputs: Tensor, batch: Sequences) -> list[list[str]]:
-        """The most likely tags of each utterance."""
-        best = outputs.argmax(-1).T.tolist()
-        return [
-            [self.vocabulary.tags[k] for k in row[:length]]
-            for row, length in zip(best, batch.lengths.tolist(), strict=True)
-        ]
+    def predictions(self, outputs: Tensor, batch: Groups) -> list[list[str]]:
+        """The most likely tags of each utterance, group by group."""
+        found = []
+        for group, some in zip(batch.groups, batch.split(outputs.argmax(1)), strict=True):
+            for row, length in zip(group.place(some).T.tolist(), group.lengths.tolist(), strict=True):
+                found.append([self.vocabulary.tags[k] for k in row[:length]])
+        return found
 
-    def _spans(self, outputs: Tensor, batch: Sequences) -> tuple[float, float]:
+    def _spans(self, outputs: Tensor, batch: Groups) -> tuple[float, float]:
         assert isinstance(batch, Tagged)
         counts = compare(batch.tags, self.predictions(outputs, batch))
         return 2.0 * counts.right, float(counts.found + counts.there)
 
     @staticmethod
-    def _wrong(outputs: Tensor, batch: Sequences) -> tuple[float, float]:
-        wrong = batch.select(outputs).argmax(-1) != batch.select(batch.targets)
+    def _wrong(outputs: Tensor, batch: Groups) -> tuple[float, float]:
+        wrong = outputs.argmax(1) != batch.targets
         return float(wrong.sum()), float(wrong.numel())
 
     def identity(self) -> dict[str, int | float | str]:
@@ -188,8 +192,8 @@ class Slots(Shuffled[Sequences]):
 
 
 @dataclass(frozen=True, eq=False)
-class Tagged(Sequences):
-    """Utterances with their tags as words, those that no training utterance has included."""
+class Tagged(Groups):
+    """Utterances with their tags as words, group by group, those that no training utterance has included."""
 
     tags: list[tuple[str, ...]]
 
