@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,7 +55,6 @@ class Sequences:
         # An index is faster to differentiate than a mask, and its shape does not depend on data.
         return flat if self.scored.numel() == flat.shape[0] else flat.index_select(0, self.scored)
 
-
     def place(self, x: Tensor, fill: float = 0) -> Tensor:
         """Values `(N, ...)` of the scored steps as `(T, B, ...)`, with `fill` at the others."""
         flat = x.new_full((self.mask.numel(), *x.shape[1:]), fill)
@@ -93,10 +93,10 @@ class Groups:
 
     def split(self, outputs: Tensor) -> tuple[Tensor, ...]:
         """Outputs `(N, ...)` group by group."""
-        return outputs.split([group.scored.numel() for group in self.groups])
+        return torch.split(outputs, [group.scored.numel() for group in self.groups])
 
     def outputs(self, model: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The outputs `(N, O)` of a model that takes inputs `(T, B, ...)` and lengths `(B,)` and returns `(T, B, O)`."""
+        """The outputs `(N, O)` of a model that takes inputs `(T, B, ..)` and lengths `(B,)` and returns `(T, B, O)`."""
         return torch.cat([group.select(model(group.inputs, group.lengths)) for group in self.groups])
 
 
@@ -111,7 +111,7 @@ def by_length(lengths: Sequence[int], least: int = 24, most: int = 4) -> tuple[t
     order = sorted(range(len(lengths)), key=lambda k: lengths[k])
     count = max(1, min(most, len(order) // least))
     bounds = [k * len(order) // count for k in range(count + 1)]
-    return tuple(tuple(order[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(tuple(order[a:b]) for a, b in itertools.pairwise(bounds))
 
 
 def padded(arrays: Sequence[npt.NDArray[np.generic]], fill: int = 0) -> npt.NDArray[np.generic]:

@@ -43,12 +43,19 @@ class PianoRoll(WeightNoise):
     ) -> None:
         super().__init__(weight_noise)
         self.pitches = pitches
-        self.net = _Readout(Layers(cell, pitches, hidden, depth, dropout=dropout, input_dropout=input_dropout), hidden, pitches)
+        self.net = _Readout(
+            Layers(cell, pitches, hidden, depth, dropout=dropout, input_dropout=input_dropout), hidden, pitches
+        )
 
     def sparse_init(
-        self, seed: int, connections: int = 15, scale: float = 1.0, input_scale: float = 1.0, rates: Tensor | None = None
+        self,
+        seed: int,
+        connections: int = 15,
+        scale: float = 1.0,
+        input_scale: float = 1.0,
+        rates: Tensor | None = None,
     ) -> PianoRoll:
-        """Sparse random weights, see `RNN.sparse_init`; output biases at the logits of the notes' `rates (pitches,)`."""
+        """Sparse random weights, see `RNN.sparse_init`; output biases at the logits of `rates (pitches,)`."""
         generator = torch.Generator().manual_seed(seed)
         self.net.layers.sparse_init(generator, connections, scale, input_scale)
         sparse_linear(self.net.readout, generator, connections, scale)

@@ -57,7 +57,12 @@ class RNNNADE(WeightNoise):
         self.net = _Conditionals(layers, hidden, units, pitches)
 
     def sparse_init(
-        self, seed: int, connections: int = 15, scale: float = 1.0, input_scale: float = 1.0, rates: Tensor | None = None
+        self,
+        seed: int,
+        connections: int = 15,
+        scale: float = 1.0,
+        input_scale: float = 1.0,
+        rates: Tensor | None = None,
     ) -> RNNNADE:
         """Sparse random weights, see `RNN.sparse_init`; biases b_0 at the logits of the notes' `rates (pitches,)`."""
         generator = torch.Generator().manual_seed(seed)

@@ -79,7 +79,7 @@ with sentences("runs.music", settings):
 
 # 2. Model and its initialisation; output biases begin at how often each note sounds.
 with sentences("runs.music", settings):
-    noise: dict[str, float] = {name: getattr(settings, name) for name in ("dropout", "input_dropout", "weight_noise")}
+    noise: dict[str, Any] = {name: getattr(settings, name) for name in ("dropout", "input_dropout", "weight_noise")}
     model: RNNNADE | PianoRoll = (
         RNNNADE(settings.cell, settings.hidden, settings.nade, settings.depth, **noise)
         if settings.nade

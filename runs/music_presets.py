@@ -84,4 +84,7 @@ PRESETS = {
     "jsb": CommandLine(data="jsb"),
     "jsb-nade": CommandLine(data="jsb", nade=100),
 }
-PRESETS |= {name: replace(PRESETS["jsb"], data=name, window=100, context=20) for name in ("nottingham", "piano-midi", "musedata")}
+PRESETS |= {
+    name: replace(PRESETS["jsb"], data=name, window=100, context=20)
+    for name in ("nottingham", "piano-midi", "musedata")
+}

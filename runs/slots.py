@@ -1,6 +1,6 @@
 """Slot filling on ATIS: a recurrent net tags the words of an utterance, and is scored by the F1 of whole slots.
 
-    python -m runs.slots                                  an embedding, a context window and a tanh net, with Hessian-free
+    python -m runs.slots                                  embeddings, a context window and a tanh net
     python -m runs.slots bidirectional                    two nets, one in each direction
     python -m runs.slots lstm                             an LSTM in place of the tanh net
     python -m runs.slots stable                           the sizes of Miller & Hardt (ICLR 2019)
@@ -17,7 +17,7 @@ reported at its end is of the parameters that were best on them.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -163,7 +163,7 @@ hf = HF(
     slots,
     forward=forward,
     optimizer=factory(settings, RATES, **second_order),
-    **({} if stochastic else {"curvature_batches": range(min(settings.curvature_batches, batches))}),
+    curvature_batches=None if stochastic else range(min(settings.curvature_batches, batches)),
     callbacks=callbacks(settings, stochastic=stochastic),
     average=settings.average,
     threshold=0,
@@ -201,9 +201,8 @@ def visualize_batch(count: int = 8) -> Figure:
             axes.text(t, -row, word, ha="center", va="bottom", fontsize=9)
             if tag != "O" or guess != "O":
                 shown = guess if guess == tag else f"{guess} ({tag})"
-                axes.text(
-                    t, -row - 0.05, shown, ha="center", va="top", fontsize=5, color="tab:green" if guess == tag else "tab:red"
-                )
+                color = "tab:green" if guess == tag else "tab:red"
+                axes.text(t, -row - 0.05, shown, ha="center", va="top", fontsize=5, color=color)
     axes.set_xlim(-0.6, longest - 0.4)
     axes.set_ylim(-count + 0.3, 0.6)
     axes.set_axis_off()

@@ -171,4 +171,3 @@ def seeded(settings: Training) -> None:
     torch.manual_seed(settings.seed)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-

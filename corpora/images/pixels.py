@@ -24,7 +24,12 @@ PERMUTATION_SEEDS = {"nnrnn": 1234, "exprnn": 92916}
 Lezcano-Casado & Martinez-Rubio 2019."""
 FILES = {
     name: File(name)
-    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    for name in (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    )
 }
 
 
@@ -87,9 +92,12 @@ class Pixels(Shuffled[Pair]):
         self.places: npt.NDArray[np.int64] = np.arange(rows * columns)
         """The pixel that each place of the sequence has."""
         if order == "permuted":
-            self.places = np.random.RandomState(permutation).permutation(rows * columns)  # noqa: NPY002
+            self.places = np.random.RandomState(permutation).permutation(rows * columns)
         self._parts = {
-            role: (torch.from_numpy(np.ascontiguousarray(images[:, self.places])), torch.from_numpy(classes.astype(np.int64)))
+            role: (
+                torch.from_numpy(np.ascontiguousarray(images[:, self.places])),
+                torch.from_numpy(classes.astype(np.int64)),
+            )
             for role, (images, classes) in parts.items()
         }
         super().__init__(len(parts["train"][0]), len(parts[evaluate_on][0]), batch_size=batch_size, **options)
@@ -171,12 +179,14 @@ def pixels(data: str | Path | None = None, *, valid: int = 10_000, split: int = 
         path = find(folder, FILES[f"{role}-labels-idx1-ubyte"]).path
         classes = read_idx(path)
         if classes.shape != (len(images),) or classes.max(initial=0) > 9:
-            raise ValueError(f"{path} holds an array of shape {classes.shape}; {len(images):,} classes 0 to 9 were expected")
+            raise ValueError(
+                f"{path} holds an array of shape {classes.shape}; {len(images):,} classes 0 to 9 were expected"
+            )
         both[role] = images, classes
     images, classes = both["train"]
     if not 1 <= valid < len(images):
         raise ValueError(f"valid is {valid}; choose from 1 to {len(images) - 1} images")
-    stream = np.random.RandomState(split)  # noqa: NPY002
+    stream = np.random.RandomState(split)
     stream.permutation(images.shape[1])
     order = stream.permutation(len(images))
     train, held = order[:-valid], order[-valid:]

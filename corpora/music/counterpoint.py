@@ -38,7 +38,9 @@ def counterpoint(pieces: int = 160, beats: int = 32, seed: int = 0) -> Pieces:
     integer("pieces", pieces, 3)
     integer("beats", beats, 2)
     integer("seed", seed, 0)
-    rolls = [_piece(np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, k]))), beats) for k in range(pieces)]
+    rolls = [
+        _piece(np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, k]))), beats) for k in range(pieces)
+    ]
     held = max(1, pieces // 10)
     parts = {"train": rolls[2 * held :], "valid": rolls[:held], "test": rolls[held : 2 * held]}
     return Pieces("counterpoint", parts, steps_per_beat=FRAMES_PER_BEAT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from copy import copy
 from typing import NamedTuple
 
@@ -80,7 +81,12 @@ class Music(Shuffled[Groups]):
         for name, value, known in (("first", first, FIRST), ("evaluate_on", evaluate_on, ROLES)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose {' or '.join(map(repr, known))}")
-        self.name, self.first, self.evaluate_on, self.fingerprint = pieces.name, first, evaluate_on, pieces.fingerprint()
+        self.name, self.first, self.evaluate_on, self.fingerprint = (
+            pieces.name,
+            first,
+            evaluate_on,
+            pieces.fingerprint(),
+        )
         self.window = None if window is None else integer("window", window, 1)
         self.context = integer("context", context, 0)
         self.device, self.dtype = torch.device(device), dtype
@@ -145,7 +151,9 @@ class Music(Shuffled[Groups]):
         if i >= 0:
             return super().draw(i, epoch)
         rolls = self.pieces.parts[self.evaluate_on]
-        return self._batch(self.evaluate_on, [Window(k, 0, 0, len(rolls[k])) for k in self._groups[-1 - i]], "predicted")
+        return self._batch(
+            self.evaluate_on, [Window(k, 0, 0, len(rolls[k])) for k in self._groups[-1 - i]], "predicted"
+        )
 
     def take(self, role: str, cases: slice | Tensor) -> Groups:
         """The given training windows."""
@@ -235,13 +243,13 @@ class Music(Shuffled[Groups]):
 
     def __repr__(self) -> str:
         frames = ", ".join(f"{len(self.pieces.parts[r])} {r} pieces of {self.pieces.frames(r):,} frames" for r in ROLES)
-        return f"{self.name}({frames}, batch_size={self.batch_size}, seed={self.seed}, evaluate_on={self.evaluate_on!r})"
+        return (
+            f"{self.name}({frames}, batch_size={self.batch_size}, seed={self.seed}, evaluate_on={self.evaluate_on!r})"
+        )
 
 
 def windows(piece: int, length: int, window: int | None, context: int) -> list[Window]:
     """The equal parts of a piece, of at most `window` frames, each after up to `context` frames more."""
     parts = 1 if window is None else -(-length // window)
     bounds = [k * length // parts for k in range(parts + 1)]
-    return [
-        Window(piece, max(0, score - context), score, end) for score, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    return [Window(piece, max(0, score - context), score, end) for score, end in itertools.pairwise(bounds)]

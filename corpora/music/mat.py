@@ -40,8 +40,13 @@ def read_mat(path: Found, most: int = 1 << 28) -> dict[str, list[Roll]]:
         raise ValueError(f"{path} is damaged or truncated ({type(error).__name__}: {error}); fetch it again") from error
     missing = sorted(set(_VARIABLES.values()) - found.keys())
     if missing:
-        raise ValueError(f"{path} has no variable {', '.join(missing)}; piano rolls are in {', '.join(_VARIABLES.values())}")
-    return {role: [_roll(path, name, k, x) for k, x in enumerate(_cells(path, name, found))] for role, name in _VARIABLES.items()}
+        raise ValueError(
+            f"{path} has no variable {', '.join(missing)}; piano rolls are in {', '.join(_VARIABLES.values())}"
+        )
+    return {
+        role: [_roll(path, name, k, x) for k, x in enumerate(_cells(path, name, found))]
+        for role, name in _VARIABLES.items()
+    }
 
 
 def _cells(path: Found, name: str, found: dict[str, Any]) -> list[Any]:

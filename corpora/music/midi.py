@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def read_midi(path: Path, steps_per_beat: int = 2, longest: int = 1_000_000) -> 
     if start != b"MThd":
         raise ValueError(f"{path} is no MIDI file: it begins with {start.hex(' ') or 'nothing'}, not with MThd")
     try:
-        score = Score(path)
+        score: Any = Score(path)
     except Exception as error:  # symusic raises RuntimeError and others on damaged files
         raise ValueError(f"{path} is damaged or truncated ({str(error) or type(error).__name__})") from error
     spans = [

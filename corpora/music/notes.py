@@ -24,11 +24,15 @@ def read_notes(path: Found, most: int = 1 << 28) -> dict[str, list[Roll]]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no complete JSON ({str(error) or type(error).__name__}); fetch it again") from error
+        raise ValueError(
+            f"{path} is no complete JSON ({str(error) or type(error).__name__}); fetch it again"
+        ) from error
     if not isinstance(found, dict) or not set(ROLES) <= found.keys():
         raise ValueError(f"{path} has no lists {', '.join(ROLES)}; each lists pieces, a piece its frames of MIDI notes")
     return {
-        role: [_piece(piece, f"{path}: {role} piece {k}") for k, piece in enumerate(_list(found[role], f"{path}: {role}"))]
+        role: [
+            _piece(piece, f"{path}: {role} piece {k}") for k, piece in enumerate(_list(found[role], f"{path}: {role}"))
+        ]
         for role in ROLES
     }
 

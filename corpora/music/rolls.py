@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +44,13 @@ class Pieces:
         for role in ROLES:
             rolls = self.parts.get(role)
             if not rolls:
-                raise ValueError(f"{where} has no {role} pieces; there must be at least one of each of {', '.join(ROLES)}")
+                raise ValueError(
+                    f"{where} has no {role} pieces; there must be at least one of each of {', '.join(ROLES)}"
+                )
             for k, roll in enumerate(rolls):
                 if roll.ndim != 2 or roll.shape[1] != PITCHES or not len(roll):
                     raise ValueError(
-                        f"{where}: {role} piece {k} has shape {roll.shape}; a piano roll is (T, {PITCHES}), T at least 1"
+                        f"{where}: {role} piece {k} has shape {roll.shape}; a roll is (T, {PITCHES}), T at least 1"
                     )
 
     def frames(self, role: str) -> int:
@@ -63,7 +66,7 @@ class Pieces:
         return digest.hexdigest()
 
 
-def roll_of(frames: Sequence[Iterable[int]], where: str) -> Roll:
+def roll_of(frames: Sequence[Iterable[Any]], where: str) -> Roll:
     """The roll of frames that list their MIDI notes.
 
     Args:

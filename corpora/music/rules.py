@@ -13,6 +13,7 @@ The frames of a beat are `FRAMES_PER_BEAT`; the first one of each beat is strong
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -81,18 +82,18 @@ def obedience(rolls: Iterable[Roll]) -> dict[str, Count]:
         for chord in chords:
             for pitch in chord:
                 note("scale", pitch % 12 in SCALE)
-        for before, after in zip(chords[:-1], chords[1:], strict=True):
+        for before, after in itertools.pairwise(chords):
             note("voices", len(before) == len(after))
         strong = chords[::FRAMES_PER_BEAT]
         for chord in strong:
             if len(chord) > 1:
                 note("consonance", consonant(chord))
-        for before, after in zip(strong[:-1], strong[1:], strict=True):
+        for before, after in itertools.pairwise(strong):
             if len(before) == len(after) > 1:
                 note("parallels", not parallel(before, after))
         top = [chord[-1] for chord in chords if chord]
-        moves = [b - a for a, b in zip(top[:-1], top[1:], strict=True) if a != b]
-        for move, answer in zip(moves[:-1], moves[1:], strict=True):
+        moves = [b - a for a, b in itertools.pairwise(top) if a != b]
+        for move, answer in itertools.pairwise(moves):
             if abs(move) >= LEAP:
                 note("leaps", abs(answer) <= STEP and move * answer < 0)
     return {rule: Count(obeyed, cases) for rule, (obeyed, cases) in totals.items()}
