@@ -23,6 +23,7 @@ the first ones (as in 2018).
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,14 +109,16 @@ if not stochastic:
     roles = {"curvature_batches": range(min(settings.curvature_batches, batches))}
     if settings.gradient_batches is not None:
         roles["gradient_batches"] = range(min(settings.gradient_batches, batches))
+second_order: dict[str, Any] = {}
+if not stochastic:
+    rule = partial(RULES[settings.lambda_by], minimum=settings.least_damping)
+    second_order = {"rule": rule, "structural": settings.structural}
 hf = HF(
     Path(__file__).parent / "logs" / name,
     model,
     music,
     forward=forward,
-    optimizer=factory(settings, RATES, rule=RULES[settings.lambda_by], structural=settings.structural)
-    if not stochastic
-    else factory(settings, RATES),
+    optimizer=factory(settings, RATES, **second_order),
     **roles,
     callbacks=callbacks(settings, stochastic=stochastic),
     average=settings.average,

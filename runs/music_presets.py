@@ -59,6 +59,8 @@ class Settings:
     """Standard deviation of the noise on all weights in training."""
     structural: float = 0.03
     """Mu, the weight of structural damping relative to lambda."""
+    least_damping: float | None = None
+    """Lambda falls no lower: long solves find what the training pieces alone have in common."""
     lambda_by: Literal["rho", "loss"] = "rho"
     """What lambda follows: the reduction ratio, or the loss."""
 
