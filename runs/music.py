@@ -42,8 +42,8 @@ from corpora.music.rules import mean_share, obedience
 from hfopt.experiment.driver import HF
 from models import RNNNADE, PianoRoll
 from runs.music_presets import PRESETS, RATES, RULES
-from runs.settings import hints, main, parse, run_name, sentences, status
-from runs.validated import FIRST_ORDER, at_best, callbacks, factory, paced, report, seeded
+from runs.settings import hints, parse, run_name, sentences, status
+from runs.validated import FIRST_ORDER, callbacks, factory, paced, report, seeded, trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -194,8 +194,8 @@ def show(picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    outcome = main("runs.music", settings, hf, at_best(hf, draw_new))
-    if outcome not in (None, "interrupted"):
+    outcome = trained("runs.music", settings, hf, draw_new)
+    if outcome == "success":
         summary()
         show(hf.path / "sample.png")
-    sys.exit(status("success" if outcome == "stopped" else outcome, wanted=False))
+    sys.exit(status(outcome, wanted=False))

@@ -31,8 +31,8 @@ import hfopt
 from corpora.images.pixels import pixels, small_pixels
 from hfopt.experiment.driver import HF
 from models import GRU, LSTM, RNN
-from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
-from runs.validated import FIRST_ORDER, Validated, at_best, callbacks, factory, paced, report, seeded
+from runs.settings import Action, Training, hints, parse, run_name, sentences, status
+from runs.validated import FIRST_ORDER, Validated, callbacks, factory, paced, report, seeded, trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -193,7 +193,7 @@ def summary() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    outcome = main("runs.pixels", settings, hf, at_best(hf, visualize_batch))
-    if outcome not in (None, "interrupted"):
+    outcome = trained("runs.pixels", settings, hf, visualize_batch)
+    if outcome == "success":
         summary()
-    sys.exit(status("success" if outcome == "stopped" else outcome, wanted=settings.threshold > 0))
+    sys.exit(status(outcome, wanted=settings.threshold > 0))

@@ -31,8 +31,8 @@ import hfopt
 from corpora.slots import atis
 from hfopt.experiment.driver import HF
 from models import Tagger
-from runs.settings import Action, Training, hints, main, parse, run_name, sentences, status
-from runs.validated import FIRST_ORDER, Validated, at_best, callbacks, factory, paced, report, seeded
+from runs.settings import Action, Training, hints, parse, run_name, sentences, status
+from runs.validated import FIRST_ORDER, Validated, callbacks, factory, paced, report, seeded, trained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -216,7 +216,7 @@ def summary() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    outcome = main("runs.slots", settings, hf, at_best(hf, visualize_batch))
-    if outcome not in (None, "interrupted"):
+    outcome = trained("runs.slots", settings, hf, visualize_batch)
+    if outcome == "success":
         summary()
-    sys.exit(status("success" if outcome == "stopped" else outcome, wanted=False))
+    sys.exit(status(outcome, wanted=False))

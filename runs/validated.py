@@ -18,7 +18,7 @@ from hfopt.experiment.hooks import Callback, ClipGradient, Experiment, KeepBest,
 from hfopt.experiment.metrics import metrics_of
 from hfopt.experiment.roles import Forward, evaluate, on_inputs
 from runs.optimizers import Factory, first_order, optimizer, pace
-from runs.settings import Training
+from runs.settings import Training, main, sentences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +39,8 @@ class Validated:
     """Validations in a row without progress after which a first-order optimizer's learning rate is halved; 0: never."""
     clip: float = 0.0
     """Largest norm of the gradient, for first-order optimizers; 0 for none."""
+    report: bool = False
+    """Do not train: report on the best parameters of the run so far, which a finished run has done."""
     average: float | None = None
     """Share of what was before in the running average of the parameters that is validated in place of them."""
     validate_every: int | None = None
@@ -110,14 +112,26 @@ def paced(settings: Training, validated: Validated, batches: int) -> dict[str, A
     return {**chosen, "test_freq": every, "save_freq": max(chosen["save_freq"], every)}
 
 
-def at_best(hf: HF, visualize: Callable[[], Figure]) -> Callable[[], Figure]:
-    """What draws the best parameters by validation."""
+def trained(module: str, settings: Any, hf: HF, visualize: Callable[[], Figure]) -> str | None:
+    """Train, or do what else was asked for; "success" where there is something to report, however training ended.
+
+    Args:
+        module: what was typed, for messages.
+        settings: with the fields of `Action`, `Training` and `Validated`.
+        hf: the run.
+        visualize: draws the best parameters by validation.
+    """
+    if settings.report:
+        with sentences(module, settings):
+            hf.load(BEST)
+        return "success"
 
     def draw() -> Figure:
         hf.load(BEST)
         return visualize()
 
-    return draw
+    outcome = main(module, settings, hf, draw)
+    return "success" if outcome in ("stopped", "max_steps") else outcome
 
 
 Row = dict[str, float]

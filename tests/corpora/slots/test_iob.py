@@ -39,7 +39,7 @@ def test_words_and_tags(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_lines_of_another_form(tmp_path: Path, line: str, said: str) -> None:
-    with pytest.raises(ValueError, match="bad.iob, line 2") as refused:
+    with pytest.raises(ValueError, match=r"bad\.iob, line 2") as refused:
         read_iob(written(tmp_path / "bad.iob", LINES[0], line))
     assert said in str(refused.value)
 
