@@ -71,15 +71,13 @@ class PianoRoll(WeightNoise):
         return outputs
 
     @torch.no_grad()
-    def sample(self, steps: int, generator: torch.Generator, prime: Tensor | None = None) -> Tensor:
-        """Frames `(steps, pitches)` drawn from the model, one after the other, after the frames of `prime`."""
-        weight = self.net.readout.weight
-        prime = weight.new_zeros(0, self.pitches) if prime is None else prime
+    def sample(self, steps: int, generator: torch.Generator, prime: Tensor | None = None, count: int = 1) -> Tensor:
+        """Pieces `(count, steps, pitches)` drawn from the model, frame by frame, each after the frames of `prime`."""
 
         def draw(hidden: Tensor) -> Tensor:
             return torch.bernoulli(self.net.readout(hidden).sigmoid(), generator=generator)
 
-        return write(self.net.layers, steps, prime, draw)
+        return write(self.net.layers, steps, primed(prime, count, self.net.readout.weight, self.pitches), draw)
 
 
 class _Readout(nn.Module):
@@ -94,19 +92,24 @@ class _Readout(nn.Module):
         return outputs
 
 
-def write(layers: Layers, steps: int, prime: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
-    """Frames `(steps, V)`, each drawn from the last layer's state `(1, h)` and then seen by the net.
+def primed(prime: Tensor | None, count: int, like: Tensor, pitches: int) -> Tensor:
+    """Frames `(t, pitches)`, or none, as `(t + 1, count, pitches)` with silence before them."""
+    frames = like.new_zeros(0, pitches) if prime is None else prime.to(like)
+    return torch.cat([like.new_zeros(1, pitches), frames]).unsqueeze(1).repeat(1, count, 1)
+
+
+def write(layers: Layers, steps: int, seen: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """Pieces `(B, steps, V)`, each frame drawn from the last layer's state `(B, h)` and then seen by the net.
 
     Args:
         layers: in evaluation mode.
         steps: number of frames.
-        prime: frames `(t, V)` seen before the first one that is drawn; t may be 0.
-        draw: a frame `(1, V)` from the state.
+        seen: frames `(t, B, V)` before the first ones that are drawn; t is at least 1.
+        draw: frames `(B, V)` from the states.
     """
-    seen = torch.cat([prime.new_zeros(1, prime.shape[1]), prime]).unsqueeze(1)
     frames, states = [], None
     for _ in range(steps):
         hidden, states = layers(seen, None, states)
         frames.append(draw(hidden[-1]))
         seen = frames[-1].unsqueeze(0)
-    return torch.cat(frames)
+    return torch.stack(frames, 1)

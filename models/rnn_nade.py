@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.piano_roll import write
+from models.piano_roll import primed, write
 from models.regularised import Layers, WeightNoise, sparse_linear
 
 
@@ -94,22 +94,20 @@ class RNNNADE(WeightNoise):
         return outputs
 
     @torch.no_grad()
-    def sample(self, steps: int, generator: torch.Generator, prime: Tensor | None = None) -> Tensor:
-        """Frames `(steps, pitches)` drawn from the model, one after the other, after the frames of `prime`."""
+    def sample(self, steps: int, generator: torch.Generator, prime: Tensor | None = None, count: int = 1) -> Tensor:
+        """Pieces `(count, steps, pitches)` drawn from the model, frame by frame, each after the frames of `prime`."""
         net = self.net
-        prime = net.readout.weight.new_zeros(0, self.pitches) if prime is None else prime
 
-        def draw(state: Tensor) -> Tensor:
-            b, a = net.visible(state)[0], net.context(state)[0]
+        def draw(states: Tensor) -> Tensor:
+            b, a = net.visible(states), net.context(states)
             frame = torch.zeros_like(b)
             for i in range(self.pitches):
-                p = (b[i] + net.readout.weight[i] @ a.sigmoid()).sigmoid()
-                if float(torch.rand((), generator=generator)) < float(p):
-                    frame[i] = 1.0
-                    a = a + net.notes.weight[:, i]
-            return frame.unsqueeze(0)
+                p = (b[:, i] + a.sigmoid() @ net.readout.weight[i]).sigmoid()
+                frame[:, i] = torch.bernoulli(p, generator=generator)
+                a = torch.addcmul(a, frame[:, i : i + 1], net.notes.weight[:, i])
+            return frame
 
-        return write(net.layers, steps, prime, draw)
+        return write(net.layers, steps, primed(prime, count, net.readout.weight, self.pitches), draw)
 
 
 class _Conditionals(nn.Module):

@@ -132,20 +132,20 @@ hf = HF(
 )
 
 
-def sample(steps: int = 64, seed: int = 0) -> Roll:
-    """A roll (steps, 88) drawn from the model as it is."""
+def samples(count: int, steps: int = 64, seed: int = 0) -> list[Roll]:
+    """Rolls (steps, 88) drawn from the model as it is."""
     player = hf.tested
     assert isinstance(player, (PianoRoll, RNNNADE))
     player.eval()
-    drawn = player.sample(steps, torch.Generator().manual_seed(seed))
-    return drawn.cpu().numpy().astype(np.uint8)
+    drawn = player.sample(steps, torch.Generator(settings.device).manual_seed(seed), count=count)
+    return list(drawn.cpu().numpy().astype(np.uint8))
 
 
 def visualize_batch(steps: int = 64) -> Figure:
     """New music of the model, of a first-order model of the notes, and a piece of the validation part."""
     first_order = FirstOrder(pieces).sample(steps, np.random.default_rng(settings.seed))
     rolls = {
-        f"{type(model).__name__} after {hf.step} steps": sample(steps, settings.seed),
+        f"{type(model).__name__} after {hf.step} steps": samples(1, steps, settings.seed)[0],
         "each note by itself, a chain of first order": first_order,
         f"a piece of {pieces.name}": pieces.parts["valid"][0][:steps],
     }
@@ -157,7 +157,7 @@ def rules(count: int = 16, steps: int = 64) -> dict[str, dict[str, Any]]:
     generator = np.random.default_rng(settings.seed)
     first_order = FirstOrder(pieces)
     made = {
-        "model": [sample(steps, seed) for seed in range(count)],
+        "model": samples(count, steps, settings.seed),
         "first order": [first_order.sample(steps, generator) for _ in range(count)],
         "test pieces": pieces.parts["test"],
     }
@@ -181,7 +181,7 @@ def summary() -> dict[str, Any]:
 def draw_new() -> Figure:
     """Write new music as a MIDI file beside the picture, and return the picture."""
     assert settings.picture is not None
-    write_midi(settings.picture.with_suffix(".mid"), sample(128, settings.seed), pieces.steps_per_beat)
+    write_midi(settings.picture.with_suffix(".mid"), samples(1, 128, settings.seed)[0], pieces.steps_per_beat)
     return visualize_batch()
 
 
@@ -189,7 +189,7 @@ def show(picture: Path) -> None:
     """Write a picture of new music, and the music as a MIDI file beside it."""
     visualize_batch().savefig(picture, dpi=130)
     midi = picture.with_suffix(".mid")
-    write_midi(midi, sample(128, settings.seed), pieces.steps_per_beat)
+    write_midi(midi, samples(1, 128, settings.seed)[0], pieces.steps_per_beat)
     print(f"new music: {picture} and {midi}")
 
 

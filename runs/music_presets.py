@@ -82,7 +82,9 @@ RATES = {"adam": 2e-3, "rmsprop": 1e-3, "sgd": 1e-2, "muon": 5e-3}
 RULES: dict[str, Any] = {"rho": hfopt.LevenbergMarquardt, "loss": hfopt.KrylovDamping}
 
 PRESETS = {
-    "counterpoint": CommandLine(nade=60, hidden=100, max_steps=40, cg_iterations=40, input_scale=0.5),
+    "counterpoint": CommandLine(
+        nade=50, hidden=80, batch_size=48, max_steps=30, cg_iterations=30, dropout=0.1, input_dropout=0.1, patience=5
+    ),
     "jsb": CommandLine(data="jsb"),
     "jsb-nade": CommandLine(data="jsb", nade=100),
 }

@@ -20,7 +20,7 @@ _PASSING = 0.7
 """How often a third is filled with the note in between."""
 
 
-def counterpoint(pieces: int = 160, beats: int = 32, seed: int = 0) -> Pieces:
+def counterpoint(pieces: int = 240, beats: int = 32, seed: int = 0) -> Pieces:
     """Pieces in C major that obey the rules of :mod:`corpora.music.rules`: a function of the arguments alone.
 
     Every piece has two, three or four voices, each in its range. On beats, voices move to a consonant chord of the

@@ -137,7 +137,7 @@ def test_samples_follow_the_model(kind: str) -> None:
     model: Any = nade() if kind == "nade" else PianoRoll("rnn", 4, pitches=PITCHES).double()
     past = frames(2, 1)[:, 0]
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.cat([model.sample(1, generator, past) for _ in range(2000)])
+    drawn = model.sample(1, generator, past, 2000)[:, 0]
     every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=PITCHES)), dtype=torch.float64)
     v = torch.cat([past.unsqueeze(1).expand(2, 32, PITCHES), every.unsqueeze(0)])
     inputs = torch.cat([torch.zeros_like(v[:1]), v[:-1]])
@@ -147,7 +147,7 @@ def test_samples_follow_the_model(kind: str) -> None:
     # Chi-squared with 31 degrees of freedom: below 62 but once in a thousand times, and the seed is fixed.
     assert float((2000 * (found - p).square() / p).sum()) < 62
     song = model.sample(7, generator)
-    assert song.shape == (7, PITCHES)
+    assert song.shape == (1, 7, PITCHES)
     assert set(song.unique().tolist()) <= {0.0, 1.0}
     assert torch.equal(model.sample(7, torch.Generator().manual_seed(1)), model.sample(7, torch.Generator().manual_seed(1)))
     with pytest.raises(ValueError, match="units is 0"):

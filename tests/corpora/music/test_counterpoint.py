@@ -32,7 +32,7 @@ def test_all_rules_are_obeyed_and_apply_often() -> None:
 def test_a_function_of_the_seed() -> None:
     assert counterpoint(5, 8, seed=1).fingerprint() == counterpoint(5, 8, seed=1).fingerprint()
     assert counterpoint(5, 8, seed=1).fingerprint() != counterpoint(5, 8, seed=2).fingerprint()
-    assert counterpoint().fingerprint() == "6a1d5751"  # on every machine
+    assert counterpoint().fingerprint() == "65ffcff1"  # on every machine
     for options in ({"pieces": 2}, {"beats": 1}, {"seed": -1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             counterpoint(**options)
