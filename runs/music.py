@@ -178,6 +178,151 @@ def summary() -> dict[str, Any]:
     return found
 
 
+def write_music(picture: Path) -> None:
+    """Write new music as a MIDI file beside a picture."""
+    midi = picture.with_suffix(".mid")
+    try:
+        write_midi(midi, samples(1, 128, settings.seed)[0], pieces.steps_per_beat)
+    except ModuleNotFoundError as error:
+        print(f"runs.music: no {midi.name}: {error}", file=sys.stderr)
+    else:
+        print(midi)
+
+
+def draw_new() -> Figure:
+    """Write new music as a MIDI file beside the picture, and return the picture."""
+    assert settings.picture is not None
+    write_music(settings.picture)
+    return visualize_batch()
+
+
+if __name__ == "__main__" else []
+preset = typed[0] if typed and not typed[0].startswith("-") else "counterpoint"
+if preset not in PRESETS:
+    sys.exit(f"runs.music: there is no preset {preset!r}; choose from {', '.join(PRESETS)}")
+settings = parse(PRESETS[preset], typed[typed[:1] == [preset] :], f"runs.music {preset}")
+
+# 0. Seed, and threads, which sums are divided among.
+seeded(settings)
+
+# 1. Pieces. First-order optimizers take a minibatch at a step, hf the gradient of all windows.
+stochastic = settings.optimizer in FIRST_ORDER
+with sentences("runs.music", settings):
+    if settings.optimizer not in ("hf", *FIRST_ORDER):
+        raise ValueError(f"optimizer {settings.optimizer} has no settings here; choose hf, {', '.join(FIRST_ORDER)}")
+    pieces = load(settings.data, settings.folder, steps_per_beat=settings.steps_per_beat)
+    music = Music(
+        pieces,
+        batch_size=settings.minibatch if stochastic else settings.batch_size,
+        window=settings.window,
+        context=settings.context,
+        first=settings.first,
+        conditional=settings.nade > 0,
+        shuffle_every=None if stochastic else 1,
+        seed=settings.seed,
+        device=settings.device,
+    )
+
+# 2. Model and its initialisation; output biases begin at how often each note sounds.
+with sentences("runs.music", settings):
+    noise: dict[str, Any] = {name: getattr(settings, name) for name in ("dropout", "input_dropout", "weight_noise")}
+    model: RNNNADE | PianoRoll = (
+        RNNNADE(settings.cell, settings.hidden, settings.nade, settings.depth, **noise)
+        if settings.nade
+        else PianoRoll(settings.cell, settings.hidden, settings.depth, **noise)
+    )
+    frames = np.concatenate(pieces.parts["train"])
+    rates = torch.from_numpy((frames.sum(0) + 0.5) / (len(frames) + 1))
+    model.sparse_init(settings.seed, settings.connections, settings.scale, settings.input_scale, rates)
+    model.to(settings.device)
+
+
+def forward(model: torch.nn.Module, batch: Groups) -> torch.Tensor:
+    """The logits of a minibatch's scored frames."""
+    if settings.nade:
+        return torch.cat([model(group.inputs, group.targets, group.lengths, group.scored) for group in batch.groups])
+    return batch.outputs(model)
+
+
+# 3. Loss: the pieces bring their own, music.loss(outputs, batch), and their metrics.
+
+# 4. Optimizer and driver.
+name = settings.name or run_name(f"music-{preset}", settings, PRESETS[preset])
+batches = len(music.train_batches)
+roles: dict[str, Any] = {}
+if not stochastic:
+    roles = {"curvature_batches": range(min(settings.curvature_batches, batches))}
+    if settings.gradient_batches is not None:
+        roles["gradient_batches"] = range(min(settings.gradient_batches, batches))
+second_order: dict[str, Any] = {}
+if not stochastic:
+    rule = partial(RULES[settings.lambda_by], minimum=settings.least_damping)
+    second_order = {"rule": rule, "structural": settings.structural}
+hf = HF(
+    Path(__file__).parent / "logs" / name,
+    model,
+    music,
+    forward=forward,
+    optimizer=factory(settings, RATES, **second_order),
+    **roles,
+    callbacks=callbacks(settings, stochastic=stochastic),
+    average=settings.average,
+    threshold=0,
+    keep_checkpoints=1,
+    seed=settings.seed,
+    settings=settings,
+    overwrite=settings.overwrite,
+    hints=hints("runs.music", typed, "new music"),
+    **paced(settings, settings, batches),
+)
+
+
+def samples(count: int, steps: int = 64, seed: int = 0) -> list[Roll]:
+    """Rolls (steps, 88) drawn from the model as it is."""
+    player = hf.tested
+    assert isinstance(player, (PianoRoll, RNNNADE))
+    player.eval()
+    drawn = player.sample(steps, torch.Generator(settings.device).manual_seed(seed), count=count)
+    return list(drawn.cpu().numpy().astype(np.uint8))
+
+
+def visualize_batch(steps: int = 64) -> Figure:
+    """New music of the model, of a first-order model of the notes, and a piece of the validation part."""
+    first_order = FirstOrder(pieces).sample(steps, np.random.default_rng(settings.seed))
+    rolls = {
+        f"{type(model).__name__} after {hf.step} steps": samples(1, steps, settings.seed)[0],
+        "each note by itself, a chain of first order": first_order,
+        f"a piece of {pieces.name}": pieces.parts["valid"][0][:steps],
+    }
+    return draw_rolls(rolls, steps_per_beat=pieces.steps_per_beat, title=f"{pieces.name}: drawn and given")
+
+
+def rules(count: int = 16, steps: int = 64) -> dict[str, dict[str, Any]]:
+    """How often the rules of counterpoint are obeyed by new pieces of the model and of a first-order model."""
+    generator = np.random.default_rng(settings.seed)
+    first_order = FirstOrder(pieces)
+    made = {
+        "model": samples(count, steps, settings.seed),
+        "first order": [first_order.sample(steps, generator) for _ in range(count)],
+        "test pieces": pieces.parts["test"],
+    }
+    return {who: obedience(rolls) for who, rolls in made.items()}
+
+
+def summary() -> dict[str, Any]:
+    """Print and return what the best parameters by validation reach, beside a first-order model of each note."""
+    found: dict[str, Any] = dict(report(hf, {role: music.evaluated_on(role) for role in ("valid", "test")}, forward))
+    chain = FirstOrder(pieces)
+    found["first order"] = chain.nats(pieces.parts["test"])
+    print("a first-order model of each note: nats/frame {:.4g}, from 2nd {:.4g} (test)".format(*found["first order"]))
+    if pieces.name == "counterpoint":
+        found["rules"] = rules()
+        for who, counts in found["rules"].items():
+            shares = ", ".join(f"{rule} {100 * c.share:.1f}%" for rule, c in counts.items())
+            print(f"rules obeyed by {who}: {100 * mean_share(counts):.1f}% ({shares})")
+    return found
+
+
 def draw_new() -> Figure:
     """Write new music as a MIDI file beside the picture, and return the picture."""
     assert settings.picture is not None
@@ -197,5 +342,8 @@ if __name__ == "__main__":
     outcome = trained("runs.music", settings, hf, draw_new)
     if outcome == "success":
         summary()
-        show(hf.path / "sample.png")
+        picture = hf.path / "sample.png"
+        visualize_batch().savefig(picture, dpi=130)
+        print(picture)
+        write_music(picture)
     sys.exit(status(outcome, wanted=False))
