@@ -65,7 +65,7 @@ stochastic = settings.optimizer in FIRST_ORDER
 with sentences("runs.music", settings):
     if settings.optimizer not in ("hf", *FIRST_ORDER):
         raise ValueError(f"optimizer {settings.optimizer} has no settings here; choose hf, {', '.join(FIRST_ORDER)}")
-    pieces = load(settings.data, settings.folder, steps_per_beat=settings.steps_per_beat)
+    pieces = load(settings.data, settings.folder, steps_per_beat=settings.steps_per_beat, count=settings.pieces)
     music = Music(
         pieces,
         batch_size=settings.minibatch if stochastic else settings.batch_size,

@@ -17,6 +17,8 @@ class Settings:
 
     data: str = "counterpoint"
     """The pieces: counterpoint, jsb, nottingham, piano-midi, musedata, jsb-quarter, jsb-16th, or a file or folder."""
+    pieces: int = 240
+    """How many pieces of counterpoint there are, a tenth of them each for validation and test."""
     folder: Path | None = None
     """Where the published files are; by default HFOPT_DATA/music."""
     steps_per_beat: int = 2

@@ -48,7 +48,9 @@ STEPS_PER_BEAT = {"jsb": 1, "jsb-quarter": 1, "jsb-16th": 4}
 NAMES = ("counterpoint", *FILES)
 
 
-def load(name: str, data: str | Path | None = None, *, steps_per_beat: int = 2, seed: int = 0) -> Pieces:
+def load(
+    name: str, data: str | Path | None = None, *, steps_per_beat: int = 2, seed: int = 0, count: int = 240
+) -> Pieces:
     """A collection by its name, or the pieces in a file or folder.
 
     Args:
@@ -58,6 +60,7 @@ def load(name: str, data: str | Path | None = None, *, steps_per_beat: int = 2, 
             names. What is missing there is downloaded, with a checksum, where its address is known.
         steps_per_beat: frames in a quarter note, for MIDI files.
         seed: for counterpoint, and for the split of MIDI files.
+        count: pieces of counterpoint.
 
     Raises:
         FileNotFoundError: there is no such collection, file or folder, or a published file is missing.
@@ -65,7 +68,7 @@ def load(name: str, data: str | Path | None = None, *, steps_per_beat: int = 2, 
         ModuleNotFoundError: a package that reads such files is not installed.
     """
     if name == "counterpoint":
-        return counterpoint(seed=seed)
+        return counterpoint(count, seed=seed)
     if name in FILES:
         found = find(folder_of(data, "music", [FILES[name]]), FILES[name])
         return Pieces(name, read(found), str(found), STEPS_PER_BEAT.get(name, 2))

@@ -18,7 +18,8 @@ from runs.music_presets import PRESETS
 from runs.validated import BEST
 
 RUN = "music"
-SMALL = ("--hidden", "12", "--nade", "8", "--cg-iterations", "10")
+FEW = ("--pieces", "20")
+SMALL = (*FEW, "--hidden", "12", "--nade", "8", "--cg-iterations", "10")
 
 
 def test_a_run_from_start_to_picture(tmp_path: Path, typed: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +50,7 @@ def test_a_run_from_start_to_picture(tmp_path: Path, typed: Any, capsys: pytest.
 
 @pytest.mark.parametrize("name", ["adam", "muon", "rmsprop", "sgd"])
 def test_first_order_optimizers_learn_and_resume_to_the_same_bits(typed: Any, tmp_path: Path, name: str) -> None:
-    words = ("--optimizer", name, "--hidden", "10", "--nade", "0", "--dropout", "0.2", "--weight-noise", "0.01")
+    words = (*FEW, "--optimizer", name, "--hidden", "10", "--nade", "0", "--dropout", "0.2", "--weight-noise", "0.01")
     words += ("--halve", "1", "--clip", "5", "--weight-decay", "1e-5")
     assert typed(*words, "--name", str(tmp_path / "whole"), "--max-steps", "40") == 0
     assert typed(*words, "--name", str(tmp_path / "parts"), "--max-steps", "20") == 0
@@ -61,7 +62,7 @@ def test_first_order_optimizers_learn_and_resume_to_the_same_bits(typed: Any, tm
 
 
 def test_validation_ends_a_run(typed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--optimizer", "sgd", "--lr", "0", "--hidden", "5", "--nade", "0", "--patience", "2")
+    words = (*FEW, "--optimizer", "sgd", "--lr", "0", "--hidden", "5", "--nade", "0", "--patience", "2")
     assert typed(*words, "--name", str(tmp_path / "run"), "--max-steps", "1000") == 0
     assert "no progress of nats/frame in 2 tests" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "report.json").read_text())["step"] == 0
