@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BEGIN, END = "<!-- written by python -m runs.reproduce music -->", "<!-- end of what is written -->"
+_SHOWN = ("counterpoint", "jsb-nade")
+"""Presets whose new music the page shows."""
 SAMPLE = "sample.png"
 """The picture of new music in a run's folder."""
 
@@ -65,6 +67,7 @@ PIANO = {"RNN, hf": "7.66", "RNN, adam": "8.37 (SGD)"}
 _F1: dict[str, Any] = {"module": "slots", "measure": "F1", "factor": 100.0, "seeds": 3, "group": "slots"}
 _WRONG: dict[str, Any] = {"module": "pixels", "measure": "error_rate", "factor": 100.0, "group": "pixels"}
 ROWS: tuple[Judged, ...] = (
+    Judged("counterpoint: RNN-NADE, hf", ("counterpoint",), "-", module="music", group="counterpoint"),
     *_music("jsb", JSB, seeds=3),
     *_music("nottingham", NOTTINGHAM),
     *_music("piano-midi", PIANO),
@@ -155,14 +158,26 @@ def write(folder: Path, document: Path) -> None:
         figure = draw([one for one in found if one.row.group == group])
         figure.savefig(images / f"music-{group}.png", dpi=110)
         lines += ["", f"![Validation of {group} over processor minutes](images/music-{group}.png)"]
-    for one in found:
-        picture = folder / one.cell.name / SAMPLE
-        if one.cell.seed == 0 and picture.is_file() and one.row.words[-1] == "jsb-nade":
-            shutil.copyfile(picture, images / "music-sample.png")
-            lines += ["", f"New music of `{one.cell.command}`:", "", "![Piano rolls](images/music-sample.png)"]
+    for one in (one for one in found if one.cell.seed == 0 and one.row.words[0] in _SHOWN):
+        lines += shown(one, folder / one.cell.name / SAMPLE, images / f"music-sample-{one.row.words[0]}.png")
     new = document.with_suffix(".new")
     new.write_text("\n".join([f"{before}{BEGIN}", "", *lines, "", f"{END}{after}"]), encoding="utf-8")
     os.replace(new, document)
+
+
+def shown(one: Found, picture: Path, copy: Path) -> list[str]:
+    """New music of a run, and how often it obeys the rules of counterpoint, as lines."""
+    lines: list[str] = []
+    rules: dict[str, dict[str, float]] = (one.report or {}).get("rules", {})
+    if rules:
+        names = list(next(iter(rules.values())))
+        lines += ["", "Shares in which new pieces obey the rules of counterpoint, in per cent:", ""]
+        lines += [f"| pieces of | {' | '.join(names)} |", "|---|" + "--:|" * len(names)]
+        lines += [f"| {who} | {' | '.join(f'{100 * r[n]:.1f}' for n in names)} |" for who, r in rules.items()]
+    if picture.is_file():
+        shutil.copyfile(picture, copy)
+        lines += ["", f"New music of `{one.cell.command}`:", "", f"![Piano rolls](images/{copy.name})"]
+    return lines
 
 
 def tables(found: Sequence[Found]) -> list[str]:

@@ -137,13 +137,19 @@ def trained(module: str, settings: Any, hf: HF, visualize: Callable[[], Figure])
 Row = dict[str, float]
 
 
-def report(hf: HF, roles: Mapping[str, Problem], forward: Forward = on_inputs) -> dict[str, Row]:
+def report(
+    hf: HF,
+    roles: Mapping[str, Problem],
+    forward: Forward = on_inputs,
+    more: Callable[[], Mapping[str, Any]] = dict,
+) -> dict[str, Row]:
     """Load the best parameters by validation and evaluate them; the numbers are kept in the run's folder, and printed.
 
     Args:
         hf: the run, with a checkpoint of the best validation.
         roles: data objects whose test batches are evaluated, by name.
         forward: as of the driver.
+        more: what else the file is to hold, found with the best parameters.
 
     Returns:
         Loss and metrics by role.
@@ -154,7 +160,7 @@ def report(hf: HF, roles: Mapping[str, Problem], forward: Forward = on_inputs) -
     for role, problem in roles.items():
         evaluated = evaluate(hf.tested, problem, problem.test_batches, forward)
         found[role] = {"loss": evaluated.loss, **evaluated.values}
-    content = {"step": hf.step, "steps": run_step, "parameters": count(hf.model), **found}
+    content = {"step": hf.step, "steps": run_step, "parameters": count(hf.model), **found, **more()}
     path = hf.path / REPORT
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1), encoding="utf-8")
