@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from hfopt.experiment.data import Problem
 from hfopt.experiment.driver import HF
-from hfopt.experiment.hooks import Callback, ClipGradient, Experiment, KeepBest, StopWithout
+from hfopt.experiment.hooks import Callback, ClipGradient, KeepBest, LowerOnPlateau, StopWithout
 from hfopt.experiment.metrics import metrics_of
 from hfopt.experiment.roles import Forward, evaluate, on_inputs
 from runs.optimizers import Factory, first_order, optimizer, pace
@@ -47,40 +46,11 @@ class Validated:
     """Steps from one validation to the next; by default 1 for hf, and a pass over the data for the others."""
 
 
-class HalveRate(Callback):
-    """Halve the learning rate after so many validations in a row without progress of the first metric.
-
-    Args:
-        after: how many.
-    """
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-        self._best, self._worse = math.inf, 0
-
-    def after_test(self, hf: Experiment, row: Mapping[str, Any]) -> None:
-        """Count, and halve."""
-        rank = hf.metrics[0].rank(row[hf.metrics[0].column])
-        self._best, self._worse = (rank, 0) if rank < self._best else (self._best, self._worse + 1)
-        if self._worse >= self.after:
-            self._worse = 0
-            for group in hf.optimizer.param_groups:
-                group["lr"] *= 0.5
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best validation, and how many have followed it."""
-        return {"best": self._best, "worse": self._worse}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from it."""
-        self._best, self._worse = state["best"], state["worse"]
-
-
 def callbacks(settings: Validated, *, stochastic: bool) -> list[Callback]:
     """Keep the best parameters, stop in time, and halve and clip as the settings say."""
     found: list[Callback] = [KeepBest(name=BEST), StopWithout(settings.patience)]
     if stochastic and settings.halve:
-        found.append(HalveRate(settings.halve))
+        found.append(LowerOnPlateau(settings.halve))
     if stochastic and settings.clip:
         found.append(ClipGradient(settings.clip))
     return found
@@ -90,18 +60,17 @@ FIRST_ORDER = ("adam", "sgd", "rmsprop", "muon")
 
 
 def factory(settings: Training, rates: dict[str, float], **hessian_free: Any) -> Factory:
-    """What makes the optimizer: hf with these arguments, or one of `FIRST_ORDER` with its weight decay.
+    """What makes the optimizer: hf with these arguments, or one of `FIRST_ORDER`, with the weight decay but for muon.
 
     Args:
         settings: of the run.
         rates: learning rates by optimizer, where the settings have none.
         hessian_free: further arguments of `runs.optimizers.optimizer` and `hfopt.HessianFree`.
     """
-    name = settings.optimizer
-    if name not in FIRST_ORDER:
-        return optimizer(settings, rates, **hessian_free)
-    lr = rates[name] if settings.lr is None else settings.lr
-    return first_order(name, lr, settings.weight_decay)
+    if settings.optimizer in ("adam", "sgd", "rmsprop"):
+        lr = rates[settings.optimizer] if settings.lr is None else settings.lr
+        return first_order(settings.optimizer, lr, settings.weight_decay)
+    return optimizer(settings, rates, **hessian_free)
 
 
 def paced(settings: Training, validated: Validated, batches: int) -> dict[str, Any]:

@@ -49,7 +49,9 @@ def test_logits_by_definition() -> None:
     v[2, 1], v[3, 1] = 0, 1  # a silent frame, and one with all notes
     inputs = torch.cat([torch.zeros_like(v[:1]), v[:-1]])
     states = model.net.layers(inputs)[0]
-    expected = torch.stack([torch.stack([by_definition(model, states[t, b], v[t, b]) for b in range(3)]) for t in range(6)])
+    expected = torch.stack(
+        [torch.stack([by_definition(model, states[t, b], v[t, b]) for b in range(3)]) for t in range(6)]
+    )
     assert_close(model(inputs, v), expected, **EXACT)
     some = torch.tensor([0, 4, 11])
     assert_close(model(inputs, v, None, some), expected.flatten(0, 1)[some], **EXACT)
@@ -149,6 +151,8 @@ def test_samples_follow_the_model(kind: str) -> None:
     song = model.sample(7, generator)
     assert song.shape == (1, 7, PITCHES)
     assert set(song.unique().tolist()) <= {0.0, 1.0}
-    assert torch.equal(model.sample(7, torch.Generator().manual_seed(1)), model.sample(7, torch.Generator().manual_seed(1)))
+    assert torch.equal(
+        model.sample(7, torch.Generator().manual_seed(1)), model.sample(7, torch.Generator().manual_seed(1))
+    )
     with pytest.raises(ValueError, match="units is 0"):
         RNNNADE("rnn", 4, 0)

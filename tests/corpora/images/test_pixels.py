@@ -33,7 +33,7 @@ def test_rows_pixels_and_permutations() -> None:
     each = Pixels("mine", parts(), shape=(3, 4), white=255, order="pixels")
     assert torch.equal(each(-1).inputs[:, :, 0].T, torch.tensor(images / 255, dtype=torch.float32))
     mixed = Pixels("mine", parts(), shape=(3, 4), white=255, order="permuted", permutation=7)
-    order = np.random.RandomState(7).permutation(12)  # noqa: NPY002
+    order = np.random.RandomState(7).permutation(12)
     assert torch.equal(mixed(-1).inputs[:, :, 0].T, torch.tensor(images[:, order] / 255, dtype=torch.float32))
     assert not np.array_equal(order, np.arange(12))
 
@@ -52,7 +52,7 @@ def test_losses() -> None:
 def test_published_seeds() -> None:
     assert PERMUTATION_SEEDS == {"nnrnn": 1234, "exprnn": 92916}
     # numpy promises that RandomState draws the same for ever.
-    assert np.random.RandomState(1234).permutation(784)[:4].tolist() == [529, 511, 328, 133]  # noqa: NPY002
+    assert np.random.RandomState(1234).permutation(784)[:4].tolist() == [529, 511, 328, 133]
 
 
 def test_digits_need_no_files() -> None:

@@ -63,7 +63,7 @@ def test_mat_files_are_read_as_they_were_written(tmp_path: Path) -> None:
 )
 def test_mat_files_that_hold_something_else(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     path = mat(tmp_path / "other.mat", **changed)
-    with pytest.raises(ValueError, match="other.mat") as refused:
+    with pytest.raises(ValueError, match=r"other\.mat") as refused:
         load(str(path))
     assert said in str(refused.value)
 
@@ -80,7 +80,7 @@ def test_mat_files_that_hold_something_else(tmp_path: Path, changed: dict[str, A
 def test_files_that_are_no_mat_files(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "bad.mat"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="bad.mat") as refused:
+    with pytest.raises(ValueError, match=r"bad\.mat") as refused:
         load(str(path))
     assert said in str(refused.value)
 
@@ -90,7 +90,7 @@ def test_every_truncation_of_a_mat_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.mat"
     for length in range(1, len(whole), max(1, len(whole) // 40)):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="cut.mat"):
+        with pytest.raises(ValueError, match=r"cut\.mat"):
             load(str(path))
 
 
@@ -144,7 +144,7 @@ def test_json_files(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_json_that_is_something_else(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match="other.json") as refused:
+    with pytest.raises(ValueError, match=r"other\.json") as refused:
         load(str(notes(tmp_path / "other.json", **changed)))
     assert said in str(refused.value)
 
@@ -153,11 +153,11 @@ def test_json_that_is_something_else(tmp_path: Path, changed: dict[str, Any], sa
 def test_damaged_json(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="bad.json"):
+    with pytest.raises(ValueError, match=r"bad\.json"):
         load(str(path))
     cut = tmp_path / "cut.json.gz"
     cut.write_bytes(notes(tmp_path / "whole.json.gz").read_bytes()[:-9])
-    with pytest.raises(ValueError, match="cut.json.gz is no complete gzip file"):
+    with pytest.raises(ValueError, match=r"cut\.json.gz is no complete gzip file"):
         load(str(cut))
 
 
@@ -182,10 +182,10 @@ def test_a_folder_of_midi_files(tmp_path: Path) -> None:
     assert {role: len(part) for role, part in pieces.parts.items()} == {"valid": 1, "test": 1, "train": 10}
     assert pieces.fingerprint() == load(str(tmp_path)).fingerprint()
     (tmp_path / "a" / "bad.mid").write_bytes((tmp_path / "b" / "00.mid").read_bytes()[:30])
-    with pytest.raises(ValueError, match="bad.mid"):
+    with pytest.raises(ValueError, match=r"bad\.mid"):
         read_folder(tmp_path)
     (tmp_path / "a" / "bad.mid").write_bytes(b"RIFF")
-    with pytest.raises(ValueError, match="bad.mid is no MIDI file: it begins with 52 49 46 46"):
+    with pytest.raises(ValueError, match=r"bad\.mid is no MIDI file: it begins with 52 49 46 46"):
         read_folder(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()

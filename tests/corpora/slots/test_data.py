@@ -64,7 +64,9 @@ def test_loss_and_metrics() -> None:
     assert float(slots.loss(logits, batch)) == pytest.approx(math.log(4))  # tags that are unknown are left out
 
     def tag(*tags: str) -> Tensor:
-        return torch.stack([torch.nn.functional.one_hot(torch.tensor(slots.vocabulary.tags.index(t)), 4) for t in tags]).float()
+        return torch.stack(
+            [torch.nn.functional.one_hot(torch.tensor(slots.vocabulary.tags.index(t)), 4) for t in tags]
+        ).float()
 
     scored = {}
     for name, tags in {

@@ -54,5 +54,5 @@ def test_damaged_files(tmp_path: Path) -> None:
         read_iob(written(tmp_path / "cut.iob", *LINES, end=""))
     whole = written(tmp_path / "whole.iob.gz", *LINES).path.read_bytes()
     (tmp_path / "cut.iob.gz").write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match="cut.iob.gz is no complete gzip file"):
+    with pytest.raises(ValueError, match=r"cut\.iob.gz is no complete gzip file"):
         read_iob(Found(tmp_path / "cut.iob.gz"))
