@@ -160,8 +160,10 @@ def line(cell: Cell, found: Result | None) -> str:
     """One line on a cell that has ended."""
     if found is None:
         return f"{cell.name}: no step finished"
-    measured = cell.module in ("characters", "words", "music")
-    error = f"{found.error:.3f}" if measured else f"{100 * found.error:.2f}% wrong"
+    if cell.module in ("characters", "words", "music"):
+        error = f"{found.error:.3f}"
+    else:
+        error = f"F1 {100 * found.error:.2f}%" if cell.module == "slots" else f"{100 * found.error:.2f}% wrong"
     return f"{cell.name}: {found.state}, {found.steps} steps, {duration(found.spent)}, {error}"
 
 
