@@ -177,7 +177,7 @@ def visualize_batch(count: int = 20) -> Figure:
         given = hf.tested(batch.inputs).argmax(1)
     rows, columns = problem.shape
     where = problem.places.argsort() if problem.order == "permuted" else slice(None)
-    images = batch.inputs.transpose(0, 1).flatten(1).cpu()[:, where].view(-1, rows, columns)
+    images = batch.inputs.transpose(0, 1).flatten(1).cpu()[:, where].view(-1, rows, columns).numpy()
     figure, grid = plt.subplots(2, -(-count // 2), figsize=(0.9 * count / 2, 2.4), layout="constrained")
     for axes, image, guess, target in zip(grid.flat, images, given.tolist(), batch.targets.tolist(), strict=False):
         axes.imshow(image, cmap="gray", vmin=0.0, vmax=1.0)
