@@ -114,4 +114,10 @@ LONG = replace(
 )
 PRESETS |= {name: replace(LONG, data=name) for name in ("nottingham", "piano-midi", "musedata")}
 PRESETS["piano-midi"] = replace(PRESETS["piano-midi"], dropout=0.3, input_dropout=0.1)
+# Bengio, Boulanger-Lewandowski & Pascanu (2012): parts of 100 frames, clipped gradients, 100 to 400 units.
+PRESETS["jsb-2012"] = CommandLine(data="jsb", optimizer="sgd", lr=1e-2, hidden=200, window=100, clip=15.0, minibatch=1)
+# Miller & Hardt (ICLR 2019), table 2; their rate of 0.05 without momentum is one of 0.005 with momentum 0.9.
+PRESETS["jsb-stable"] = CommandLine(
+    data="jsb", optimizer="sgd", lr=5e-3, hidden=1024, dropout=0.1, minibatch=1, clip=5.0, first="left out"
+)
 PRESETS |= {f"{name}-nade": replace(PRESETS[name], nade=100) for name in ("nottingham", "piano-midi", "musedata")}

@@ -81,12 +81,8 @@ class Music(Shuffled[Groups]):
         for name, value, known in (("first", first, FIRST), ("evaluate_on", evaluate_on, ROLES)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; choose {' or '.join(map(repr, known))}")
-        self.name, self.first, self.evaluate_on, self.fingerprint = (
-            pieces.name,
-            first,
-            evaluate_on,
-            pieces.fingerprint(),
-        )
+        self.name, self.fingerprint = pieces.name, pieces.fingerprint()
+        self.first, self.evaluate_on = first, evaluate_on
         self.window = None if window is None else integer("window", window, 1)
         self.context = integer("context", context, 0)
         self.device, self.dtype = torch.device(device), dtype

@@ -125,10 +125,6 @@ class Slots(Shuffled[Groups]):
         other.evaluate_on, other._test_count = role, len(self.parts[role])
         other.test_batches = range(-1, -1 - -(-other._test_count // self.batch_size), -1)
         other.train_mem, other.test_mem = {}, {}
-        other.metrics = [
-            Metric("F1", other._spans, unit="%", better="higher"),
-            Metric("wrong tags", other._wrong, unit="%", column="wrong_tags"),
-        ]
         return other
 
     def take(self, role: str, cases: slice | Tensor) -> Groups:
