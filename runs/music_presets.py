@@ -85,7 +85,7 @@ RULES: dict[str, Any] = {"rho": hfopt.LevenbergMarquardt, "loss": hfopt.KrylovDa
 
 PRESETS = {
     "counterpoint": CommandLine(
-        nade=50, hidden=80, batch_size=48, max_steps=40, cg_iterations=30, dropout=0.1, input_dropout=0.1, patience=5
+        nade=50, hidden=80, batch_size=48, max_steps=30, cg_iterations=30, dropout=0.1, input_dropout=0.1, patience=5
     ),
     # Long solves on all chorales are too good at what these have in common by chance: noise, and a lambda that stays.
     "jsb": CommandLine(

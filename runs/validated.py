@@ -129,15 +129,15 @@ def report(
     for role, problem in roles.items():
         evaluated = evaluate(hf.tested, problem, problem.test_batches, forward)
         found[role] = {"loss": evaluated.loss, **evaluated.values}
+    names = {m.column: m for m in metrics_of(next(iter(roles.values())))}
+    for role, row in found.items():
+        values = ", ".join(f"{m.name} {m.quantity(row[column])}" for column, m in names.items())
+        print(f"{role:>8}: {values}")
     content = {"step": hf.step, "steps": run_step, "parameters": count(hf.model), **found, **more()}
     path = hf.path / REPORT
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1), encoding="utf-8")
     part.replace(path)
-    names = {m.column: m for m in metrics_of(next(iter(roles.values())))}
-    for role, row in found.items():
-        values = ", ".join(f"{m.name} {m.quantity(row[column])}" for column, m in names.items())
-        print(f"{role:>8}: {values}")
     return found
 
 
