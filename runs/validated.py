@@ -123,7 +123,6 @@ def report(
     Returns:
         Loss and metrics by role.
     """
-    run_step = hf.step
     hf.load(BEST)
     found: dict[str, Row] = {}
     for role, problem in roles.items():
@@ -133,7 +132,7 @@ def report(
     for role, row in found.items():
         values = ", ".join(f"{m.name} {m.quantity(row[column])}" for column, m in names.items())
         print(f"{role:>8}: {values}")
-    content = {"step": hf.step, "steps": run_step, "parameters": count(hf.model), **found, **more()}
+    content = {"step": hf.step, "parameters": count(hf.model), **found, **more()}
     path = hf.path / REPORT
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=1), encoding="utf-8")
