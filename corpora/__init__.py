@@ -6,9 +6,8 @@
 ((50, 784), 50, (28, 28))
 """
 
-from corpora.curves import curves
-from corpora.digits import digits
-from corpora.images import Images
-from corpora.mnist import mnist
+from corpora.images import Images, Pixels, curves, digits, mnist, pixels
+from corpora.music import Music
+from corpora.slots import Slots, atis
 
-__all__ = ["Images", "curves", "digits", "mnist"]
+__all__ = ["Images", "Music", "Pixels", "Slots", "atis", "curves", "digits", "mnist", "pixels"]

@@ -8,9 +8,12 @@ from models.gru import GRU
 from models.language import LanguageModel
 from models.lstm import LSTM
 from models.mrnn import MRNN
+from models.piano_roll import PianoRoll
 from models.rnn import RNN
+from models.rnn_nade import RNNNADE
 from models.sizes import parameter_count, units_for
 from models.stacked import Stack
+from models.tagger import Tagger
 
 __all__ = [
     "FNN",
@@ -20,10 +23,13 @@ __all__ = [
     "MRNN",
     "RHN",
     "RNN",
+    "RNNNADE",
     "UGRNN",
     "IntersectionRNN",
     "LanguageModel",
+    "PianoRoll",
     "Stack",
+    "Tagger",
     "parameter_count",
     "units_for",
 ]

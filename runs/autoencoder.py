@@ -37,7 +37,7 @@ if find_spec("models") is None:
 
 import corpora
 import hfopt
-from corpora.picture import draw_images
+from corpora.images.picture import draw_images
 from hfopt.experiment.driver import HF
 from hfopt.experiment.roles import Growth, evaluate
 from hfopt.preconditioners import KFAC

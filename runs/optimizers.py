@@ -67,13 +67,13 @@ def optimizer(
     return first_order(name, lr)
 
 
-def first_order(name: str, lr: float) -> Factory:
-    """Adam, RMSprop, or SGD with Nesterov momentum 0.9."""
+def first_order(name: str, lr: float, weight_decay: float = 0.0) -> Factory:
+    """Adam, RMSprop, or SGD with Nesterov momentum 0.9; the penalty c/2 |theta|^2 is added to the loss."""
     if name == "adam":
-        return lambda parameters: torch.optim.Adam(parameters, lr=lr)
+        return lambda parameters: torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
     if name == "rmsprop":
-        return lambda parameters: torch.optim.RMSprop(parameters, lr=lr)
-    return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
+        return lambda parameters: torch.optim.RMSprop(parameters, lr=lr, weight_decay=weight_decay)
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
 
 
 def lbfgs(lr: float, iterations: int) -> Factory:

@@ -6,6 +6,7 @@
     python -m runs.reproduce pathological --only "addition*" "xor*"
     python -m runs.reproduce --write                      the document alone, from what is there
     python -m runs.reproduce --write --document docs/reproduction.md
+    python -m runs.reproduce music --budget-minutes 10    music, slots and sequential images, and their page
     python -m runs.reproduce language --budget-minutes 10 language models, and their page; then with --best for longer
 
 A cell is one run: a problem, its length, its settings, a seed. Cells that are finished are read from their run.h5;
@@ -24,12 +25,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from hfopt.experiment.report import duration
-from runs import language_table
+from runs import language_table, music_table
 from runs.cells import ROOT, Cell, Result, environment, result
 from runs.reproduction import write_document
 from runs.tables import TABLES, Table
@@ -44,7 +45,7 @@ class CommandLine:
 
     table: Annotated[str, tyro.conf.Positional] = "all"
     """Name of the table: pathological, pathological-long, memorization-damping, time-to-solution, or all of these;
-    or language."""
+    or language, or music."""
     only: tuple[str, ...] = ()
     """Rows to run, by their titles; * stands for anything."""
     seeds: int | None = None
@@ -60,8 +61,8 @@ class CommandLine:
     folder: Path = ROOT / "runs" / "logs" / "reproduce"
     """Where the runs lie."""
     document: Path | None = None
-    """The document, by default reproduction.md in that folder, or language.md; figures go to the folder images beside
-    it. Of language.md, what stands outside two marks is left alone."""
+    """The document, by default reproduction.md (or language.md, music.md) in that folder; figures go to images beside
+    it. Of these two, what stands outside two marks is left alone."""
     best: bool = False
     """Of language: only the best setting so far of each method."""
     write: bool = False
@@ -116,12 +117,15 @@ def run_cells(
     budget: float = float("inf"),
     device: str = "cpu",
     say: Callable[[str], None] = print,
+    ended: Callable[[Cell, Path], bool] = lambda cell, folder: False,
 ) -> list[Cell]:
     """Run what is due, so many cells at a time, each for `budget` seconds in all; returns the cells that broke down.
 
+    `ended` says of a cell whether it has ended for good in a way that its state does not tell.
+
     KeyboardInterrupt is passed on after every running cell has saved itself.
     """
-    waiting = [cell for cell in cells if due(result(folder / cell.name), budget)]
+    waiting = [cell for cell in cells if due(result(folder / cell.name), budget) and not ended(cell, folder)]
     running: list[Job] = []
     broken: list[Cell] = []
     looked = 0.0
@@ -139,7 +143,7 @@ def run_cells(
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 found = result(folder / job.cell.name)
-                if job.stopped or (found is not None and found.state != "unfinished"):
+                if job.stopped or (found is not None and found.state != "unfinished") or ended(job.cell, folder):
                     say(line(job.cell, found))
                 else:
                     broken.append(job.cell)
@@ -156,23 +160,29 @@ def line(cell: Cell, found: Result | None) -> str:
     """One line on a cell that has ended."""
     if found is None:
         return f"{cell.name}: no step finished"
-    error = f"{found.error:.3f}" if cell.module in ("characters", "words") else f"{100 * found.error:.2f}% wrong"
+    if cell.module in ("characters", "words", "music"):
+        error = f"{found.error:.3f}"
+    else:
+        error = f"F1 {100 * found.error:.2f}%" if cell.module == "slots" else f"{100 * found.error:.2f}% wrong"
     return f"{cell.name}: {found.state}, {found.steps} steps, {duration(found.spent)}, {error}"
 
 
 def chosen(table: Table, settings: CommandLine) -> list[Cell]:
     """The cells of a table that were asked for, seed by seed, so that early cells give an overview."""
     rows = [row for row in table.rows if not settings.only or any(fnmatch(row.title, o) for o in settings.only)]
-    seeds = range(settings.first_seed, settings.seeds or table.seeds)
-    return [row.cells(seed + 1)[seed] for seed in seeds for row in rows]
+    counts = {row: settings.seeds or row.seeds or table.seeds for row in rows}
+    seeds = range(settings.first_seed, max(counts.values(), default=0))
+    return [row.cells(seed + 1)[seed] for seed in seeds for row in rows if seed < counts[row]]
 
 
 def main(settings: CommandLine) -> int:
     """The exit status: 0, 1 if a cell broke down, 130 after Ctrl-C."""
-    known = {**TABLES, "language": language_table.TABLE}
+    pages = {"language": language_table, "music": music_table}
+    known = {**TABLES, **{name: page.TABLE for name, page in pages.items()}}
     if settings.table != "all" and settings.table not in known:
         sys.exit(f"runs.reproduce: there is no table {settings.table!r}; choose from all, {', '.join(known)}")
-    language = settings.table == "language"
+    page = pages.get(settings.table)
+    language = page is language_table
     names = list(TABLES) if settings.table == "all" else [settings.table]
     cells = list(dict.fromkeys(cell for name in names for cell in chosen(known[name], settings)))
     if settings.best and language:
@@ -189,15 +199,17 @@ def main(settings: CommandLine) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         try:
-            options = {"jobs": settings.jobs, "budget": budget, "device": settings.device}
-            status = int(bool(run_cells(cells, settings.folder, **options)))  # type: ignore[arg-type]
+            options: dict[str, Any] = {"jobs": settings.jobs, "budget": budget, "device": settings.device}
+            if page is music_table:
+                options["ended"] = music_table.ended
+            status = int(bool(run_cells(cells, settings.folder, **options)))
         except KeyboardInterrupt:
             status = 130
-    default = settings.folder / ("language.md" if language else "reproduction.md")
+    default = settings.folder / ("reproduction.md" if page is None else f"{settings.table}.md")
     document = default if settings.document is None else settings.document
-    if language:
+    if page is not None:
         try:
-            language_table.write(settings.folder, document)
+            page.write(settings.folder, document)
         except ValueError as error:
             sys.exit(f"runs.reproduce: {error}")
     else:

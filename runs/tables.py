@@ -19,6 +19,7 @@ class Row:
         claim: what was published, or what is to be found out.
         against: the title of the row of the same table whose time this one is measured in, if any.
         module: the run file.
+        seeds: how many seeds the row has by default; None: as many as its table says.
     """
 
     title: str
@@ -26,6 +27,7 @@ class Row:
     claim: str
     against: str | None = None
     module: str = "pathological"
+    seeds: int | None = None
 
     def cells(self, seeds: int) -> list[Cell]:
         """The runs of the first so many seeds."""

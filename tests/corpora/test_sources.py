@@ -17,8 +17,8 @@ import torch
 from scipy.integrate import quad
 
 import corpora
-from corpora.curves import MARGIN, SIDE, WIDTH, control_points, draw
-from corpora.idx import read_idx
+from corpora.images.curves import MARGIN, SIDE, WIDTH, control_points, draw
+from corpora.images.idx import read_idx
 
 # -- digits -------------------------------------------------------------------------------------------------
 

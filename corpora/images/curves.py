@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corpora.images import Images
+from corpora.images.images import Images
 
 Floats = npt.NDArray[np.float64]
 

@@ -194,7 +194,7 @@ class Images(Shuffled[Batch]):
 
     def plot(self, batch: Batch | None = None, count: int = 10) -> Any:
         """The first images of a minibatch (default: training minibatch 0) as a matplotlib figure."""
-        from corpora.picture import draw_images
+        from corpora.images.picture import draw_images
 
         batch = self(0) if batch is None else batch
         return draw_images({"image": batch.inputs[:count]}, self.shape, title=self.name)

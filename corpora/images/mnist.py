@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from corpora.idx import read_idx
-from corpora.images import Images
+from corpora.images.idx import read_idx
+from corpora.images.images import Images
 
 FILES = {"train": "train-images-idx3-ubyte.gz", "test": "t10k-images-idx3-ubyte.gz"}
 """The canonical names of the files with the images."""
@@ -51,7 +51,15 @@ def _images(folder: Path, name: str) -> npt.NDArray[np.uint8]:
         raise FileNotFoundError(
             f"there is no {name} in {folder}; MNIST's images are in the files {' and '.join(FILES.values())}"
         )
-    path = packed if packed.is_file() else plain
+    return images_in(packed if packed.is_file() else plain)
+
+
+def images_in(path: Path) -> npt.NDArray[np.uint8]:
+    """The images `(N, 784)` in a file.
+
+    Raises:
+        ValueError: the file is damaged or holds no 28x28 images.
+    """
     images = read_idx(path)
     if images.ndim != 3 or images.shape[1:] != (28, 28):
         raise ValueError(f"{path} holds an array of shape {images.shape}; MNIST's images are (N, 28, 28)")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from corpora.images import Images
+from corpora.images.images import Images
 
 TRAIN = 1500
 
