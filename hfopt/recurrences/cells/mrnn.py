@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from hfopt.recurrences.cells.simple import NONLINEARITIES
 from hfopt.recurrences.definition import Definition
 from hfopt.recurrences.expression import relu, sigmoid, tanh
 
 _FUNCTIONS = {"tanh": tanh, "relu": relu, "sigmoid": sigmoid}
+MULTIPLICATIVE = tuple(_FUNCTIONS)
 
 
 def mrnn(nonlinearity: str = "tanh") -> Definition:
@@ -26,5 +28,11 @@ def _mrnn(nonlinearity: str) -> Definition:
     def step(x: Any, h: Any, W: Any) -> Any:
         return f(x.h + W.h(x.f * W.f(h)))
 
-    made_by = (mrnn, (nonlinearity,))
-    return Definition(step, states="h", gates="f:factors h", name=f"mrnn_{nonlinearity}", made_by=made_by)
+    return Definition(
+        step,
+        states="h",
+        gates="f:factors h",
+        name=f"mrnn_{nonlinearity}",
+        distance=NONLINEARITIES[nonlinearity].distance,
+        made_by=(mrnn, (nonlinearity,)),
+    )

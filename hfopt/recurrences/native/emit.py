@@ -15,7 +15,8 @@ from hfopt.recurrences.expression import Expression
 from hfopt.recurrences.native.formulas import statements
 from hfopt.recurrences.native.layout import Layout, Writer, total
 
-SIZES = "const long T = n[0], B = n[1], V = n[2], N = n[3];"
+# V: numbers in a row of X; rows_x: rows of K_x, none where X are the projections themselves; O: outputs of a readout.
+SIZES = ("T", "B", "V", "N", "rows_x", "O")
 
 
 class Emitter:
@@ -31,19 +32,18 @@ class Emitter:
 
     def begin(self, w: Writer, name: str, settings: str) -> None:
         sizes = self.at.sizes
-        w(f"EXPORT long NAME({name})(const long *n, void *const *p) {{", SIZES)
-        w("const long " + ", ".join(f"n_{s} = n[{4 + i}]" for i, s in enumerate(sizes)) + ";")
-        more = [x for x in f"first last tile {settings}".split() if x]
-        w("const long " + ", ".join(f"{x} = n[{4 + len(sizes) + i}]" for i, x in enumerate(more)) + ";")
+        w(f"EXPORT long NAME({name})(const long *n, void *const *p) {{")
+        names = [*SIZES, *(f"n_{s}" for s in sizes), *f"first last tile {settings}".split()]
+        w("const long " + ", ".join(f"{x} = n[{i}]" for i, x in enumerate(names)) + ";")
         w(f"const long width = {self.at.width}, k_width = {self.at.kept_width};")
         for j, p in enumerate(self.d.products):
             w(f"const long w{j} = {self.at.product_width(p)};")
 
     def point(self) -> list[tuple[str, bool]]:
-        """Pointers to the point: arguments, then results."""
+        """Pointers to the point: arguments, the readout's weights last, then results."""
         d = self.d
         names = ["X", "Kx", *(f"K{j}" for j in range(len(d.products))), *(f"b_{b}" for b in d.parameters)]
-        names += [*(f"mask_{m}" for m in d.masks), *(f"first_{s}" for s in d.states)]
+        names += [*(f"mask_{m}" for m in d.masks), *(f"first_{s}" for s in d.states), "Ko"]
         names += [*(f"seq_{s}" for s in d.returned), "kept"]
         return [(n, False) for n in names]
 
@@ -53,6 +53,19 @@ class Emitter:
         w(f"REAL *pool = NAME(workspace)({lengths});", "if (!pool) return 1;")
         for name, length in parts:
             w(f"REAL *const {name} = pool;", f"pool += ROUNDED({length});")
+
+    @property
+    def read(self) -> str:
+        """The name of the state or output that is read out."""
+        return list(self.d.returned)[self.d.output]
+
+    @property
+    def ahead(self) -> tuple[str, str]:
+        """What of the point a step reads: where its rows are, and how long they are."""
+        if self.d.kept:
+            return "kept", "k_width"
+        name, e = next(iter(self.d.returned.items()))
+        return f"seq_{name}", f"n_{self.d.size(e)}"
 
     def olds(self, w: Writer) -> None:
         for s, size in self.d.states.items():
@@ -109,7 +122,7 @@ class Emitter:
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self) -> str:
-        """n: T, B, V, N = 1, sizes, first, last, tile. p: arguments, then results, which are written."""
+        """n: SIZES, sizes, first, last, tile. p: arguments, then results, which are written."""
         d, at, w = self.d, self.at, Writer()
         self.begin(w, "forward", "")
         point = self.point()
@@ -117,7 +130,7 @@ class Emitter:
         w.pointers([(name, name in out) for name, _ in point])
         parts = [("local", "tile * width")]
         parts += [(f"W{j}", f"NAME(packed_size)(n_{p.size}, w{j})") for j, p in enumerate(d.products)]
-        parts += [(f"Wx{j}", f"NAME(packed_size)(V, {b.width})") for j, b in enumerate(at.blocks) if b]
+        parts += [(f"Wx{j}", f"NAME(packed_size)(rows_x, {b.width})") for j, b in enumerate(at.blocks) if b]
         buffers = [i for i, t in enumerate(d.targets) if t.node not in at.names]
         parts += [(f"q{i}_", f"tile * n_{d.targets[i].size}") for i in buffers]
         self.pool(w, parts)
@@ -128,20 +141,19 @@ class Emitter:
         for k in range(len(d.products) + 1):
             j = k - 1
             if k == 0 and (d.inputs or not d.products):
-                self._project(w, 0, "X")
+                self.project(w, 0, [("1", _term(0))], "X")
             if k:
                 fused = self.fused(j)
                 terms = []
-                block = at.blocks[j]
-                if block and not (j == 0 and d.inputs):
-                    if fused:
-                        terms.append(f"NAME(packed_term)(X + here * V, V, V, Wx{j})")
-                    else:
-                        self._project(w, j, "X")
+                if fused:
+                    self.place(w, j, "X", "X")
+                    terms.append(("rows_x", _term(j)))
+                elif at.blocks[j] and not (j == 0 and d.inputs):
+                    self.project(w, j, [("1", _term(j))], "X")
                 vector, size = self.vectors[j], d.products[j].size
                 source = f"old_{self.states[vector]}" if vector in self.states else self._stored(vector)
-                terms.append(f"NAME(packed_term)({source}, n_{size}, n_{size}, W{j})")
-                self.multiply(w, j, [("1", x) for x in terms], add=not fused, ahead="NOTHING")
+                terms.append(("1", f"NAME(packed_term)({source}, n_{size}, n_{size}, W{j})"))
+                self.multiply(w, j, terms, "!rows_x" if fused else "1", "NOTHING")
             for size, targets in at.groups(k):
                 self._forward_group(w, k, size, targets)
             orphans = self._kept_without_target(k)
@@ -211,15 +223,25 @@ class Emitter:
         w(f"const long wx = {total(c.size for c in self.d.input_columns)};")
         for j, b in enumerate(self.at.blocks):
             if b:
-                w(f"NAME(pack)(Wx{j}, Kx + ({b.first}), wx, 1, V, {b.width});")
+                w(f"NAME(pack)(Wx{j}, Kx + ({b.first}), wx, 1, rows_x, {b.width});")
 
-    def _project(self, w: Writer, j: int, X: str) -> None:
-        """The inputs' projections alone, of forward passes; what the product has besides is set to zero."""
+    def place(self, w: Writer, j: int, source: str, given: str) -> None:
+        """Rows of projections, where these are the inputs and are `given`, to where product j adds to them."""
+        block = self.at.blocks[j]
+        assert block is not None
+        w(f"if (!rows_x && {given}) for (long i = 0; i < m; i++)")
+        at = "here" if source == "X" else "now"
+        w(f"  NAME(copy)(local + i * width + ({block.start}), {source} + ({at} + i) * V + ({block.first}), {block.width});")
+
+    def project(self, w: Writer, j: int, terms: list[tuple[str, str]], source: str) -> None:
+        """The inputs' projections alone, from `source` if they are there; what the product has besides becomes zero."""
         block = self.at.blocks[j]
         if block is None:
             return
-        w("{", f"const NAME(term) of_x = NAME(packed_term)({X} + here * V, V, V, Wx{j});")
-        w(f"NAME(multiply)(local + ({block.start}), width, 0, m, {block.width}, &of_x, V ? 1 : 0, NOTHING);", "}")
+        self.place(w, j, source, source)
+        w(f"if (rows_x || !{source}) {{", f"NAME(term) of_x[{len(terms)}];", "int count = 0;")
+        w(*(f"if ({condition}) of_x[count++] = {term};" for condition, term in terms))
+        w(f"NAME(multiply)(local + ({block.start}), width, 0, m, {block.width}, of_x, count, NOTHING);", "}")
         self.clear(w, j)
 
     def clear(self, w: Writer, j: int) -> None:
@@ -231,21 +253,22 @@ class Emitter:
                 to = f"local + i * width + ({self.at.places[own[0].node]})"
                 w(f"for (long i = 0; i < m; i++) NAME(zero)({to}, {total(c.size for c in own)});")
 
-    def multiply(self, w: Writer, j: int, terms: list[tuple[str, str]], add: bool, ahead: str) -> None:
-        """Product j into its columns; terms (condition, term)."""
+    def multiply(self, w: Writer, j: int, terms: list[tuple[str, str]], add: str, ahead: str) -> None:
+        """Product j into its columns, added to what is there if `add`; terms (condition, term)."""
         w("{", f"NAME(term) terms[{len(terms)}];", "int count = 0;")
         for condition, term in terms:
             w(("" if condition == "1" else f"if ({condition}) ") + f"terms[count++] = {term};")
-        if add and j > 0 and self.at.blocks[j] is None:
-            add = False
-        if add and j == 0 and self.at.blocks[0] is None:
-            add = False
-        w(f"NAME(multiply)(local + ({self.at.starts[j]}), width, {int(add)}, m, w{j}, terms, count, {ahead});", "}")
+        add = add if self.at.blocks[j] else "0"
+        w(f"NAME(multiply)(local + ({self.at.starts[j]}), width, {add}, m, w{j}, terms, count, {ahead});", "}")
 
     def _stored(self, e: Expression) -> str:
         """Where the values (or changes) of a target of this step stand."""
         i, name = self.at.targets[e], self.at.names.get(e)
         return f"q{i}_" if name is None else f"seq_{name} + here * n_{self.d.size(e)}"
+
+
+def _term(j: int) -> str:
+    return f"NAME(packed_term)(X + here * V, V, rows_x, Wx{j})"
 
 
 def _whole(line: str) -> str:

@@ -53,11 +53,6 @@ __all__ = ["available", "cell", "precision"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
-# A cell's name, and the module that has it.
-_CELLS = {"lstm": "lstm", "gru": "gru"} | {
-    f"mrnn_{f}{suffix}": "mrnn" for f in ("tanh", "relu", "sigmoid") for suffix in ("", "+a")
-}
-
 _precision = "ieee"
 
 
@@ -88,8 +83,7 @@ def cell(name: str) -> Passes | None:
     """The passes of the cell of that name, or None where there are no kernels for it or Triton is not installed."""
     if not installed():
         return None
-    place = _CELLS.get(name, "generated")
-    passes: Passes | None = importlib.import_module(f"{__name__}.{place}").cell(name)
+    passes: Passes | None = importlib.import_module(f"{__name__}.generated").cell(name)
     return passes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from hfopt.recurrences import linearised
 from hfopt.recurrences.expression import Expression
 from hfopt.recurrences.generated import Generated
-from hfopt.recurrences.linear import lag
+from hfopt.recurrences.products import lag
 from hfopt.recurrences.registry import CELLS, Maybe, Maybes, Passes, Tensors, batch_of_vectors, with_vectors
 from hfopt.recurrences.roles import Parts
 from hfopt.recurrences.triton import cell_kernels, pointwise, tiles
@@ -71,7 +71,7 @@ class Kernels:
         tiles.check(**{f"arguments[{i}]": x for i, x in enumerate(arguments)})
         hidden, (steps, batch, _) = p.states[0].shape[-1], p.X.shape
         results = [p.X.new_empty(shape) for shape in self.cell.shapes(arguments)]
-        Q, M = p.X @ p.Kx, p.K[0].contiguous()
+        Q, M = self.cell.project(p.X, p.Kx), p.K[0].contiguous()
         kept = [results[-1][..., i * hidden :] for i in range(len(self.d.kept))]
         out = [*results[: self.cell.outputs], *kept]
         lengths = [hidden] * self.cell.outputs + [hidden * len(kept)] * len(kept)
