@@ -71,16 +71,20 @@ class Emitter:
         for s, size in self.d.states.items():
             w(f"const REAL *old_{s} = t ? seq_{s} + (here - B) * n_{size} : first_{s} + row * n_{size};")
 
-    def loop(self, w: Writer, size: str, rows: dict[str, str], body: list[str], vectors: bool = False) -> None:
-        """A loop over the rows of the tile and the units; of `rows` (name -> its declaration) those that are used."""
+    def loop(self, w: Writer, size: str, rows: dict[str, str], body: list[str], rest: list[str] | None = None) -> None:
+        """A loop over the rows of the tile and the units; of `rows` (name -> its declaration) those that are used.
+
+        `body` is on vectors. The last numbers of a row, fewer than a vector has, go through `rest`, one by one, or where
+        there is none through the same on vectors that are partly filled.
+        """
         text = " ".join(body)
         used = [declared for name, declared in rows.items() if re.search(rf"\b{name}\b", text)]
         w("for (long i = 0; i < m; i++) {", *used)
-        if vectors:
-            w("long j = 0;", f"for (; j + LANES <= n_{size}; j += LANES) {{", *(_whole(line) for line in body), "}")
-            w(f"if (j < n_{size}) {{", f"const long left = n_{size} - j;", *(_some(line) for line in body), "}")
+        w("long j = 0;", f"for (; j + LANES <= n_{size}; j += LANES) {{", *map(_whole, body), "}")
+        if rest is None:
+            w(f"if (j < n_{size}) {{", f"const long left = n_{size} - j;", *map(_some, body), "}")
         else:
-            w(f"for (long j = 0; j < n_{size}; j++) {{", *body, "}")
+            w(f"for (; j < n_{size}; j++) {{", *map(_one, rest), "}")
         w("}")
 
     def rows(self) -> dict[str, str]:
@@ -103,8 +107,8 @@ class Emitter:
             return ""
         kind, which = e.name
         known = {
-            "kept": f"k{which}[j]", "state": f"s_{which}[j]", "result": f"n_{which}_[j]", "parameter": f"b_{which}[j]",
-            "mask": f"m_{which}[j]", "raw": "x[j]", "text": str(which),
+            "kept": f"LOAD(k{which})", "state": f"LOAD(s_{which})", "result": f"LOAD(n_{which}_)", "text": str(which),
+            "parameter": f"LOAD(b_{which})", "mask": f"LOAD(m_{which})", "raw": "LOAD(x)",
         }  # fmt: skip
         return known.get(kind, "")
 
@@ -115,9 +119,12 @@ class Emitter:
         """The product that takes the target, if one does."""
         return self.vectors.index(t.node) if t.node in self.vectors else None
 
-    def statements(self, goals: list[tuple[str, Expression]]) -> list[str]:
-        """Statements on numbers for a derivative pass."""
-        return statements(goals, self._leaf)
+    def pointwise(
+        self, w: Writer, size: str, rows: dict[str, str], goals: list[tuple[str, Expression]], reads: list[str]
+    ) -> None:
+        """A loop of a derivative pass, which takes no function that numbers alone have not; `reads` come first."""
+        body, rest = (statements(goals, self._leaf, vectors) for vectors in (True, False))
+        self.loop(w, size, rows, [*reads, *body], [*(r.replace("VEC", "REAL") for r in reads), *rest])
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -205,11 +212,10 @@ class Emitter:
                 return f"LOAD(of_k{index[e]})"
             if e in earlier:
                 return f"LOAD(of_q{at.targets[e]})"
-            text = self._leaf(e) if e.name is None or e.name[0] in ("state", "parameter", "mask", "raw") else ""
-            return f"LOAD({text[:-3]})" if text else ""
+            return self._leaf(e) if e.name is None or e.name[0] in ("state", "parameter", "mask", "raw") else ""
 
         if goals:
-            self.loop(w, size, rows, statements(goals, leaf, vectors=True), vectors=True)
+            self.loop(w, size, rows, statements(goals, leaf, vectors=True))
 
     # -- products --------------------------------------------------------------------------------------------------
 
@@ -245,11 +251,11 @@ class Emitter:
         self.clear(w, j)
 
     def clear(self, w: Writer, j: int) -> None:
-        """Set the columns of product j that no projection has set to zero."""
+        """Set the columns of product j that no projection has set to zero, if it has others."""
         if j < len(self.d.products):
             p = self.d.products[j]
             own = [c for c in p.columns if c.kind == "m"]
-            if own:
+            if own and p.shared:
                 to = f"local + i * width + ({self.at.places[own[0].node]})"
                 w(f"for (long i = 0; i < m; i++) NAME(zero)({to}, {total(c.size for c in own)});")
 
@@ -258,7 +264,7 @@ class Emitter:
         w("{", f"NAME(term) terms[{len(terms)}];", "int count = 0;")
         for condition, term in terms:
             w(("" if condition == "1" else f"if ({condition}) ") + f"terms[count++] = {term};")
-        add = add if self.at.blocks[j] else "0"
+        add = add if self.d.products[j].shared else "0"
         w(f"NAME(multiply)(local + ({self.at.starts[j]}), width, {add}, m, w{j}, terms, count, {ahead});", "}")
 
     def _stored(self, e: Expression) -> str:
@@ -273,10 +279,16 @@ def _term(j: int) -> str:
 
 def _whole(line: str) -> str:
     """A line of a loop on whole vectors."""
-    return re.sub(r"STORE\((\w+), ", r"NAME(store)(\1 + j, ", re.sub(r"LOAD\((\w+)\)", r"NAME(load)(\1 + j)", line))
+    return re.sub(r"STORE\(([^,]+), ", r"NAME(store)(\1 + j, ", re.sub(r"LOAD\(([^()]+)\)", r"NAME(load)(\1 + j)", line))
 
 
 def _some(line: str) -> str:
     """A line for the last numbers of a row, fewer than a vector has."""
-    line = re.sub(r"STORE\((\w+), (.*)\);", r"NAME(store_some)(\1 + j, \2, left);", line)
-    return re.sub(r"LOAD\((\w+)\)", r"NAME(load_some)(\1 + j, left)", line)
+    line = re.sub(r"STORE\(([^,]+), (.*)\);", r"NAME(store_some)(\1 + j, \2, left);", line)
+    return re.sub(r"LOAD\(([^()]+)\)", r"NAME(load_some)(\1 + j, left)", line)
+
+
+def _one(line: str) -> str:
+    """A line for one number."""
+    line = re.sub(r"STORE\(([^,]+), (.*)\);", r"(\1)[j] = \2;", line)
+    return re.sub(r"LOAD\(([^()]+)\)", r"(\1)[j]", line)

@@ -122,32 +122,32 @@ def _push_group(c: Emitter, w: Writer, k: int, size: str, targets: Sequence[Targ
     seeds: dict[Expression, Expression] = {}
     rows["a"] = "const REAL *restrict a = local + i * width;"
     for e, start in at.places.items():
-        seeds[e] = c.literal(f"a[{start} + j]" if start != "0" else "a[j]")
+        seeds[e] = c.literal(f"LOAD(a + {start})")
     for s, own in d.states.items():
         rows[f"d_{s}"] = f"const REAL *restrict d_{s} = before_{s} ? before_{s} + i * n_{own} : nothing;"
-        seeds[d.before[s]] = c.literal(f"d_{s}[j]")
+        seeds[d.before[s]] = c.literal(f"LOAD(d_{s})")
     for b in d.parameters:
-        seeds[d.graph.leaf("parameter", b)] = c.literal(f"e_{b}[j]")
+        seeds[d.graph.leaf("parameter", b)] = c.literal(f"LOAD(e_{b})")
     if d.raw is not None:
         rows["dx"] = "const REAL *restrict dx = dX ? dX + (now + i) * V : nothing;"
-        seeds[d.raw] = c.literal("dx[j]")
+        seeds[d.raw] = c.literal("LOAD(dx)")
     for t in d.targets:
         if t.section < k:
             i = at.targets[t.node]
             rows[f"of_q{i}"] = f"const REAL *restrict of_q{i} = {_change(c, t.node)} + i * n_{t.size};"
-            seeds[t.node] = c.literal(f"of_q{i}[j]")
+            seeds[t.node] = c.literal(f"LOAD(of_q{i})")
     order = ordered([t.node for t in targets], seeds)
     moved = push(order, seeds, d.slopes)
     goals = []
     for t in targets:
         i = at.targets[t.node]
         rows[f"to_q{i}"] = f"REAL *restrict to_q{i} = {_change(c, t.node)} + i * n_{t.size};"
-        goals.append((f"to_q{i}[j] = {{}};", moved.get(t.node, d.graph.constant(0))))
+        goals.append((f"STORE(to_q{i}, {{}});", moved.get(t.node, d.graph.constant(0))))
         j = c.product_of(t)
         if j is not None:
             rows[f"to_v{j}"] = f"REAL *restrict to_v{j} = v{j}_ + i * n_{t.size};"
-            goals.append((f"to_v{j}[j] = {{}};", d.value(t.node)))
-    c.loop(w, size, rows, c.statements(goals))
+            goals.append((f"STORE(to_v{j}, {{}});", d.value(t.node)))
+    c.pointwise(w, size, rows, goals, [])
 
 
 class _Adjoint:
@@ -251,9 +251,9 @@ class _Adjoint:
 
     def _assign(self, e: Expression, place: str) -> str:
         """Set what is written for the first time in a step, add to it later."""
-        sign = "+=" if e in self.written else "="
+        before = f"LOAD({place}) + " if e in self.written else ""
         self.written.add(e)
-        return f"{place} {sign} {{}};"
+        return f"STORE({place}, {before}{{}});"
 
     def _pull_group(self, k: int, size: str, targets: Sequence[Target]) -> None:
         c, d, at = self.c, self.c.d, self.c.at
@@ -266,17 +266,17 @@ class _Adjoint:
             g: list[str] = []
             if name in d.states:
                 rows[f"g_{name}"] = f"REAL *restrict g_{name} = acc_{name} + i * n_{t.size};"
-                g.append(f"g_{name}[j]")
+                g.append(f"LOAD(g_{name})")
             elif name is not None:
                 given = f"U_{name} ? U_{name} + (now + i) * n_{t.size} : nothing"
                 given = f"U_o_ ? g_read + i * n_{t.size} : {given}" if name == c.read else given
                 rows[f"u_{name}"] = f"const REAL *restrict u_{name} = {given};"
-                g.append(f"u_{name}[j]")
+                g.append(f"LOAD(u_{name})")
             if t.node in self.later and t.node in self.written:
                 rows[f"g{i}"] = f"REAL *restrict g{i} = g{i}_ + i * n_{t.size};"
-                g.append(f"g{i}[j]")
+                g.append(f"LOAD(g{i})")
             if g:
-                reads.append(f"const REAL G{i} = {' + '.join(g)};")
+                reads.append(f"const VEC G{i} = {' + '.join(g)};")
                 seeds[t.node] = c.literal(f"G{i}")
         inside = {t.node for t in targets}
         others = set(at.targets) - inside
@@ -286,31 +286,31 @@ class _Adjoint:
         goals: list[tuple[str, Expression]] = []
         for e, start in at.places.items():
             if e in pulled:
-                goals.append((self._assign(e, f"da[{start} + j]" if start != "0" else "da[j]"), pulled[e]))
+                goals.append((self._assign(e, f"da + {start}"), pulled[e]))
         for e in others:
             if e in pulled:
                 i = at.targets[e]
                 rows[f"g{i}"] = f"REAL *restrict g{i} = g{i}_ + i * n_{d.size(e)};"
-                goals.append((self._assign(e, f"g{i}[j]"), pulled[e]))
+                goals.append((self._assign(e, f"g{i}"), pulled[e]))
         for s, e in d.before.items():
             if e in pulled:
                 rows[f"g_{s}"] = f"REAL *restrict g_{s} = acc_{s} + i * n_{d.states[s]};"
-                goals.append((self._assign(e, f"g_{s}[j]"), pulled[e]))
+                goals.append((self._assign(e, f"g_{s}"), pulled[e]))
         for b, own in d.parameters.items():
             leaf = d.graph.leaf("parameter", b)
             if leaf in pulled:
                 rows[f"add_{b}"] = f"REAL *restrict add_{b} = sum_{b} + v * n_{own};"
-                goals.append((f"add_{b}[j] += {{}};", pulled[leaf]))
+                goals.append((f"STORE(add_{b}, LOAD(add_{b}) + {{}});", pulled[leaf]))
         if d.raw is not None and d.raw in pulled:
             rows["gx"] = f"REAL *restrict gx = graw + i * n_{size};"
-            goals.append((self._assign(d.raw, "gx[j]"), pulled[d.raw]))
+            goals.append((self._assign(d.raw, "gx"), pulled[d.raw]))
         for t in targets:
             j = c.product_of(t)
             if j is not None:
                 rows[f"to_v{j}"] = f"REAL *restrict to_v{j} = u{j}_ + i * n_{t.size};"
-                goals.append((f"to_v{j}[j] = {{}};", d.value(t.node)))
+                goals.append((f"STORE(to_v{j}, {{}});", d.value(t.node)))
         if goals:
-            c.loop(self.w, size, rows, [*reads, *c.statements(goals)])
+            c.pointwise(self.w, size, rows, goals, reads)
 
     def _back(self, j: int) -> None:
         """Cotangents of the vector of product j."""

@@ -33,14 +33,14 @@ class Compiled:
         return library(self.base.definition)
 
     def _numbers(self, arguments: Tensors, vectors: int) -> tuple[tuple[int, ...], int, float]:
-        """Sizes as the passes take them, the length of a row of columns, and operations of a pass."""
+        """Sizes as the passes take them, the columns of the widest product, and operations of a pass."""
         c, (steps, batch, inputs), p = self.base, arguments[0].shape, self.base.parts(self._without(arguments))
         sizes = c.sizes(self._without(arguments))
-        row = sum(sizes[k.size] for k in self.layout.row)
+        widest = max([0, *(K.shape[1] for K in p.K)]) or p.Kx.shape[1]
         flops = 4.0 * steps * batch * vectors * (sum(K.numel() for K in p.K) + p.Kx.numel())
         outputs = arguments[-1].shape[1] if self.read else 0
         lengths = [sizes.get(s, 0) for s in self.layout.sizes]
-        return (steps, batch, inputs, vectors, p.Kx.shape[0], outputs, *lengths), row, flops
+        return (steps, batch, inputs, vectors, p.Kx.shape[0], outputs, *lengths), widest, flops
 
     def _without(self, given: Sequence[Any]) -> Sequence[Any]:
         """The cell's own arguments, or one thing for each."""
@@ -64,9 +64,9 @@ class Compiled:
         if arguments[1].shape[0] == 0:
             self.base.project(X, arguments[1])
         results = [X.new_empty(shape) for shape in self.base.shapes(arguments)]
-        numbers, row, flops = self._numbers(arguments, 1)
+        numbers, widest, flops = self._numbers(arguments, 1)
         ranges = parts(X.shape[1], flops / 2)
-        settings = (tile(row * X.itemsize, ranges),)
+        settings = (tile(widest * X.itemsize, ranges),)
         call("forward", X, numbers, settings, contiguous(self._point(arguments, results)), ranges, compiled=compiled)
         return results
 
@@ -77,14 +77,14 @@ class Compiled:
             return self.cell.tangent(tangents, arguments, results)
         moved = self.base.parts(self._without(tangents))
         many = Vectors.of(tangents, [x.dim() for x in arguments])
-        numbers, row, flops = self._numbers(arguments, many.count)
+        numbers, widest, flops = self._numbers(arguments, many.count)
         ranges = parts(X.shape[1], flops)
         found = [X.new_empty(many.sequence(*r.shape)) for r in results[: self.cell.outputs]]
         shown = self._own(found)[: self.base.outputs]
         given: list[Maybe] = [moved.X, moved.Kx, *moved.K, *moved.parameters, *moved.states]
         given += [tangents[-1] if self.read else None, *self._point(arguments, results)]
         tensors = [*contiguous(given), *shown, found[0] if self.read else None]
-        call("tangent", X, numbers, (tile(row * X.itemsize, ranges),), tensors, ranges, compiled=compiled)
+        call("tangent", X, numbers, (tile(widest * X.itemsize, ranges),), tensors, ranges, compiled=compiled)
         return found
 
     def adjoint(self, cotangents: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]) -> list[Tensor]:
@@ -94,11 +94,12 @@ class Compiled:
             return self.cell.adjoint(cotangents, arguments, results, needed)
         p = self.base.parts(self._without(arguments))
         many = Vectors.of(cotangents, (3,) * self.cell.outputs)
-        numbers, row, flops = self._numbers(arguments, many.count)
+        numbers, widest, flops = self._numbers(arguments, many.count)
         ranges = parts(X.shape[1], flops)
         dX = X.new_empty(many.sequence(*X.shape)) if needed[0] else None
         states = [X.new_empty(many.matrix(*s.shape)) for s in p.states]
-        rows, ld = tile(row * X.itemsize, ranges), padded(row)
+        sizes = self.base.sizes(self._without(arguments))
+        rows, ld = tile(widest * X.itemsize, ranges), padded(sum(sizes[k.size] for k in self.layout.row))
         summed = [p.Kx, *p.K, *p.parameters, *([arguments[-1]] if self.read else [])]
         sums = [X.new_zeros(len(ranges), many.count, *w.shape) for w in summed]
         given = [*self._own(cotangents)[: self.base.outputs], cotangents[0] if self.read else None]

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from hfopt import structural
 from hfopt.recurrences import cell_layer
 from hfopt.recurrences.native import build, threads
+from hfopt.recurrences.native.compile import library
 from hfopt.recurrences.native.generated import Compiled
 from hfopt.recurrences.registry import Passes
 from hfopt.recurrences.layers import outputs_of
@@ -41,6 +42,7 @@ EXACT = {"rtol": 1e-11, "atol": 1e-12}
 def compiled_passes(name: str) -> Passes:
     if build.library() is None:
         pytest.skip("no C compiler here")
+    assert library(cell(name).definition) is not None  # otherwise torch's operations would do the work
     return Compiled(whole(name))
 
 
@@ -295,7 +297,7 @@ def test_compiled_passes_in_tiles_and_ranges(name: str, dtype: torch.dtype, monk
         wanted = c.adjoint(u, exact, at, [True] * len(exact))
         pulled = passes.adjoint([x.to(dtype) for x in u], given, results, [True] * len(exact))
         for x, y in zip(pulled, wanted, strict=True):
-            scale = y.abs().max().clamp(min=1.0)
+            scale = y.abs().max().clamp(min=1.0) if y.numel() else 1.0
             assert_close(x.double() / scale, y / scale, **close)
 
 
