@@ -348,7 +348,6 @@ class _Adjoint(torch.autograd.Function):
         ctx.cell = CELLS[name]
         ctx.needed, tensors = _split(given, ctx.cell.arguments)
         U, _, arguments, results = _parts(ctx.cell, tensors, ctx.cell.outputs)
-        ctx.mark_non_differentiable(*(g for g, wanted in zip(output, ctx.needed, strict=True) if not wanted))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*U, *arguments, *results)
         ctx.save_for_forward(*U, *arguments, *results)
@@ -373,7 +372,9 @@ class _Adjoint(torch.autograd.Function):
         if not _all_none(p):
             bent = _second(cell, arguments, p, U, results)
         both = (plus(a, b) for a, b in zip(pulled, bent, strict=True))
-        return tuple(g if wanted else None for g, wanted in zip(both, ctx.needed, strict=True))
+        # An empty output has an empty tangent: under vmap, torch takes none for an integer.
+        empty = arguments[0].new_empty(0)
+        return tuple(g if wanted else empty for g, wanted in zip(both, ctx.needed, strict=True))
 
 
 def _parts(cell: Cell, tensors: Sequence[Any], vectors: int) -> tuple[Sequence[Any], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from hfopt.recurrences.cells.simple import NONLINEARITIES
@@ -18,11 +17,10 @@ def mrnn(nonlinearity: str = "tanh") -> Definition:
 
     Source: Sutskever, Martens & Hinton, "Generating text with recurrent neural networks", ICML 2011, section 3.
     """
-    return _mrnn(nonlinearity)
+    return _MADE[nonlinearity]
 
 
-@cache
-def _mrnn(nonlinearity: str) -> Definition:
+def _made(nonlinearity: str) -> Definition:
     f = _FUNCTIONS[nonlinearity]
 
     def step(x: Any, h: Any, W: Any) -> Any:
@@ -36,3 +34,7 @@ def _mrnn(nonlinearity: str) -> Definition:
         distance=NONLINEARITIES[nonlinearity].distance,
         made_by=(mrnn, (nonlinearity,)),
     )
+
+
+# Made once, not on demand: a compiler would look through a cache.
+_MADE = {nonlinearity: _made(nonlinearity) for nonlinearity in MULTIPLICATIVE}
