@@ -32,7 +32,10 @@ class Generated(Roles, Cell):
     def plain(self, arguments: Tensors) -> tuple[Tensor, ...]:
         """The outputs by the definition, one step after the other."""
         d, p, sizes = self.definition, self.parts(arguments), self.sizes(arguments)
-        names = {c.name: w for c, w in zip(d.input_columns, cut(self.project(p.X, p.Kx), d.input_columns, sizes), strict=True)}
+        names = {
+            c.name: w
+            for c, w in zip(d.input_columns, cut(self.project(p.X, p.Kx), d.input_columns, sizes), strict=True)
+        }
         W: dict[str, Tensor] = {}
         for product, K in zip(d.products, p.K, strict=True):
             W |= {c.name: k for c, k in zip(product.columns, cut(K, product.columns, sizes), strict=True)}

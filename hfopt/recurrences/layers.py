@@ -207,7 +207,7 @@ def _point(
     starts = [None] * len(cell.states) if states is None else list(states)
     if len(starts) != len(cell.states):
         raise ValueError(f"states has {len(starts)} tensors; the cell {cell.name} has {', '.join(cell.states)}")
-    indices = inputs if isinstance(inputs, Tensor) and is_index(inputs) else None
+    indices = inputs if is_index(inputs) else None
     named = {"weight_ih": weight_ih, "bias": bias} if indices is not None else {
         "inputs": inputs, "weight_ih": weight_ih, "bias": bias
     }  # fmt: skip
@@ -233,8 +233,10 @@ def _point(
     return [X, K, *rest, *first], reached
 
 
-def is_index(inputs: Tensor) -> bool:
+def is_index(inputs: object) -> bool:
     """Whether inputs are (T, B) integers."""
+    if not isinstance(inputs, Tensor):
+        return False
     return inputs.dim() == 2 and not inputs.is_floating_point() and inputs.dtype != torch.bool
 
 

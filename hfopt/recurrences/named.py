@@ -211,7 +211,9 @@ def lstm_layer(
     hidden = gated(given, 4)
     h, c = (initial(name, given.get(name), given["inputs"], hidden) for name in ("h0", "c0"))
     bias = plus(given.get("bias_ih"), given.get("bias_hh"))
-    H, *last = _gated(cells.lstm, given["inputs"], given["weight_ih"].t(), given["weight_hh"], bias, (), (h, c), lengths)
+    H, *last = _gated(
+        cells.lstm, given["inputs"], given["weight_ih"].t(), given["weight_hh"], bias, (), (h, c), lengths
+    )
     return H, (last[0], last[1])
 
 

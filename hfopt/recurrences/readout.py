@@ -61,7 +61,9 @@ class Read(Cell):
     def plain(self, arguments: Tensors) -> tuple[Tensor, ...]:
         """The readout applied to all steps at once."""
         found = self.base.plain(arguments[:-1])
-        return self.read(found[self.base.definition.output], arguments[-1]), *(found[i] for i in self.order[: self.outputs - 1])
+        return self.read(found[self.base.definition.output], arguments[-1]), *(
+            found[i] for i in self.order[: self.outputs - 1]
+        )
 
     @staticmethod
     def read(H: Tensor, K_o: Tensor) -> Tensor:

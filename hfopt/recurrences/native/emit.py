@@ -74,8 +74,8 @@ class Emitter:
     def loop(self, w: Writer, size: str, rows: dict[str, str], body: list[str], rest: list[str] | None = None) -> None:
         """A loop over the rows of the tile and the units; of `rows` (name -> its declaration) those that are used.
 
-        `body` is on vectors. The last numbers of a row, fewer than a vector has, go through `rest`, one by one, or where
-        there is none through the same on vectors that are partly filled.
+        `body` is on vectors. The last numbers of a row, fewer than a vector has, go through `rest`, one by one, or
+        where there is none through the same on vectors that are partly filled.
         """
         text = " ".join(body)
         used = [declared for name, declared in rows.items() if re.search(rf"\b{name}\b", text)]
@@ -237,7 +237,8 @@ class Emitter:
         assert block is not None
         w(f"if (!rows_x && {given}) for (long i = 0; i < m; i++)")
         at = "here" if source == "X" else "now"
-        w(f"  NAME(copy)(local + i * width + ({block.start}), {source} + ({at} + i) * V + ({block.first}), {block.width});")
+        row = f"{source} + ({at} + i) * V + ({block.first})"
+        w(f"  NAME(copy)(local + i * width + ({block.start}), {row}, {block.width});")
 
     def project(self, w: Writer, j: int, terms: list[tuple[str, str]], source: str) -> None:
         """The inputs' projections alone, from `source` if they are there; what the product has besides becomes zero."""
@@ -279,7 +280,9 @@ def _term(j: int) -> str:
 
 def _whole(line: str) -> str:
     """A line of a loop on whole vectors."""
-    return re.sub(r"STORE\(([^,]+), ", r"NAME(store)(\1 + j, ", re.sub(r"LOAD\(([^()]+)\)", r"NAME(load)(\1 + j)", line))
+    return re.sub(
+        r"STORE\(([^,]+), ", r"NAME(store)(\1 + j, ", re.sub(r"LOAD\(([^()]+)\)", r"NAME(load)(\1 + j)", line)
+    )
 
 
 def _some(line: str) -> str:

@@ -332,9 +332,9 @@ class _Adjoint:
             w("if (dX) NAME(zero)(dX + now * V, m * V);")
             return
         w("if (dX && !rows_x) {")
-        for b in filter(None, c.at.blocks):
-            row = f"dX + (now + i) * V + ({b.first}), da_ + i * ld + ({b.start})"
-            w(f"for (long i = 0; i < m; i++) NAME(copy)({row}, {b.width});")
+        for block in filter(None, c.at.blocks):
+            row = f"dX + (now + i) * V + ({block.first}), da_ + i * ld + ({block.start})"
+            w(f"for (long i = 0; i < m; i++) NAME(copy)({row}, {block.width});")
         w("} else if (dX) {", f"NAME(term) on_X[{max(1, len(blocks))}];", "int count = 0;")
         for j, _ in blocks:
             b = c.at.blocks[j]

@@ -16,6 +16,7 @@ from hfopt.recurrences.products import lag
 from hfopt.recurrences.registry import CELLS, Maybe, Maybes, Passes, Tensors, batch_of_vectors, with_vectors
 from hfopt.recurrences.roles import Parts
 from hfopt.recurrences.triton import cell_kernels, pointwise, tiles
+from hfopt.recurrences.triton.sections import Sections
 
 
 class Kernels:
@@ -192,6 +193,8 @@ def _at(tensors: list[Tensor], moving: list[bool], t: int) -> tuple[Tensor, ...]
 
 @cache
 def cell(name: str) -> Passes | None:
-    """The passes of the registered cell of this name; None where the kernels do not serve it."""
+    """The passes of the registered cell of this name; None for what is no traced cell."""
     found = CELLS.get(name)
-    return Kernels(found) if isinstance(found, Generated) and pointwise.served(found.definition) else None
+    if not isinstance(found, Generated) or found.definition.untraceable is not None:
+        return None
+    return Kernels(found) if pointwise.served(found.definition) else Sections(found)

@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 from hfopt import structural
 from hfopt.recurrences import cell_layer
+from hfopt.recurrences.layers import outputs_of
 from hfopt.recurrences.native import build, threads
 from hfopt.recurrences.native.compile import library
 from hfopt.recurrences.native.generated import Compiled
 from hfopt.recurrences.registry import Passes
-from hfopt.recurrences.layers import outputs_of
 from hfopt.recurrences.segments import checkpointing
 from hfopt.recurrences.sequence import run
 from tests.hfopt.recurrences.plain import Calls
