@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfopt.recurrences import linearised
-from hfopt.recurrences.expression import Expression, ordered, pull, push
+from hfopt.recurrences.expression import Expression, evaluate, ordered, pull, push
 from hfopt.recurrences.generated import Generated
 from hfopt.recurrences.products import lag
 from hfopt.recurrences.registry import Maybes, Tensors, batch_of_vectors, with_vectors
@@ -136,8 +136,8 @@ class Sections:
         if d.kept:
             places |= zip(d.kept, torch.split(results[-1], self.cell.kept_sizes(sizes), -1), strict=True)
         wholes = self._columns(tape, sizes, (steps, batch), p.X, p.Kx)
-        for t in d.targets:
-            places.setdefault(t.node, p.X.new_empty(steps, batch, sizes[t.size]))
+        for target in d.targets:
+            places.setdefault(target.node, p.X.new_empty(steps, batch, sizes[target.size]))
         tape = {**places, **tape}  # a column that is kept is read where the product has it
         if d.raw is not None:
             tape[d.raw] = p.X.contiguous()[..., : p.states[0].shape[-1]]
@@ -178,7 +178,7 @@ class Sections:
             p.X.shape[:2],
         )
         tape = self._values(arguments, results)
-        rows = [linearised.evaluate(v, dict(tape)) for v in d.vectors]
+        rows = [evaluate(v, dict(tape)) for v in d.vectors]
         alone, wholes = linearised.from_outside(self.cell, p, moved, (p.X, moved.X), rows, sizes, vectors)
 
         def like(size: str) -> Tensor:
@@ -253,7 +253,7 @@ class Sections:
                     vector, whole = on[d.products[k - 1].vector][t], wholes[k - 1][t]
                     flat = whole.view(-1, whole.shape[-1])
                     vector.view(-1, vector.shape[-1]).addmm_(flat, p.K[k - 1].t())
-        rows = [linearised.evaluate(v, dict(tape)) for v in d.vectors]
+        rows = [evaluate(v, dict(tape)) for v in d.vectors]
         carry = [x[0] for x in carried.values()]
         block = linearised.Block(0, steps, rows, wholes, alone, parameters, raw, carry)
         return linearised.collected(self.cell, [block], arguments, needed, vectors)
