@@ -127,10 +127,8 @@ def looked_for() -> bool:
     return not torch.compiler.is_compiling() and structural.wanted()
 
 
-def finished(H: Tensor, reached: Ends | None, *, mark: bool = True) -> tuple[Tensor, Tensor]:
-    """What a layer gives, H (T, B, h) and the final states (B, h), with H marked for structural damping (D'' = 1)."""
-    if mark and looked_for():
-        structural.mark(H, H.new_ones(()).expand(H.shape), batch_dim=1, mask=None if reached is None else reached.mask)
+def finished(H: Tensor, reached: Ends | None) -> tuple[Tensor, Tensor]:
+    """What a layer gives: H (T, B, h), zero beyond the ends, and the states (B, h) of the last steps."""
     return (H, H[-1]) if reached is None else (reached.of(H), reached.final(H))
 
 

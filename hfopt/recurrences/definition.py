@@ -20,7 +20,7 @@ columns by name (``W.g(v)`` is a single one). The function of tensors is the ref
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,10 +52,14 @@ class Definition:
             are columns of ``x`` and ``W``; outputs what is no state; parameters ``p.name`` (units,); masks ``p.name``
             (B, units), constants without a derivative. ``x.raw`` is the input itself, of the first state's size.
         name: under which the cell is registered.
+        distance: D'' of structural damping, of the first state: the curvature of the distance between two hidden states
+            in the sum that the last product is a part of, which the step's first state must be a function of; None if
+            the distance is half the square of the first state itself.
         made_by: a function of a module and its arguments, if the definition is what that returns: for pickle.
 
     Attributes:
         untraceable: why the step cannot be traced; None if it is.
+        damped: the place among states and outputs of what structural damping limits.
 
     Raises:
         ValueError: names that do not fit what the step uses or returns.
@@ -71,9 +75,11 @@ class Definition:
         parameters: str = "",
         masks: str = "",
         name: str | None = None,
+        distance: Callable[[Tensor], Tensor] | None = None,
         made_by: tuple[Callable[..., Definition], tuple[Any, ...]] | None = None,
     ) -> None:
         self.made_by, self.__module__ = made_by, step.__module__
+        self.distance, self.damped = distance, 0
         self.step, self.name = step, name or step.__name__
         self.__doc__ = step.__doc__
         self.states, self.gates, self.extra = names_of(states), names_of(gates), names_of(outputs)
@@ -253,7 +259,10 @@ class Definition:
                 self.returned[name] = e = self.graph.node("copy", e)
                 self._stage[e] = last
             elif e in self._columns:
-                self.returned[name] = e = self.graph.node("copy", e)
+                e = self.graph.node("copy", e)
+                while e in self.returned.values():
+                    e = self.graph.node("copy", e)
+                self.returned[name] = e
                 self._stage[e] = last
             nodes[e] = None
         self.order = ordered(self.returned.values())
@@ -348,6 +357,48 @@ class Definition:
         costs = [self._cost(a, found) for a in e.args]
         return None if None in costs else 1 + sum(c for c in costs if c is not None)
 
+    # -- structural damping and readouts ---------------------------------------------------------------------------
+
+    @cached_property
+    def marked(self) -> Definition:
+        """The cell that structural damping sees: with its pre-activations as another output where D'' is theirs."""
+        if self.distance is None or self.untraceable is not None:
+            return self
+
+        def step(x: Any, *given: Any) -> tuple[Any, ...]:
+            last: list[Any] = []
+            at = len(self.states)
+
+            def of_product(name: str, vector: Any) -> Any:
+                m = getattr(given[at], name)(vector)
+                last[:] = [getattr(x, name) + m]
+                return m
+
+            returned = self.step(x, *given[:at], Weights(of_product), *given[at + 1 :])
+            return (*(returned if isinstance(returned, tuple) else (returned,)), last[0])
+
+        def text(sizes: dict[str, str]) -> str:
+            return " ".join(f"{name}:{size}" for name, size in sizes.items())
+
+        found = Definition(
+            step,
+            states=text(self.states),
+            gates=text(self.gates),
+            outputs=text(self.extra) + " preactivations",
+            parameters=text(self.parameters),
+            masks=text(self.masks),
+            name=f"{self.name}+a",
+            distance=self.distance,
+        )
+        found.damped = len(found.returned) - 1
+        return found
+
+    @property
+    def output(self) -> int:
+        """The place among states and outputs of what a layer gives: the first output, or the first state."""
+        first = len(self.states)
+        return first if self.extra and self.damped != first else 0
+
     # -- reference -------------------------------------------------------------------------------------------------
 
     def reference(
@@ -369,16 +420,26 @@ class Definition:
 
 
 def cell(
-    *, states: str, gates: str, outputs: str = "", parameters: str = "", masks: str = "", name: str | None = None
+    *,
+    states: str,
+    gates: str,
+    outputs: str = "",
+    parameters: str = "",
+    masks: str = "",
+    name: str | None = None,
+    distance: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Callable[..., Any]], Definition]:
-    """Trace a step into a recurrent cell: see `Definition` for what may be said, and `hfopt.recurrences.run_cell`."""
-
-    def of(step: Callable[..., Any]) -> Definition:
-        return Definition(
-            step, states=states, gates=gates, outputs=outputs, parameters=parameters, masks=masks, name=name
-        )
-
-    return of
+    """Trace a step into a recurrent cell: see `Definition` for the arguments, and `hfopt.recurrences.cell_layer`."""
+    return partial(
+        Definition,
+        states=states,
+        gates=gates,
+        outputs=outputs,
+        parameters=parameters,
+        masks=masks,
+        name=name,
+        distance=distance,
+    )
 
 
 __all__ = ["Column", "Definition", "Product", "Target", "Untraceable", "cell"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from hfopt.recurrences import linearised
 from hfopt.recurrences.definition import Definition
 from hfopt.recurrences.expression import FUNCTIONS, OPERATIONS, Expression
-from hfopt.recurrences.loops import blocks
+from hfopt.recurrences.products import blocks
 from hfopt.recurrences.registry import CELLS, Cell, Maybe, Maybes, Tensors, register
 from hfopt.recurrences.roles import Roles, cut
 
@@ -32,7 +32,10 @@ class Generated(Roles, Cell):
     def plain(self, arguments: Tensors) -> tuple[Tensor, ...]:
         """The outputs by the definition, one step after the other."""
         d, p, sizes = self.definition, self.parts(arguments), self.sizes(arguments)
-        names = {c.name: w for c, w in zip(d.input_columns, cut(p.X @ p.Kx, d.input_columns, sizes), strict=True)}
+        names = {
+            c.name: w
+            for c, w in zip(d.input_columns, cut(self.project(p.X, p.Kx), d.input_columns, sizes), strict=True)
+        }
         W: dict[str, Tensor] = {}
         for product, K in zip(d.products, p.K, strict=True):
             W |= {c.name: k for c, k in zip(product.columns, cut(K, product.columns, sizes), strict=True)}
@@ -61,7 +64,7 @@ class Generated(Roles, Cell):
         inputs = [d.graph.leaf("x", c.name) for c in d.input_columns]
         for start, stop in blocks(results[0]):
             X = p.X[start:stop]
-            projected = [x.unbind() for x in cut(X @ p.Kx, d.input_columns, sizes)]
+            projected = [x.unbind() for x in cut(self.project(X, p.Kx), d.input_columns, sizes)]
             for t in range(start, stop):
                 env: dict[Expression, Any] = dict(fixed)
                 env |= zip(d.before.values(), states, strict=True)
@@ -105,6 +108,15 @@ class Generated(Roles, Cell):
     def adjoint(self, cotangents: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         """As in `Passes`."""
         return linearised.adjoint(self, cotangents, arguments, results, needed)
+
+    @property
+    def weights(self) -> int:
+        """How many weight matrices there are."""
+        return 1 + len(self.definition.products)
+
+    def rows_and_deltas(self, U: Maybes, arguments: Tensors, results: Tensors) -> linearised.PerSequence:
+        """As in `linearised`."""
+        return linearised.rows_and_deltas(self, U, arguments, results)
 
 
 # Operations that write where they are told.

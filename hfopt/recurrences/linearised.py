@@ -21,8 +21,7 @@ from torch import Tensor
 
 from hfopt.recurrences.definition import Definition, Target
 from hfopt.recurrences.expression import Expression, evaluate
-from hfopt.recurrences.loops import blocks
-from hfopt.recurrences.products import correlate_, project_
+from hfopt.recurrences.products import blocks, correlate_, project_
 from hfopt.recurrences.registry import Maybe, Maybes, Tensors, batch_of_vectors, with_vectors
 from hfopt.recurrences.roles import Parts, Roles
 
@@ -217,7 +216,8 @@ def from_outside(
     edges = [0]
     for c in d.input_columns:
         edges.append(edges[-1] + sizes[c.size])
-    some = dx is not None or dKx is not None
+    projected = p.Kx.shape[0] == 0  # x are the columns themselves
+    some = dx is not None or (dKx is not None and not projected)
 
     def projections(first: int, last: int) -> tuple[tuple[Maybe, Maybe], tuple[Maybe, Maybe]]:
         a, b = edges[first], edges[last]
@@ -226,19 +226,24 @@ def from_outside(
     def empty(width: int) -> Tensor:
         return x.new_empty(with_vectors((*x.shape[:2], width), vectors))
 
-    alone: list[Maybe] = [
-        project_(empty(sizes[c.size]), *projections(i, i + 1)) if some else None for i, c in enumerate(d.inputs)
-    ]
+    def projection(first: int, last: int) -> Tensor:
+        if projected:
+            assert dx is not None
+            return dx[..., edges[first] : edges[last]]
+        return project_(empty(edges[last] - edges[first]), *projections(first, last))
+
+    alone: list[Maybe] = [projection(i, i + 1) if some else None for i in range(len(d.inputs))]
     columns, at = [], len(d.inputs)
     for product, v, dK in zip(d.products, rows, moved.K, strict=True):
         whole, after = empty(sum(sizes[c.size] for c in product.columns)), at + product.shared
-        if some and product.shared == len(product.columns):
+        if some and product.shared == len(product.columns) and not projected:
             project_(whole, (v, dK), *projections(at, after))
+        elif some and product.shared == len(product.columns) and dK is None:
+            whole.copy_(projection(at, after))
         else:
             project_(whole, (v, dK))
             if some and product.shared:
-                part = empty(edges[after] - edges[at])
-                whole[..., : part.shape[-1]].add_(project_(part, *projections(at, after)))
+                whole[..., : edges[after] - edges[at]].add_(projection(at, after))
         at = after
         columns.append(whole)
     return alone, columns
@@ -398,7 +403,9 @@ def collected(
         x = p.X[block.start : block.stop]
         pieces = _input_columns(cell, block, sizes)
         at = 0
-        if want.X:
+        if want.X and p.Kx.shape[0] == 0:
+            torch.cat(pieces, -1, out=dX[block.start : block.stop])
+        elif want.X:
             target, pairs, edge = dX[block.start : block.stop], [], 0
             for piece in pieces:
                 pairs.append((piece, p.Kx[:, edge : edge + piece.shape[-1]].t()))
@@ -406,7 +413,7 @@ def collected(
             project_(target, *pairs)
             if block.raw is not None:
                 target[..., : block.raw.shape[-1]].add_(block.raw)
-        if want.Kx:
+        if want.Kx and p.Kx.shape[0]:
             for piece in pieces:
                 correlate_(dKx[..., at : at + piece.shape[-1]], x, piece)
                 at += piece.shape[-1]
@@ -430,9 +437,11 @@ def _input_columns(cell: Roles, block: Block, sizes: dict[str, int]) -> list[Ten
     return found
 
 
-def rows_and_deltas(
-    cell: Roles, cotangents: Maybes, arguments: Tensors, results: Tensors
-) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], list[Tensor]]:
+# Rows and deltas of every weight, gradients of parameters and of first states.
+PerSequence = tuple[list[tuple[Tensor, Tensor]], list[Tensor], list[Tensor]]
+
+
+def rows_and_deltas(cell: Roles, cotangents: Maybes, arguments: Tensors, results: Tensors) -> PerSequence:
     """What the gradients of single sequences are made of, for one cotangent per output.
 
     Returns:

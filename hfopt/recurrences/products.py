@@ -1,4 +1,8 @@
-"""Products of whole blocks of steps, and what else the passes in torch's operations share."""
+"""Products of whole blocks of steps, and what else the passes in torch's operations share.
+
+What does not recur is worked out for blocks of steps: all steps at once on an accelerator; on a CPU as many as stay in
+the cache, since one product over a long sequence would go through memory again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,28 @@ import torch
 from torch import Tensor
 
 Maybe = Tensor | None
+
+_BLOCK_BYTES = 1 << 20
+
+
+def blocks(H: Tensor) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of steps of H (T, ..., h) whose non-recurrent products are one; step 0 is alone."""
+    steps = H.shape[0]
+    length = steps
+    if H.device.type == "cpu":
+        length = max(1, _BLOCK_BYTES // (H[0].numel() * H.element_size()))
+    return [(0, 1), *((start, min(start + length, steps)) for start in range(1, steps, length))]
+
+
+def plus(*terms: Maybe) -> Maybe:
+    """The sum of those terms that are there; None if none is."""
+    given = [term for term in terms if term is not None]
+    return sum(given[1:], start=given[0]) if given else None
+
+
+def lag(H: Tensor, first: Tensor) -> Tensor:
+    """H_{t-1} for t = 0..T-1, with H_{-1} = first: (T, *N, B, h)."""
+    return torch.cat((first.unsqueeze(0), H[:-1]))
 
 
 def lagged(H: Tensor, first: Tensor, start: int, stop: int) -> Tensor:
@@ -48,29 +74,3 @@ def correlate_(total: Tensor, rows: Tensor, values: Tensor) -> None:
         return
     for one, value in zip(total.unbind(), values.unbind(1), strict=True):
         one.addmm_(left, value.reshape(-1, value.shape[-1]))
-
-
-def steps_of(X: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The steps of a contiguous X (n, *N, B, m): as matrices (N B, m) for products, and as they are."""
-    if X.dim() == 3:
-        steps = X.unbind()
-        return steps, steps
-    return X.flatten(1, 2).unbind(), X.unbind()
-
-
-def in_gates(X: Tensor, count: int) -> Tensor:
-    """X (..., count h) as (..., count, h)."""
-    return X.view(*X.shape[:-1], count, -1)
-
-
-def pull_(u: Maybe, following: Maybe, Wt: Tensor, out: Tensor) -> None:
-    """Fill out (N B, h) with u + following W'; a None is zero."""
-    if following is None:
-        if u is None:
-            out.zero_()
-        else:
-            out.copy_(u)
-    elif u is None:
-        torch.mm(following, Wt, out=out)
-    else:
-        torch.addmm(u, following, Wt, out=out)

@@ -1,10 +1,9 @@
-"""The simple recurrence with its linear readout, o_t = [h_t, 1] K_o, as one operator: what the readout needs of the
-hidden states never goes through memory where the passes are compiled.
+"""A cell with the linear readout of what its layer gives as one operator, o_t = [h_t, 1] K_o.
 
-    h_t = f(a_t),  a_t = [h_{t-1}, x_t] K
+Where the passes are compiled, neither the changes nor the cotangents of the hidden states go through memory:
 
-    tangent:  R_o,t = R_h,t K_o[:h] + [h_t, 1] dK_o,   R_h as in `loops.tangent`
-    adjoint:  u_t = uo_t K_o[:h]',   dK_o = sum_t [h_t, 1]' uo_t,   the rest as in `loops.adjoint`
+    tangent:  R_o,t = R_h,t K_o[:h] + [h_t, 1] dK_o
+    adjoint:  u_t = uo_t K_o[:h]',   dK_o = sum_t [h_t, 1]' uo_t
 
 Reference: Martens & Sutskever, "Learning recurrent neural networks with Hessian-free optimization", ICML 2011.
 """
@@ -12,148 +11,120 @@ Reference: Martens & Sutskever, "Learning recurrent neural networks with Hessian
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hfopt import structural
-from hfopt.recurrences import backends
-from hfopt.recurrences.arguments import checked
-from hfopt.recurrences.linear import apply, step_inputs
-from hfopt.recurrences.nonlinearities import NONLINEARITIES, Nonlinearity
+from hfopt.recurrences.backends import backend
+from hfopt.recurrences.definition import Definition
+from hfopt.recurrences.generated import Generated, generated
+from hfopt.recurrences.linearised import PerSequence, rows_and_deltas
 from hfopt.recurrences.products import correlate_
 from hfopt.recurrences.registry import Cell, Maybe, Maybes, Tensors, batch_of_vectors, register, with_vectors
-from hfopt.recurrences.sequence import run
-from hfopt.recurrences.simple import Recurrence, layer_point
 
 
-class ReadoutCell(Cell):
-    """(X (T, B, V), K (h + V, h), h0 (B, h), K_o (h + 1, O)) -> (O (T, B, O),), or (O, A) under a name with "+a".
+class Read(Cell):
+    """(the cell's arguments, K_o (h + 1, O)) -> (O (T, B, O),), and the pre-activations that structural damping limits.
 
-    A (T, B, h) are the pre-activations. Stored besides: H (T, B, h).
+    Stored besides: the cell's other results.
+
+    Attributes:
+        base: the cell.
+        order: places of the cell's results, those that are shown first.
     """
 
-    arguments = 4
+    def __init__(self, base: Generated) -> None:
+        self.base, d = base, base.definition
+        self.name = f"{base.name}.read"
+        shown = [d.damped] if d.damped else []
+        self.order = [*shown, *(i for i in range(base.results) if i not in shown)]
+        self.arguments, self.outputs, self.results = base.arguments + 1, 1 + len(shown), 1 + base.results
 
-    def __init__(self, f: Nonlinearity, preactivations: bool) -> None:
-        self.f, self.preactivations = f, preactivations
-        self.name = f"readout_{f.name}" + "+a" * preactivations
-        self.outputs = 1 + preactivations
-        self.results = 2 + preactivations
+    def of_base(self, results: Sequence[Any]) -> list[Any]:
+        """The cell's results, or what belongs to each of its outputs that are shown, in its own order; or None."""
+        found: list[Any] = [None] * self.base.results
+        for place, result in zip(self.order, results[1:], strict=False):
+            found[place] = result
+        return found
+
+    def _states(self, results: Tensors) -> Tensor:
+        h: Tensor = self.of_base(results)[self.base.definition.output]
+        return h
 
     def shapes(self, arguments: Tensors) -> list[tuple[int, ...]]:
-        """(T, B, O), then (T, B, h) once or twice."""
-        X, _, h0, Ko = arguments
-        sequence = (X.shape[0], *h0.shape)
-        return [(*sequence[:2], Ko.shape[1])] + [sequence] * self.outputs
+        """(T, B, O), then the cell's."""
+        own = self.base.shapes(arguments[:-1])
+        return [(*own[0][:2], arguments[-1].shape[1]), *(own[i] for i in self.order)]
 
     def plain(self, arguments: Tensors) -> tuple[Tensor, ...]:
-        """(O,) or (O, A), the readout applied to the hidden states of all steps at once."""
-        X, K, h0, Ko = arguments
-        # Derivatives of second order go this way: the recurrence without readout has them in closed form.
-        H, *A = apply(Recurrence, None, X, K, h0, self.f.name, self.preactivations)
-        return (_read(H, Ko), *A)
+        """The readout applied to all steps at once."""
+        found = self.base.plain(arguments[:-1])
+        return self.read(found[self.base.definition.output], arguments[-1]), *(
+            found[i] for i in self.order[: self.outputs - 1]
+        )
+
+    @staticmethod
+    def read(H: Tensor, K_o: Tensor) -> Tensor:
+        """[h_t, 1] K_o."""
+        return torch.addmm(K_o[-1], H.flatten(0, 1), K_o[:-1]).view(*H.shape[:2], -1)
 
     def forward(self, arguments: Tensors) -> list[Tensor]:
-        """(O, H) or (O, A, H)."""
-        X, K, h0, Ko = arguments
-        H = backends.forward(None, X, K, h0, self.f.name)
-        O = _read(H, Ko)
-        return [O, step_inputs(X, H, h0) @ K, H] if self.preactivations else [O, H]
+        """As in `Passes`."""
+        found = backend(self.base, arguments[0]).forward(arguments[:-1])
+        return [self.read(found[self.base.definition.output], arguments[-1]), *(found[i] for i in self.order)]
 
     def tangent(self, tangents: Maybes, arguments: Tensors, results: Tensors) -> list[Tensor]:
-        """(R_o,) or (R_o, R_a) of (dX, dK, dh0, dK_o)."""
-        dX, dK, dh0, dKo = tangents
-        X, K, h0, Ko = arguments
-        H, hidden, vectors = results[-1], h0.shape[1], batch_of_vectors(tangents, arguments)
-        R: Maybe = None
-        Ra: Maybe = None
-        if dX is not None or dK is not None or dh0 is not None:
-            inputs = None if dX is None else dX @ K[hidden:]
-            if vectors:
-                # The loops carry many vectors without a dK.
-                if dK is not None:
-                    moved = step_inputs(X, H, h0).unsqueeze(1) @ dK
-                    inputs = moved if inputs is None else inputs.add_(moved)
-                    dK = None
-                if inputs is None:
-                    inputs = H.new_zeros(()).expand(with_vectors(H.shape, vectors))
-            R, Ra = backends.tangent(inputs, dK, dh0, X, H, h0, K, self.f.name, self.preactivations)
-        read = results[0].new_zeros(with_vectors(results[0].shape, vectors)) if R is None else R @ Ko[:-1]
-        if dKo is not None:
-            states = H.unsqueeze(1) if vectors else H
-            read = read.add_(states @ dKo[..., :-1, :]).add_(dKo[..., -1:, :])
-        if not self.preactivations:
-            return [read]
-        return [read, H.new_zeros(with_vectors(H.shape, vectors)) if Ra is None else Ra]
+        """As in `Passes`."""
+        *moved, dK_o = tangents
+        K_o, vectors = arguments[-1], batch_of_vectors(tangents, arguments)
+        found: list[Maybe] = [None] * self.base.outputs
+        if any(d is not None for d in moved):
+            found = [*backend(self.base, K_o).tangent(moved, arguments[:-1], self.of_base(results))]
+        R = found[self.base.definition.output]
+        read = K_o.new_zeros(with_vectors(results[0].shape, vectors)) if R is None else R @ K_o[:-1]
+        if dK_o is not None:
+            states = self._states(results)
+            read = read.add_((states.unsqueeze(1) if vectors else states) @ dK_o[..., :-1, :]).add_(dK_o[..., -1:, :])
+        shown = zip(self.order, results[1 : self.outputs], strict=False)
+        others = [(found[i], y) for i, y in shown]
+        return [read, *(y.new_zeros(with_vectors(y.shape, vectors)) if r is None else r for r, y in others)]
+
+    def cotangents(self, U: Maybes, K_o: Tensor) -> list[Maybe]:
+        """Those of the cell's outputs."""
+        given = self.of_base(U)[: self.base.outputs]
+        if U[0] is not None:
+            given[self.base.definition.output] = U[0] @ K_o[:-1].t()
+        return given
 
     def adjoint(self, cotangents: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]) -> list[Tensor]:
-        """(dX, dK, dh0, dK_o) of (U_o, U_a)."""
-        Uo, Ua = (*cotangents, None)[:2]
-        X, K, h0, Ko = arguments
-        H, hidden = results[-1], h0.shape[1]
-        U = None if Uo is None else Uo @ Ko[:-1].t()
-        dA, dK, dh0 = backends.adjoint(U, Ua, X, H, h0, K, self.f.name, needed[0])
-        vectors = dh0.shape[:-2]
-        dKo = K.new_zeros(with_vectors(Ko.shape, tuple(vectors)))
+        """As in `Passes`."""
+        *given, K_o = arguments
+        Uo = cotangents[0]
+        U = self.cotangents(cotangents, K_o)
+        found = backend(self.base, K_o).adjoint(U, given, self.of_base(results), needed[:-1])
+        if not needed[-1]:
+            return [*found, K_o.new_empty(0)]
+        dK_o = K_o.new_zeros(with_vectors(K_o.shape, batch_of_vectors(cotangents, results[: self.outputs])))
         if Uo is not None:
-            correlate_(dKo[..., :-1, :], H, Uo)
-            dKo[..., -1, :] = Uo.sum((0, -2))
-        dX = K.new_empty(0) if dA is None else dA @ K[hidden:].t()
-        empty = K.new_empty(0)
-        return [x if wanted else empty for x, wanted in zip((dX, dK, dh0, dKo), needed, strict=True)]
+            correlate_(dK_o[..., :-1, :], self._states(results), Uo)
+            dK_o[..., -1, :] = Uo.sum((0, -2))
+        return [*found, dK_o]
+
+    def rows_and_deltas(self, U: Maybes, arguments: Tensors, results: Tensors) -> PerSequence:
+        """As of the cell, with those of K_o last among the weights."""
+        *given, K_o = arguments
+        found = rows_and_deltas(self.base, self.cotangents(U, K_o), given, self.of_base(results))
+        H, Uo = self._states(results), U[0]
+        rows = torch.cat((H, H.new_ones(*H.shape[:2], 1)), -1)
+        deltas = H.new_zeros(*H.shape[:2], K_o.shape[1]) if Uo is None else Uo
+        return [*found[0], (rows, deltas)], *found[1:]
 
 
-for _f in NONLINEARITIES.values():
-    for _marked in (False, True):
-        register(ReadoutCell(_f, _marked))
-
-
-def _read(H: Tensor, Ko: Tensor) -> Tensor:
-    return torch.addmm(Ko[-1], H.flatten(0, 1), Ko[:-1]).view(*H.shape[:2], -1)
-
-
-def simple_rnn_readout(
-    inputs: Tensor,
-    weight_vh: Tensor,
-    weight_hh: Tensor,
-    h0: Tensor,
-    bias: Tensor | None,
-    weight_ho: Tensor,
-    bias_o: Tensor | None = None,
-    nonlinearity: str = "tanh",
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Outputs of a simple recurrent network: h_t = f(h_{t-1} W_hh + v_t W_vh + b), o_t = h_t W_ho + b_o, h_{-1} = h0.
-
-    `simple_rnn_layer(...) @ weight_ho + bias_o` as one operator; the same in all else.
-
-    Args:
-        inputs, weight_vh, weight_hh, h0, bias, nonlinearity, mask: as in `simple_rnn_layer`.
-        weight_ho: W_ho (h, O).
-        bias_o: b_o (O,), or None.
-
-    Returns:
-        O (T, B, O).
-
-    Raises:
-        ValueError, TypeError: as `simple_rnn_layer`.
-    """
-    X, K, h0 = layer_point(inputs, weight_vh, weight_hh, h0, bias, nonlinearity, mask)
-    _, W, *b = checked("bias_o", weight_hh=weight_hh, weight_ho=weight_ho, bias_o=bias_o).values()
-    hidden = K.shape[1]
-    if W.dim() != 2 or W.shape[0] != hidden:
-        raise ValueError(f"weight_ho has shape {tuple(W.shape)}; with {hidden} hidden units it is ({hidden}, O)")
-    if b and b[0].shape != (W.shape[1],):
-        raise ValueError(f"bias_o has shape {tuple(b[0].shape)}; with weight_ho's outputs it is ({W.shape[1]},)")
-    K_o = torch.cat((W, b[0].unsqueeze(0) if b else W.new_zeros(1, W.shape[1])))
-    if h0.dim() == 1:
-        h0 = h0.expand(X.shape[1], -1)
-    if torch.compiler.is_compiling() or not structural.wanted():
-        return run(f"readout_{nonlinearity}", X, K, h0, K_o)[0]
-    O, A = run(f"readout_{nonlinearity}+a", X, K, h0, K_o)
-    f = NONLINEARITIES[nonlinearity]
-    H = A.detach().clone()
-    f.apply_(H)
-    structural.mark(A, f.distance(H), batch_dim=1, mask=mask)
-    return O
+@cache
+def generated_readout(definition: Definition) -> Read:
+    """The registered readout of a definition's cell; registered now if it is not yet."""
+    found = Read(generated(definition))
+    register(found)
+    return found

@@ -9,8 +9,7 @@ columns), and (N, h) for a vector; then every vector that is there has it, and t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -44,11 +43,9 @@ class Cell(ABC):
         arguments: how many tensors it takes.
         outputs: how many it gives.
         results: how many its forward pass gives, outputs included.
-        places: place of every state before the first step among the arguments -> the output that it goes on from.
     """
 
     name: str
-    places: Mapping[int, int] = MappingProxyType({})
     arguments: int
     outputs: int
     results: int

@@ -29,6 +29,8 @@ class Parts(NamedTuple):
 class Roles:
     """What stands where: X, K_x, K_1, .., parameters, masks, first states; then states, outputs, and what is kept.
 
+    A K_x without rows, (0, .), says that X (T, B, .) are the inputs' projections themselves.
+
     Attributes:
         arguments, outputs, results: how many there are.
         places: place of every first state among the arguments -> the output that it goes on from.
@@ -66,6 +68,18 @@ class Roles:
             width = p.Kx.shape[1] - sum(found[c.size] for c in d.input_columns if c.size in found)
             found[unknown[0].size] = width // len(unknown)
         return found
+
+    def project(self, X: Tensor, Kx: Tensor) -> Tensor:
+        """The projections of inputs X (n, B, .).
+
+        Raises:
+            ValueError: the cell takes the inputs themselves too, and only their projections are there.
+        """
+        if Kx.shape[0]:
+            return X @ Kx
+        if self.definition.raw is not None:
+            raise ValueError(f"the cell {self.definition.name} takes its inputs themselves, not their projections")
+        return X
 
     def kept_sizes(self, sizes: dict[str, int]) -> list[int]:
         return [sizes[self.definition.size(e)] for e in self.definition.kept]

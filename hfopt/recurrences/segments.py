@@ -16,7 +16,7 @@ Reference: Griewank & Walther, "Evaluating Derivatives", 2nd ed. 2008, chapter 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from hfopt import structural
-from hfopt.recurrences.linear import apply
 from hfopt.recurrences.passes import Found, Given, Maybe, Part, Segments, Tensors
 
 __all__ = ["Found", "Given", "Run", "Segments", "checkpointing", "over_time", "wanted"]
@@ -39,6 +38,11 @@ class Run:
     enabled: bool
     recurrences: int = 0
     checkpointed: list[Segments] = field(default_factory=list)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`."""
+    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 _run: ContextVar[Run | None] = ContextVar("hfopt_checkpointing", default=None)
@@ -115,20 +119,6 @@ def over_time(
             # and adds what its own marks are worth.
             structural.mark(found[-1], torch.zeros_like(found[-1]), batch_dim=0)
     return tuple(found[: segments.outputs]), tuple(found[segments.outputs :])
-
-
-def by_cell(
-    run: Callable[..., tuple[Tensor, ...]], cell: str, arguments: tuple[Tensor, ...], places: Mapping[int, int]
-) -> Tensors:
-    """``run(cell, *arguments)`` by :func:`over_time`: the first argument is the sequence, all others are parameters."""
-    rest = [i for i in range(1, len(arguments)) if i not in places]
-
-    def part(xs: Given, states: Given, parameters: Given) -> Found:
-        given = {0: xs[0], **dict(zip(places, states, strict=True)), **dict(zip(rest, parameters, strict=True))}
-        outputs = run(cell, *(given[i] for i in range(len(arguments))))
-        return outputs, [outputs[k][-1] for k in places.values()]
-
-    return over_time(part, (arguments[0],), [arguments[i] for i in places], [arguments[i] for i in rest])[0]
 
 
 def _within(function: Part) -> Part:

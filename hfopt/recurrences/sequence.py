@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
 
-from hfopt.recurrences import segments
 from hfopt.recurrences.backends import backend
-from hfopt.recurrences.linear import apply, plus
+from hfopt.recurrences.products import plus
 from hfopt.recurrences.recorded import record
 from hfopt.recurrences.registry import CELLS, Cell, Maybe, Maybes, Tensors, batch_of_vectors, with_vectors
+from hfopt.recurrences.segments import apply
 
 
 def _own(tensors: list[Tensor]) -> list[Tensor]:
@@ -219,13 +219,16 @@ sequence_forward.register_autograd(_backward_compiled, setup_context=_setup_comp
 
 def run(cell: str, *arguments: Tensor) -> tuple[Tensor, ...]:
     """The outputs of the registered cell, as differentiable functions of the arguments."""
-    outputs = CELLS[cell].outputs
+    return results_of(cell, *arguments)[: CELLS[cell].outputs]
+
+
+def results_of(cell: str, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """The outputs as of `run`, and what is stored besides, which has no derivative."""
     if torch.compiler.is_compiling():
-        return tuple(sequence_forward(cell, arguments)[:outputs])
-    if (places := CELLS[cell].places) and segments.wanted():
-        return segments.by_cell(run, cell, arguments, places)
+        return tuple(sequence_forward(cell, arguments))
     results: tuple[Tensor, ...] = apply(_Forward, cell, *arguments)
-    return record(cell, arguments, results, outputs)
+    outputs = CELLS[cell].outputs
+    return *record(cell, arguments, results, outputs), *results[outputs:]
 
 
 def _split(tensors: Sequence[Any], count: int) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -345,7 +348,6 @@ class _Adjoint(torch.autograd.Function):
         ctx.cell = CELLS[name]
         ctx.needed, tensors = _split(given, ctx.cell.arguments)
         U, _, arguments, results = _parts(ctx.cell, tensors, ctx.cell.outputs)
-        ctx.mark_non_differentiable(*(g for g, wanted in zip(output, ctx.needed, strict=True) if not wanted))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*U, *arguments, *results)
         ctx.save_for_forward(*U, *arguments, *results)
@@ -370,7 +372,9 @@ class _Adjoint(torch.autograd.Function):
         if not _all_none(p):
             bent = _second(cell, arguments, p, U, results)
         both = (plus(a, b) for a, b in zip(pulled, bent, strict=True))
-        return tuple(g if wanted else None for g, wanted in zip(both, ctx.needed, strict=True))
+        # An empty output has an empty tangent: under vmap, torch takes none for an integer.
+        empty = arguments[0].new_empty(0)
+        return tuple(g if wanted else empty for g, wanted in zip(both, ctx.needed, strict=True))
 
 
 def _parts(cell: Cell, tensors: Sequence[Any], vectors: int) -> tuple[Sequence[Any], ...]:

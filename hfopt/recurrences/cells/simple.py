@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from hfopt.recurrences.definition import cell
+import torch
+from torch import Tensor
+
+from hfopt.recurrences.definition import Definition, cell
 from hfopt.recurrences.expression import absolute, relu, sigmoid, sign, tanh
 
 
-@cell(states="h", gates="a", name="tanh")
+def distance_tanh(h: Tensor) -> Tensor:
+    """D'' in a: of the cross-entropy between the probabilities (1 + h) / 2 = sigma(2a)."""
+    return 1 - h * h
+
+
+def distance_sigmoid(h: Tensor) -> Tensor:
+    """D'' in a: of the cross-entropy between the probabilities h = sigma(a)."""
+    return h * (1 - h)
+
+
+def distance_relu(h: Tensor) -> Tensor:
+    """D'' in a: of half the squared distance of h, in its Gauss-Newton form f'(a)^2."""
+    return (h > 0).to(h.dtype)
+
+
+@cell(states="h", gates="a", name="tanh", distance=distance_tanh)
 def tanh_rnn(x: Any, h: Any, W: Any) -> Any:
     """h_t = tanh(x_t W_x + h_{t-1} W_h).
 
@@ -17,7 +37,7 @@ def tanh_rnn(x: Any, h: Any, W: Any) -> Any:
     return tanh(x.a + W.a(h))
 
 
-@cell(states="h", gates="a", name="relu")
+@cell(states="h", gates="a", name="relu", distance=distance_relu)
 def relu_rnn(x: Any, h: Any, W: Any) -> Any:
     """h_t = max(0, x_t W_x + h_{t-1} W_h); with W_h starting as the identity, the IRNN.
 
@@ -26,13 +46,13 @@ def relu_rnn(x: Any, h: Any, W: Any) -> Any:
     return relu(x.a + W.a(h))
 
 
-@cell(states="h", gates="a", name="sigmoid")
+@cell(states="h", gates="a", name="sigmoid", distance=distance_sigmoid)
 def sigmoid_rnn(x: Any, h: Any, W: Any) -> Any:
     """h_t = sigmoid(x_t W_x + h_{t-1} W_h)."""
     return sigmoid(x.a + W.a(h))
 
 
-@cell(states="h", gates="a", name="identity")
+@cell(states="h", gates="a", name="identity", distance=torch.ones_like)
 def identity_rnn(x: Any, h: Any, W: Any) -> Any:
     """h_t = x_t W_x + h_{t-1} W_h."""
     return x.a + W.a(h)
@@ -47,3 +67,9 @@ def modrelu(x: Any, h: Any, W: Any, p: Any) -> Any:
     """
     a = x.a + W.a(h)
     return sign(a) * relu(absolute(a) + p.b)
+
+
+# The simple recurrences by the names of their nonlinearities.
+NONLINEARITIES: Mapping[str, Definition] = MappingProxyType(
+    {d.name: d for d in (tanh_rnn, sigmoid_rnn, relu_rnn, identity_rnn)}
+)

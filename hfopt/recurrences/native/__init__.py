@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from hfopt.recurrences.native.cells import cell
+from functools import cache
+
+from hfopt.recurrences.generated import Generated
+from hfopt.recurrences.native.generated import Compiled
+from hfopt.recurrences.readout import Read
+from hfopt.recurrences.registry import CELLS, Passes
 
 __all__ = ["cell"]
+
+
+@cache
+def cell(name: str) -> Passes | None:
+    """The passes of the registered cell of this name, compiled; None if there are none."""
+    found = CELLS[name]
+    return Compiled(found) if isinstance(found, (Generated, Read)) else None

@@ -249,7 +249,7 @@ def build(compiler: Compiler, folder: Path, source: str = "") -> Path:
 def _compile(compiler: Compiler, folder: Path, key: str, source: str = "") -> Path:
     damaged = list(folder.glob(f"{key}-*.so"))
     log.info(
-        "compiling hfopt's passes over time %swith %s into %s: once on this machine, in 5 to 30 s",
+        "compiling hfopt's passes over time %swith %s into %s: once for each cell on this machine, in 1 to 20 s",
         "again, since the library in the cache is damaged, " if damaged else "",
         shlex.join(compiler),
         folder,

@@ -1,4 +1,7 @@
-/* What every compiled library of passes begins with: sizes of registers, prefetching, and memory of a thread. */
+/* What every compiled library of passes begins with: sizes of registers, prefetching, and memory of a thread.
+
+   Vector types of the compiler are used, so that the same source serves every processor; the sizes of a block of registers
+   follow from the instruction set that is compiled for. No fast-math: NaN and infinity go through. */
 
 #include <math.h>
 #include <stdlib.h>

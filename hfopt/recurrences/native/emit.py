@@ -15,7 +15,8 @@ from hfopt.recurrences.expression import Expression
 from hfopt.recurrences.native.formulas import statements
 from hfopt.recurrences.native.layout import Layout, Writer, total
 
-SIZES = "const long T = n[0], B = n[1], V = n[2], N = n[3];"
+# V: numbers in a row of X; rows_x: rows of K_x, none where X are the projections themselves; O: outputs of a readout.
+SIZES = ("T", "B", "V", "N", "rows_x", "O")
 
 
 class Emitter:
@@ -31,19 +32,18 @@ class Emitter:
 
     def begin(self, w: Writer, name: str, settings: str) -> None:
         sizes = self.at.sizes
-        w(f"EXPORT long NAME({name})(const long *n, void *const *p) {{", SIZES)
-        w("const long " + ", ".join(f"n_{s} = n[{4 + i}]" for i, s in enumerate(sizes)) + ";")
-        more = [x for x in f"first last tile {settings}".split() if x]
-        w("const long " + ", ".join(f"{x} = n[{4 + len(sizes) + i}]" for i, x in enumerate(more)) + ";")
+        w(f"EXPORT long NAME({name})(const long *n, void *const *p) {{")
+        names = [*SIZES, *(f"n_{s}" for s in sizes), *f"first last tile {settings}".split()]
+        w("const long " + ", ".join(f"{x} = n[{i}]" for i, x in enumerate(names)) + ";")
         w(f"const long width = {self.at.width}, k_width = {self.at.kept_width};")
         for j, p in enumerate(self.d.products):
             w(f"const long w{j} = {self.at.product_width(p)};")
 
     def point(self) -> list[tuple[str, bool]]:
-        """Pointers to the point: arguments, then results."""
+        """Pointers to the point: arguments, the readout's weights last, then results."""
         d = self.d
         names = ["X", "Kx", *(f"K{j}" for j in range(len(d.products))), *(f"b_{b}" for b in d.parameters)]
-        names += [*(f"mask_{m}" for m in d.masks), *(f"first_{s}" for s in d.states)]
+        names += [*(f"mask_{m}" for m in d.masks), *(f"first_{s}" for s in d.states), "Ko"]
         names += [*(f"seq_{s}" for s in d.returned), "kept"]
         return [(n, False) for n in names]
 
@@ -54,20 +54,37 @@ class Emitter:
         for name, length in parts:
             w(f"REAL *const {name} = pool;", f"pool += ROUNDED({length});")
 
+    @property
+    def read(self) -> str:
+        """The name of the state or output that is read out."""
+        return list(self.d.returned)[self.d.output]
+
+    @property
+    def ahead(self) -> tuple[str, str]:
+        """What of the point a step reads: where its rows are, and how long they are."""
+        if self.d.kept:
+            return "kept", "k_width"
+        name, e = next(iter(self.d.returned.items()))
+        return f"seq_{name}", f"n_{self.d.size(e)}"
+
     def olds(self, w: Writer) -> None:
         for s, size in self.d.states.items():
             w(f"const REAL *old_{s} = t ? seq_{s} + (here - B) * n_{size} : first_{s} + row * n_{size};")
 
-    def loop(self, w: Writer, size: str, rows: dict[str, str], body: list[str], vectors: bool = False) -> None:
-        """A loop over the rows of the tile and the units; of `rows` (name -> its declaration) those that are used."""
+    def loop(self, w: Writer, size: str, rows: dict[str, str], body: list[str], rest: list[str] | None = None) -> None:
+        """A loop over the rows of the tile and the units; of `rows` (name -> its declaration) those that are used.
+
+        `body` is on vectors. The last numbers of a row, fewer than a vector has, go through `rest`, one by one, or
+        where there is none through the same on vectors that are partly filled.
+        """
         text = " ".join(body)
         used = [declared for name, declared in rows.items() if re.search(rf"\b{name}\b", text)]
         w("for (long i = 0; i < m; i++) {", *used)
-        if vectors:
-            w("long j = 0;", f"for (; j + LANES <= n_{size}; j += LANES) {{", *(_whole(line) for line in body), "}")
-            w(f"if (j < n_{size}) {{", f"const long left = n_{size} - j;", *(_some(line) for line in body), "}")
+        w("long j = 0;", f"for (; j + LANES <= n_{size}; j += LANES) {{", *map(_whole, body), "}")
+        if rest is None:
+            w(f"if (j < n_{size}) {{", f"const long left = n_{size} - j;", *map(_some, body), "}")
         else:
-            w(f"for (long j = 0; j < n_{size}; j++) {{", *body, "}")
+            w(f"for (; j < n_{size}; j++) {{", *map(_one, rest), "}")
         w("}")
 
     def rows(self) -> dict[str, str]:
@@ -90,8 +107,8 @@ class Emitter:
             return ""
         kind, which = e.name
         known = {
-            "kept": f"k{which}[j]", "state": f"s_{which}[j]", "result": f"n_{which}_[j]", "parameter": f"b_{which}[j]",
-            "mask": f"m_{which}[j]", "raw": "x[j]", "text": str(which),
+            "kept": f"LOAD(k{which})", "state": f"LOAD(s_{which})", "result": f"LOAD(n_{which}_)", "text": str(which),
+            "parameter": f"LOAD(b_{which})", "mask": f"LOAD(m_{which})", "raw": "LOAD(x)",
         }  # fmt: skip
         return known.get(kind, "")
 
@@ -102,14 +119,17 @@ class Emitter:
         """The product that takes the target, if one does."""
         return self.vectors.index(t.node) if t.node in self.vectors else None
 
-    def statements(self, goals: list[tuple[str, Expression]]) -> list[str]:
-        """Statements on numbers for a derivative pass."""
-        return statements(goals, self._leaf)
+    def pointwise(
+        self, w: Writer, size: str, rows: dict[str, str], goals: list[tuple[str, Expression]], reads: list[str]
+    ) -> None:
+        """A loop of a derivative pass, which takes no function that numbers alone have not; `reads` come first."""
+        body, rest = (statements(goals, self._leaf, vectors) for vectors in (True, False))
+        self.loop(w, size, rows, [*reads, *body], [*(r.replace("VEC", "REAL") for r in reads), *rest])
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self) -> str:
-        """n: T, B, V, N = 1, sizes, first, last, tile. p: arguments, then results, which are written."""
+        """n: SIZES, sizes, first, last, tile. p: arguments, then results, which are written."""
         d, at, w = self.d, self.at, Writer()
         self.begin(w, "forward", "")
         point = self.point()
@@ -117,7 +137,7 @@ class Emitter:
         w.pointers([(name, name in out) for name, _ in point])
         parts = [("local", "tile * width")]
         parts += [(f"W{j}", f"NAME(packed_size)(n_{p.size}, w{j})") for j, p in enumerate(d.products)]
-        parts += [(f"Wx{j}", f"NAME(packed_size)(V, {b.width})") for j, b in enumerate(at.blocks) if b]
+        parts += [(f"Wx{j}", f"NAME(packed_size)(rows_x, {b.width})") for j, b in enumerate(at.blocks) if b]
         buffers = [i for i, t in enumerate(d.targets) if t.node not in at.names]
         parts += [(f"q{i}_", f"tile * n_{d.targets[i].size}") for i in buffers]
         self.pool(w, parts)
@@ -128,20 +148,19 @@ class Emitter:
         for k in range(len(d.products) + 1):
             j = k - 1
             if k == 0 and (d.inputs or not d.products):
-                self._project(w, 0, "X")
+                self.project(w, 0, [("1", _term(0))], "X")
             if k:
                 fused = self.fused(j)
                 terms = []
-                block = at.blocks[j]
-                if block and not (j == 0 and d.inputs):
-                    if fused:
-                        terms.append(f"NAME(packed_term)(X + here * V, V, V, Wx{j})")
-                    else:
-                        self._project(w, j, "X")
+                if fused:
+                    self.place(w, j, "X", "X")
+                    terms.append(("rows_x", _term(j)))
+                elif at.blocks[j] and not (j == 0 and d.inputs):
+                    self.project(w, j, [("1", _term(j))], "X")
                 vector, size = self.vectors[j], d.products[j].size
                 source = f"old_{self.states[vector]}" if vector in self.states else self._stored(vector)
-                terms.append(f"NAME(packed_term)({source}, n_{size}, n_{size}, W{j})")
-                self.multiply(w, j, [("1", x) for x in terms], add=not fused, ahead="NOTHING")
+                terms.append(("1", f"NAME(packed_term)({source}, n_{size}, n_{size}, W{j})"))
+                self.multiply(w, j, terms, "!rows_x" if fused else "1", "NOTHING")
             for size, targets in at.groups(k):
                 self._forward_group(w, k, size, targets)
             orphans = self._kept_without_target(k)
@@ -193,11 +212,10 @@ class Emitter:
                 return f"LOAD(of_k{index[e]})"
             if e in earlier:
                 return f"LOAD(of_q{at.targets[e]})"
-            text = self._leaf(e) if e.name is None or e.name[0] in ("state", "parameter", "mask", "raw") else ""
-            return f"LOAD({text[:-3]})" if text else ""
+            return self._leaf(e) if e.name is None or e.name[0] in ("state", "parameter", "mask", "raw") else ""
 
         if goals:
-            self.loop(w, size, rows, statements(goals, leaf, vectors=True), vectors=True)
+            self.loop(w, size, rows, statements(goals, leaf, vectors=True))
 
     # -- products --------------------------------------------------------------------------------------------------
 
@@ -211,36 +229,44 @@ class Emitter:
         w(f"const long wx = {total(c.size for c in self.d.input_columns)};")
         for j, b in enumerate(self.at.blocks):
             if b:
-                w(f"NAME(pack)(Wx{j}, Kx + ({b.first}), wx, 1, V, {b.width});")
+                w(f"NAME(pack)(Wx{j}, Kx + ({b.first}), wx, 1, rows_x, {b.width});")
 
-    def _project(self, w: Writer, j: int, X: str) -> None:
-        """The inputs' projections alone, of forward passes; what the product has besides is set to zero."""
+    def place(self, w: Writer, j: int, source: str, given: str) -> None:
+        """Rows of projections, where these are the inputs and are `given`, to where product j adds to them."""
+        block = self.at.blocks[j]
+        assert block is not None
+        w(f"if (!rows_x && {given}) for (long i = 0; i < m; i++)")
+        at = "here" if source == "X" else "now"
+        row = f"{source} + ({at} + i) * V + ({block.first})"
+        w(f"  NAME(copy)(local + i * width + ({block.start}), {row}, {block.width});")
+
+    def project(self, w: Writer, j: int, terms: list[tuple[str, str]], source: str) -> None:
+        """The inputs' projections alone, from `source` if they are there; what the product has besides becomes zero."""
         block = self.at.blocks[j]
         if block is None:
             return
-        w("{", f"const NAME(term) of_x = NAME(packed_term)({X} + here * V, V, V, Wx{j});")
-        w(f"NAME(multiply)(local + ({block.start}), width, 0, m, {block.width}, &of_x, V ? 1 : 0, NOTHING);", "}")
+        self.place(w, j, source, source)
+        w(f"if (rows_x || !{source}) {{", f"NAME(term) of_x[{len(terms)}];", "int count = 0;")
+        w(*(f"if ({condition}) of_x[count++] = {term};" for condition, term in terms))
+        w(f"NAME(multiply)(local + ({block.start}), width, 0, m, {block.width}, of_x, count, NOTHING);", "}")
         self.clear(w, j)
 
     def clear(self, w: Writer, j: int) -> None:
-        """Set the columns of product j that no projection has set to zero."""
+        """Set the columns of product j that no projection has set to zero, if it has others."""
         if j < len(self.d.products):
             p = self.d.products[j]
             own = [c for c in p.columns if c.kind == "m"]
-            if own:
+            if own and p.shared:
                 to = f"local + i * width + ({self.at.places[own[0].node]})"
                 w(f"for (long i = 0; i < m; i++) NAME(zero)({to}, {total(c.size for c in own)});")
 
-    def multiply(self, w: Writer, j: int, terms: list[tuple[str, str]], add: bool, ahead: str) -> None:
-        """Product j into its columns; terms (condition, term)."""
+    def multiply(self, w: Writer, j: int, terms: list[tuple[str, str]], add: str, ahead: str) -> None:
+        """Product j into its columns, added to what is there if `add`; terms (condition, term)."""
         w("{", f"NAME(term) terms[{len(terms)}];", "int count = 0;")
         for condition, term in terms:
             w(("" if condition == "1" else f"if ({condition}) ") + f"terms[count++] = {term};")
-        if add and j > 0 and self.at.blocks[j] is None:
-            add = False
-        if add and j == 0 and self.at.blocks[0] is None:
-            add = False
-        w(f"NAME(multiply)(local + ({self.at.starts[j]}), width, {int(add)}, m, w{j}, terms, count, {ahead});", "}")
+        add = add if self.d.products[j].shared else "0"
+        w(f"NAME(multiply)(local + ({self.at.starts[j]}), width, {add}, m, w{j}, terms, count, {ahead});", "}")
 
     def _stored(self, e: Expression) -> str:
         """Where the values (or changes) of a target of this step stand."""
@@ -248,12 +274,24 @@ class Emitter:
         return f"q{i}_" if name is None else f"seq_{name} + here * n_{self.d.size(e)}"
 
 
+def _term(j: int) -> str:
+    return f"NAME(packed_term)(X + here * V, V, rows_x, Wx{j})"
+
+
 def _whole(line: str) -> str:
     """A line of a loop on whole vectors."""
-    return re.sub(r"STORE\((\w+), ", r"NAME(store)(\1 + j, ", re.sub(r"LOAD\((\w+)\)", r"NAME(load)(\1 + j)", line))
+    return re.sub(
+        r"STORE\(([^,]+), ", r"NAME(store)(\1 + j, ", re.sub(r"LOAD\(([^()]+)\)", r"NAME(load)(\1 + j)", line)
+    )
 
 
 def _some(line: str) -> str:
     """A line for the last numbers of a row, fewer than a vector has."""
-    line = re.sub(r"STORE\((\w+), (.*)\);", r"NAME(store_some)(\1 + j, \2, left);", line)
-    return re.sub(r"LOAD\((\w+)\)", r"NAME(load_some)(\1 + j, left)", line)
+    line = re.sub(r"STORE\(([^,]+), (.*)\);", r"NAME(store_some)(\1 + j, \2, left);", line)
+    return re.sub(r"LOAD\(([^()]+)\)", r"NAME(load_some)(\1 + j, left)", line)
+
+
+def _one(line: str) -> str:
+    """A line for one number."""
+    line = re.sub(r"STORE\(([^,]+), (.*)\);", r"(\1)[j] = \2;", line)
+    return re.sub(r"LOAD\(([^()]+)\)", r"(\1)[j]", line)

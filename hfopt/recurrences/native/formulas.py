@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from hfopt.recurrences.expression import Expression, ordered
 
 _SCALAR = {
-    "step": "({0} > 0 ? (REAL)1 : (REAL)0)",
-    "sign": "({0} > 0 ? (REAL)1 : {0} < 0 ? (REAL)-1 : {0})",
+    "step": "(REAL)({0} > 0)",
+    "sign": "((REAL)({0} > 0) - (REAL)({0} < 0))",
     "abs": "({0} < 0 ? -{0} : {0})",
     "relu": "({0} < 0 ? (REAL)0 : {0})",
 }

@@ -1,9 +1,10 @@
-"""The compiled passes of a traced cell."""
+"""The compiled passes of a traced cell, with or without a readout."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from hfopt.recurrences.generated import Generated
 from hfopt.recurrences.native.compile import library
 from hfopt.recurrences.native.layout import Layout
 from hfopt.recurrences.native.passes import Maybe, Vectors, accumulation_steps, call, contiguous, padded, parts, tile
+from hfopt.recurrences.readout import Read
 from hfopt.recurrences.registry import Maybes, Tensors
 
 _TYPES = (torch.float32, torch.float64)
@@ -20,35 +22,52 @@ _TYPES = (torch.float32, torch.float64)
 class Compiled:
     """Passes in C where they serve the tensors, those in torch's operations elsewhere."""
 
-    def __init__(self, cell: Generated) -> None:
-        self.cell = cell
-        self.layout = Layout(cell.definition)
+    def __init__(self, cell: Generated | Read) -> None:
+        self.cell, self.base = cell, cell.base if isinstance(cell, Read) else cell
+        self.read = isinstance(cell, Read)
+        self.layout = Layout(self.base.definition)
 
     def _library(self, like: Tensor) -> ctypes.CDLL | None:
         if like.device.type != "cpu" or like.dtype not in _TYPES:
             return None
-        return library(self.cell.definition)
+        return library(self.base.definition)
 
     def _numbers(self, arguments: Tensors, vectors: int) -> tuple[tuple[int, ...], int, float]:
-        """Sizes as the passes take them, the length of a row of columns, and operations of a pass."""
-        c, (steps, batch, inputs) = self.cell, arguments[0].shape
-        sizes = c.sizes(arguments)
-        row = sum(sizes[k.size] for k in self.layout.row)
-        flops = 4.0 * steps * batch * vectors * sum(K.numel() for K in c.parts(arguments).K)
-        flops += 4.0 * steps * batch * vectors * arguments[1].numel()
-        return (steps, batch, inputs, vectors, *(sizes.get(s, 0) for s in self.layout.sizes)), row, flops
+        """Sizes as the passes take them, the columns of the widest product, and operations of a pass."""
+        c, (steps, batch, inputs), p = self.base, arguments[0].shape, self.base.parts(self._without(arguments))
+        sizes = c.sizes(self._without(arguments))
+        widest = max([0, *(K.shape[1] for K in p.K)]) or p.Kx.shape[1]
+        flops = 4.0 * steps * batch * vectors * (sum(K.numel() for K in p.K) + p.Kx.numel())
+        outputs = arguments[-1].shape[1] if self.read else 0
+        lengths = [sizes.get(s, 0) for s in self.layout.sizes]
+        return (steps, batch, inputs, vectors, p.Kx.shape[0], outputs, *lengths), widest, flops
+
+    def _without(self, given: Sequence[Any]) -> Sequence[Any]:
+        """The cell's own arguments, or one thing for each."""
+        return given[:-1] if self.read else given
+
+    def _point(self, arguments: Tensors, results: Tensors) -> list[Maybe]:
+        """Arguments, K_o or None, states and outputs, what is kept or None."""
+        own = self._own(results)
+        kept = own[self.base.outputs :] or [None]
+        return [*self._without(arguments), arguments[-1] if self.read else None, *own[: self.base.outputs], *kept]
+
+    def _own(self, results: Sequence[Any]) -> list[Any]:
+        """The cell's own results, or one thing for each of them that is shown."""
+        return self.cell.of_base(results) if isinstance(self.cell, Read) else list(results)
 
     def forward(self, arguments: Tensors) -> list[Tensor]:
         """As in `Passes`."""
         X, compiled = arguments[0], self._library(arguments[0])
-        if compiled is None:
+        if compiled is None or self.read:
             return self.cell.forward(arguments)
-        results = [X.new_empty(shape) for shape in self.cell.shapes(arguments)]
-        numbers, row, flops = self._numbers(arguments, 1)
+        if arguments[1].shape[0] == 0:
+            self.base.project(X, arguments[1])
+        results = [X.new_empty(shape) for shape in self.base.shapes(arguments)]
+        numbers, widest, flops = self._numbers(arguments, 1)
         ranges = parts(X.shape[1], flops / 2)
-        kept = [] if self.cell.definition.kept else [None]
-        tensors = [*contiguous(arguments), *results, *kept]
-        call("forward", X, numbers, (tile(row * X.itemsize, ranges),), tensors, ranges, compiled=compiled)
+        settings = (tile(widest * X.itemsize, ranges),)
+        call("forward", X, numbers, settings, contiguous(self._point(arguments, results)), ranges, compiled=compiled)
         return results
 
     def tangent(self, tangents: Maybes, arguments: Tensors, results: Tensors) -> list[Tensor]:
@@ -56,54 +75,48 @@ class Compiled:
         X, compiled = arguments[0], self._library(arguments[0])
         if compiled is None:
             return self.cell.tangent(tangents, arguments, results)
-        c, moved = self.cell, self.cell.parts(tangents)
+        moved = self.base.parts(self._without(tangents))
         many = Vectors.of(tangents, [x.dim() for x in arguments])
-        numbers, row, flops = self._numbers(arguments, many.count)
+        numbers, widest, flops = self._numbers(arguments, many.count)
         ranges = parts(X.shape[1], flops)
-        found = [X.new_empty(many.sequence(*r.shape)) for r in results[: c.outputs]]
+        found = [X.new_empty(many.sequence(*r.shape)) for r in results[: self.cell.outputs]]
+        shown = self._own(found)[: self.base.outputs]
         given: list[Maybe] = [moved.X, moved.Kx, *moved.K, *moved.parameters, *moved.states]
-        call(
-            "tangent",
-            X,
-            numbers,
-            (tile(row * X.itemsize, ranges),),
-            [*contiguous((*given, *arguments, *self._point(results))), *found],
-            ranges,
-            compiled=compiled,
-        )
+        given += [tangents[-1] if self.read else None, *self._point(arguments, results)]
+        tensors = [*contiguous(given), *shown, found[0] if self.read else None]
+        call("tangent", X, numbers, (tile(widest * X.itemsize, ranges),), tensors, ranges, compiled=compiled)
         return found
-
-    def _point(self, results: Tensors) -> list[Maybe]:
-        """Results, with a None for what is kept where nothing is."""
-        return [*results, *([] if self.cell.definition.kept else [None])]
 
     def adjoint(self, cotangents: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         """As in `Passes`."""
         X, compiled = arguments[0], self._library(arguments[0])
         if compiled is None:
             return self.cell.adjoint(cotangents, arguments, results, needed)
-        c, p, want = self.cell, self.cell.parts(arguments), self.cell.parts(needed)
-        many = Vectors.of(cotangents, (3,) * c.outputs)
-        numbers, row, flops = self._numbers(arguments, many.count)
+        p = self.base.parts(self._without(arguments))
+        many = Vectors.of(cotangents, (3,) * self.cell.outputs)
+        numbers, widest, flops = self._numbers(arguments, many.count)
         ranges = parts(X.shape[1], flops)
-        dX = X.new_empty(many.sequence(*X.shape)) if want.X else None
+        dX = X.new_empty(many.sequence(*X.shape)) if needed[0] else None
         states = [X.new_empty(many.matrix(*s.shape)) for s in p.states]
-        rows, ld = tile(row * X.itemsize, ranges), padded(row)
-        summed = [p.Kx, *p.K, *p.parameters]
+        sizes = self.base.sizes(self._without(arguments))
+        rows, ld = tile(widest * X.itemsize, ranges), padded(sum(sizes[k.size] for k in self.layout.row))
+        summed = [p.Kx, *p.K, *p.parameters, *([arguments[-1]] if self.read else [])]
         sums = [X.new_zeros(len(ranges), many.count, *w.shape) for w in summed]
+        given = [*self._own(cotangents)[: self.base.outputs], cotangents[0] if self.read else None]
         call(
             "adjoint",
             X,
             numbers,
-            (rows, ld, accumulation_steps(rows)),
-            [*contiguous((*cotangents, *arguments, *self._point(results))), dX, *states],
+            (rows, ld, accumulation_steps(rows), padded(arguments[-1].shape[1]) if self.read else 0),
+            [*contiguous((*given, *self._point(arguments, results))), dX, *states],
             ranges,
-            list(zip(*sums, strict=True)),
+            [(*own, *([] if self.read else [None])) for own in zip(*sums, strict=True)],
             compiled=compiled,
         )
         totals = [s.sum(0).reshape(many.matrix(*w.shape)) for s, w in zip(sums, summed, strict=True)]
         masks = [X.new_zeros(many.matrix(*m.shape)) for m in p.masks]
-        found: list[Maybe] = [dX, *totals, *masks, *states]
+        read = [totals.pop()] if self.read else []
+        found: list[Maybe] = [dX, *totals, *masks, *states, *read]
         return [x if on and x is not None else X.new_empty(0) for x, on in zip(found, needed, strict=True)]
 
 

@@ -75,22 +75,6 @@ static inline __attribute__((always_inline)) VEC NAME(logistic)(VEC x) {
   return NAME(choose)(x < 0, e, zero + 1) / (1 + e);
 }
 
-static inline __attribute__((always_inline)) VEC NAME(value)(VEC x, long f) {
-  return f == 0 ? NAME(tanh)(x) : f == 1 ? NAME(logistic)(x) : NAME(choose)(x < 0, (VEC){0}, x);
-}
-
-/* x <- f(x). */
-static void NAME(apply)(REAL *x, long count, long f) {
-  if (f == 3) return;
-  long i = 0;
-  for (; i + LANES <= count; i += LANES) NAME(store)(x + i, NAME(value)(NAME(load)(x + i), f));
-  if (i == count) return;
-  REAL rest[VECTOR_BYTES / sizeof(REAL)] = {0};
-  __builtin_memcpy(rest, x + i, (count - i) * sizeof(REAL));
-  NAME(store)(rest, NAME(value)(NAME(load)(rest), f));
-  __builtin_memcpy(x + i, rest, (count - i) * sizeof(REAL));
-}
-
 static inline __attribute__((always_inline)) VEC NAME(rectified)(VEC x) { return NAME(choose)(x < 0, (VEC){0}, x); }
 
 static inline __attribute__((always_inline)) VEC NAME(step_of)(VEC x) { return NAME(choose)(x > 0, (VEC){0} + 1, (VEC){0}); }

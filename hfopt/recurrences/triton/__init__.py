@@ -6,14 +6,17 @@ cuBLAS over all steps. N vectors that are carried together, (T, N, B, .), are ro
 and meet the same h_t in the second-level cache. There are three forms of every kernel, chosen by size (`tiles.plan`):
 
     resident   the recurrent matrices stay on the multiprocessor, in shared memory, and the state in registers: units
-               padded to a power of two, matrices up to 128 KB together (h <= 128 in float32 for the simple RNN and the
-               MRNN, h <= 64 for LSTM and GRU; in bfloat16 256 for the simple RNN and 128 for the others; in float64
-               128 and 64; less on a chip with less shared memory);
+               padded to a power of two, matrices up to 128 KB together (h <= 128 in float32 for the simple RNN,
+               h <= 64 for LSTM and GRU; in bfloat16 256 and 128; in float64 128 and 64; less on a chip with less shared
+               memory);
     walked     one program still does all steps, but walks the matrices in blocks, which the second-level cache serves,
-               and hands the state on through memory: matrices up to 1 MB (h <= 256 in float32 for all cells, for the
-               simple RNN 512);
-    stepwise   beyond that a launch per step (two for the MRNN), over tiles of sequences and blocks of units: static
-               shapes, no synchronisation with the host, so that a CUDA graph takes all of it.
+               and hands the state on through memory: matrices up to 1 MB (h <= 256 in float32 for all these cells, for
+               the simple RNN 512);
+    stepwise   beyond that a launch per step, over tiles of sequences and blocks of units: static shapes, no
+               synchronisation with the host, so that a CUDA graph takes all of it.
+
+Cells with several products in a step, or vectors of several sizes (MRNN, GRU of 2014, RHN), go section by section: a
+product by cuBLAS, and one kernel for all that is pointwise (`sections`).
 
 Arithmetic of the resident form, by the example of h = 100, B = 1000, T = 200 in float32 on an H200 (132
 multiprocessors of 128 multiply-adds a cycle, 228 KB of shared memory, 1.98 GHz): eight sequences a tile make 125
@@ -53,11 +56,6 @@ __all__ = ["available", "cell", "precision"]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
-# A cell's name, and the module that has it.
-_CELLS = {"lstm": "lstm", "gru": "gru"} | {
-    f"mrnn_{f}{suffix}": "mrnn" for f in ("tanh", "relu", "sigmoid") for suffix in ("", "+a")
-}
-
 _precision = "ieee"
 
 
@@ -88,8 +86,7 @@ def cell(name: str) -> Passes | None:
     """The passes of the cell of that name, or None where there are no kernels for it or Triton is not installed."""
     if not installed():
         return None
-    place = _CELLS.get(name, "generated")
-    passes: Passes | None = importlib.import_module(f"{__name__}.{place}").cell(name)
+    passes: Passes | None = importlib.import_module(f"{__name__}.generated").cell(name)
     return passes
 
 

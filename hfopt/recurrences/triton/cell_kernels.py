@@ -174,3 +174,27 @@ def adjoint_kernel(
     if FORM == "resident":
         for i in tl.static_range(STATES):
             store(CARRY[i], row, inside, tl.arange(0, COLUMNS), UNITS, UNITS, memory[i])
+
+
+@triton.jit
+def section_kernel(
+    X: tl.tuple, OUT: tl.tuple, count: tl.tensor, batch: tl.tensor,
+    FUNCTION: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, UNITS: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, WIDTHS: tl.constexpr, VECTORS: tl.constexpr, LENGTHS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> None:  # fmt: skip
+    """OUT (count, UNITS), of rows with LENGTHS numbers, by a function of X: of each row, or of its sequence's."""
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = row < count
+    sequence = (row % batch).to(tl.int64)
+    row = row.to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    x = ()
+    for i in tl.static_range(INPUTS):
+        if VECTORS[i]:
+            x = x + (wide(rows(X[i], row, inside, column, WIDTHS[i], UNITS)),)  # type: ignore[assignment]  # noqa: RUF005
+        else:
+            x = x + (wide(rows(X[i], sequence, inside, column, WIDTHS[i], UNITS)),)  # type: ignore[assignment]  # noqa: RUF005
+    r = FUNCTION(x, INTERPRETED)
+    for i in tl.static_range(OUTPUTS):
+        store(OUT[i], row, inside, column, LENGTHS[i], UNITS, r[i])

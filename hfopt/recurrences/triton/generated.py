@@ -12,10 +12,11 @@ from torch import Tensor
 from hfopt.recurrences import linearised
 from hfopt.recurrences.expression import Expression
 from hfopt.recurrences.generated import Generated
-from hfopt.recurrences.linear import lag
+from hfopt.recurrences.products import lag
 from hfopt.recurrences.registry import CELLS, Maybe, Maybes, Passes, Tensors, batch_of_vectors, with_vectors
 from hfopt.recurrences.roles import Parts
 from hfopt.recurrences.triton import cell_kernels, pointwise, tiles
+from hfopt.recurrences.triton.sections import Sections
 
 
 class Kernels:
@@ -71,7 +72,7 @@ class Kernels:
         tiles.check(**{f"arguments[{i}]": x for i, x in enumerate(arguments)})
         hidden, (steps, batch, _) = p.states[0].shape[-1], p.X.shape
         results = [p.X.new_empty(shape) for shape in self.cell.shapes(arguments)]
-        Q, M = p.X @ p.Kx, p.K[0].contiguous()
+        Q, M = self.cell.project(p.X, p.Kx), p.K[0].contiguous()
         kept = [results[-1][..., i * hidden :] for i in range(len(self.d.kept))]
         out = [*results[: self.cell.outputs], *kept]
         lengths = [hidden] * self.cell.outputs + [hidden * len(kept)] * len(kept)
@@ -192,6 +193,8 @@ def _at(tensors: list[Tensor], moving: list[bool], t: int) -> tuple[Tensor, ...]
 
 @cache
 def cell(name: str) -> Passes | None:
-    """The passes of the registered cell of this name; None where the kernels do not serve it."""
+    """The passes of the registered cell of this name; None for what is no traced cell."""
     found = CELLS.get(name)
-    return Kernels(found) if isinstance(found, Generated) and pointwise.served(found.definition) else None
+    if not isinstance(found, Generated) or found.definition.untraceable is not None:
+        return None
+    return Kernels(found) if pointwise.served(found.definition) else Sections(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,12 +97,21 @@ def adjoint(d: Definition) -> Pointwise:
     return _made(f"{d.name}_adjoint", "u, v", [pulled.get(e, zero) for e in goals], texts)
 
 
+def of_nodes(name: str, goals: Sequence[Expression], stop: Sequence[Expression]) -> Pointwise:
+    """The goals as a function of x, the values of leaves and of the nodes in `stop`, in the order of `values`."""
+    order = ordered(goals, stop)
+    inputs = [e for e in order if e in stop or e.op == "leaf"]
+    made = _made(name, "x", goals, {e: f"x[{i}]" for i, e in enumerate(inputs)})
+    return Pointwise(made.function, tuple(inputs))
+
+
 def _made(name: str, arguments: str, goals: Sequence[Expression], texts: dict[Expression, str]) -> Pointwise:
     """The function that returns the goals, compiled from its text."""
+    name = re.sub(r"\W", "_", name)
     order = ordered(goals, texts)
     leaves = [e for e in order if e.op == "leaf" and e not in texts]
     known = {**texts, **{e: f"v[{i}]" for i, e in enumerate(leaves)}}
-    some = "u[0]" if arguments.startswith("u") else "g[0]"
+    some = {"u": "u[0]", "x": "x[0]"}.get(arguments[0], "g[0]")
     lines = []
     for e in order:
         inner = [known[a] for a in e.args] if e not in known else []
@@ -133,4 +143,4 @@ def _compiled(name: str, text: str) -> Any:
     return namespace[name]
 
 
-__all__ = ["Pointwise", "adjoint", "forward", "outside", "served", "tangent"]
+__all__ = ["Pointwise", "adjoint", "forward", "of_nodes", "outside", "served", "tangent"]

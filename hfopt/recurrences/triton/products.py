@@ -218,28 +218,3 @@ def tanh(a: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
         p = p * y - 0.3333333134651184
         x = tl.where(y < 0.36, a + a * (y * p), x)
     return x
-
-
-@triton.jit
-def apply(F: tl.constexpr, a: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
-    """f(a)."""
-    if F == "tanh":
-        a = tanh(a, INTERPRETED)
-    elif F == "sigmoid":
-        a = sigmoid(a)
-    elif F == "relu":
-        # A comparison, since a maximum would lose a NaN.
-        a = tl.where(a < 0, 0.0, a)
-    return a
-
-
-@triton.jit
-def slope(F: tl.constexpr, h: tl.tensor, x: tl.tensor) -> tl.tensor:
-    """f'(a) x by h = f(a)."""
-    if F == "tanh":
-        x = (1.0 - h * h) * x
-    elif F == "sigmoid":
-        x = h * (1.0 - h) * x
-    elif F == "relu":
-        x = tl.where(h > 0, x, 0.0)
-    return x

@@ -111,8 +111,8 @@ def test_recurrences_carry_all_vectors_in_one_pass(kind: str, policy: str) -> No
     assert relative(got, expected) < SUMS
     # One pass for all vectors: a tangent and an adjoint pass each (twice for each of three segments, and one to see
     # what vectors cost; under "recompute" an adjoint pass makes the graph first).
-    assert calls.recurrent["hfopt::rnn_tangent"] <= (6 if policy == "checkpoint" else 1)
-    assert calls.recurrent["hfopt::rnn_adjoint"] <= (3 if policy == "checkpoint" else 2)
+    assert calls.recurrent["hfopt::sequence_tangent"] <= (6 if policy == "checkpoint" else 1)
+    assert calls.recurrent["hfopt::sequence_adjoint"] <= (3 if policy == "checkpoint" else 2)
 
 
 def test_hessians_are_one_pass() -> None:

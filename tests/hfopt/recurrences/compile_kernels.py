@@ -13,27 +13,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hfopt.recurrences import Definition, cells
-from hfopt.recurrences.triton import cell_kernels, gru_kernels, lstm_kernels, mrnn_kernels, pointwise, simple, tiles
+from hfopt.recurrences.generated import generated
+from hfopt.recurrences.triton import cell_kernels, pointwise, tiles
+from hfopt.recurrences.triton.sections import Sections
 
 UNITS = 20
-PHASED = {"PHASE": 0, "FACTORS": 17, "F": "tanh"}
-# Every kernel with all that can be given, how many matrices it has, and its switches.
-KERNELS: list[tuple[Any, int, dict[str, Any]]] = [
-    (simple.kernel, 1, {"F": "tanh", "FORWARD": True, "HAS_Q": True, "HAS_U": False, "KEEP_A": True}),
-    (simple.kernel, 1, {"F": "sigmoid", "FORWARD": False, "HAS_Q": True, "HAS_U": True, "KEEP_A": True}),
-    (lstm_kernels.forward_kernel, 4, {}),
-    (lstm_kernels.tangent_kernel, 4, {"HAS_Q": True}),
-    (lstm_kernels.adjoint_kernel, 4, {"HAS_U": True, "HAS_UC": True}),
-    (gru_kernels.forward_kernel, 3, {}),
-    (gru_kernels.tangent_kernel, 3, {"HAS_Q": True}),
-    (gru_kernels.adjoint_kernel, 3, {}),
-    (mrnn_kernels.onward_kernel, 2, {"FORWARD": True, "HAS_P": False, "HAS_Q": True, "KEEP_A": True, **PHASED}),
-    (mrnn_kernels.onward_kernel, 2, {"FORWARD": False, "HAS_P": True, "HAS_Q": True, "KEEP_A": False, **PHASED}),
-    (mrnn_kernels.adjoint_kernel, 2, {"HAS_U": True, "HAS_UA": True, **PHASED}),
-]
-
-
-DEFINED = (cells.gru, cells.intersection)
+DEFINED = (cells.tanh_rnn.marked, cells.lstm, cells.gru, cells.intersection)
+SEVERAL = (cells.mrnn(), cells.gru2014)
 FORMS = (
     ("resident", 1 << 17, "fp32", torch.float32),
     ("resident", 1 << 17, "fp64", torch.float64),
@@ -64,41 +50,49 @@ def defined(d: Definition) -> list[tuple[Any, dict[str, Any], dict[str, int]]]:
     return found
 
 
-def compile_defined() -> None:
-    for d in DEFINED:
-        for kernel, switches, many in defined(d):
-            for form, resident, kind, dtype in FORMS:
-                tiles.RESIDENT_BYTES = resident
-                columns = len(d.products[0].columns)
-                settings = tiles.plan(torch.empty(1, dtype=dtype), 1000, UNITS, columns).settings()
-                options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
-                constants = {**settings, **switches, "UNITS": UNITS, "INTERPRETED": False}
-                kinds: dict[str, Any] = {}
-                for p in kernel.params:
-                    tensor = f"*{kind}" if p.name[0].isupper() else "i32"
-                    kinds[p.name] = (
-                        "constexpr" if p.is_constexpr else (tensor,) * many[p.name] if p.name in many else tensor
-                    )
-                source = ASTSource(kernel, kinds, {n: constants[n] for n in kinds if kinds[n] == "constexpr"})
-                compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-                print(d.name, kernel.__name__, form, kind, compiled.metadata.shared)
+def compiled(kernel: Any, kinds: dict[str, Any], constants: dict[str, Any], options: dict[str, Any]) -> int:
+    """Bytes of shared memory that the kernel takes."""
+    source = ASTSource(kernel, kinds, {n: constants[n] for n in kinds if kinds[n] == "constexpr"})
+    shared: int = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+    return shared
+
+
+def kinds_of(kernel: Any, kind: str, many: dict[str, int]) -> dict[str, Any]:
+    """The types of the arguments; the names of tensors are capitals."""
+    found: dict[str, Any] = {}
+    for p in kernel.params:
+        tensor = f"*{kind}" if p.name[0].isupper() else "i32"
+        found[p.name] = "constexpr" if p.is_constexpr else (tensor,) * many[p.name] if p.name in many else tensor
+    return found
+
+
+def settings_of(dtype: torch.dtype, resident: int, matrices: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    tiles.RESIDENT_BYTES = resident
+    settings = tiles.plan(torch.empty(1, dtype=dtype), 1000, UNITS, matrices).settings()
+    return settings, {name: settings.pop(name) for name in ("num_warps", "num_stages")}
 
 
 def main() -> None:
-    compile_defined()
-    for kernel, matrices, switches in KERNELS:
-        for form, resident, kind, dtype in FORMS:
-            tiles.RESIDENT_BYTES = resident
-            settings = tiles.plan(torch.empty(1, dtype=dtype), 1000, UNITS, matrices).settings()
-            options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
-            constants = {**settings, **switches, "UNITS": UNITS, "INTERPRETED": False}
-            assert constants["FORM"] == form
-            # The names of tensors are capitals.
-            kinds = {p.name: f"*{kind}" if p.name.isupper() or p.name[0].isupper() else "i32" for p in kernel.params}
-            kinds |= {p.name: "constexpr" for p in kernel.params if p.is_constexpr}
-            source = ASTSource(kernel, kinds, {name: constants[name] for name in kinds if kinds[name] == "constexpr"})
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-            print(kernel.__module__.rpartition(".")[2], kernel.__name__, form, kind, compiled.metadata.shared)
+    for d in DEFINED:
+        for kernel, switches, many in defined(d):
+            for form, resident, kind, dtype in FORMS:
+                settings, options = settings_of(dtype, resident, len(d.products[0].columns))
+                constants = {**settings, **switches, "UNITS": UNITS, "INTERPRETED": False}
+                shared = compiled(kernel, kinds_of(kernel, kind, many), constants, options)
+                print(d.name, kernel.__name__, form, kind, shared)
+    for d in SEVERAL:
+        cell = Sections(generated(d))
+        groups = [g for found in (cell._forward, cell._tangent, cell._adjoint) for section in found for g in section]
+        for made, outputs in ((g.made, len(g.goals)) for g in groups):
+            if made is None:
+                continue
+            inputs = len(made.values)
+            constants = {"FUNCTION": made.function, "INPUTS": inputs, "OUTPUTS": outputs, "UNITS": UNITS, "TILE": 16}
+            constants |= {"COLUMNS": 64, "WIDTHS": (UNITS,) * inputs, "VECTORS": (True,) * inputs, "INTERPRETED": False}
+            constants |= {"LENGTHS": (UNITS,) * outputs}
+            kernel = cell_kernels.section_kernel
+            kinds = kinds_of(kernel, "fp32", {"X": inputs, "OUT": outputs})
+            print(d.name, kernel.__name__, "section", "fp32", compiled(kernel, kinds, constants, {"num_warps": 4}))
 
 
 if __name__ == "__main__":

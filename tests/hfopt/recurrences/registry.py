@@ -1,4 +1,8 @@
-"""All defined cells, small problems for them, and their steps one after the other as the reference."""
+"""All defined cells, small problems for them, and their steps one after the other as the reference.
+
+Beside the cells themselves: "+a" with the pre-activations that structural damping limits as another output,
+".projected" with projections in place of inputs, ".read" and ".read6" with a readout of 2 and 6 outputs.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,31 @@ from torch import Tensor
 
 from hfopt.recurrences.cells import EXAMPLES
 from hfopt.recurrences.generated import Generated, generated
+from hfopt.recurrences.readout import Read, generated_readout
 
 NAMES = tuple(EXAMPLES)
+MARKED = ("tanh+a", "relu+a", "sigmoid+a", "identity+a", "mrnn+a")
+PROJECTED = tuple(f"{name}.projected" for name in NAMES if name != "intersection")
+READ = ("tanh.read", "tanh+a.read", "tanh.projected.read6", "lstm.read6", "gru.read", "rhn_uncoupled_dropout.read",
+        "intersection.read6", "mrnn+a.read6")  # fmt: skip
 Tensors = tuple[Tensor, ...]
 
 
 def cell(name: str) -> Generated:
-    return generated(EXAMPLES[name]())
+    """The cell, without its readout."""
+    definition = EXAMPLES[name.partition("+")[0].partition(".")[0]]()
+    return generated(definition.marked if "+a" in name else definition)
+
+
+def whole(name: str) -> Generated | Read:
+    """The cell, with its readout if the name has one."""
+    return generated_readout(cell(name).definition) if ".read" in name else cell(name)
 
 
 def arguments(
     name: str, steps: int = 5, batch: int = 3, inputs: int = 5, units: int = 4, factors: int = 3, seed: int = 0
 ) -> Tensors:
-    """Random arguments in float64, away from corners at these seeds; masks are 0 and 2."""
+    """Random arguments of `whole` in float64, away from corners at these seeds; masks are 0 and 2."""
     c, draws = cell(name), torch.Generator().manual_seed(seed)
     sizes = {"units": units, "factors": factors}
 
@@ -35,11 +51,16 @@ def arguments(
     masks = [2.0 * (randn(batch, sizes[s]) > 0).double() for s in d.masks.values()]
     parameters = [randn(sizes[s]) / 2 for s in d.parameters.values()]
     states = [randn(batch, sizes[s]).tanh() for s in d.states.values()]
-    return (randn(steps, batch, inputs), randn(inputs, width) * inputs**-0.5, *K, *parameters, *masks, *states)
+    X, Kx = randn(steps, batch, inputs), randn(inputs, width) * inputs**-0.5
+    if ".projected" in name:
+        X, Kx = X @ Kx, Kx[:0]
+    read = [randn(units + 1, 6 if "read6" in name else 2)] if ".read" in name else []
+    return (X, Kx, *K, *parameters, *masks, *states, *read)
 
 
-def of_masks(c: Generated) -> list[int]:
+def of_masks(c: Generated | Read) -> list[int]:
     """The places of the masks, which have no derivative."""
+    c = c.base if isinstance(c, Read) else c
     first = 2 + len(c.definition.products) + len(c.definition.parameters)
     return list(range(first, first + len(c.definition.masks)))
 
@@ -55,7 +76,7 @@ def like(tensors: Sequence[Tensor], seed: int, vectors: tuple[int, ...] = ()) ->
     return [torch.randn(shape(x), generator=draws, dtype=x.dtype) for x in tensors]
 
 
-def tangent_by_autograd(c: Generated, given: Tensors, d: Sequence[Tensor | None]) -> Tensors:
+def tangent_by_autograd(c: Generated | Read, given: Tensors, d: Sequence[Tensor | None]) -> Tensors:
     """J d through the definition, in forward mode; a mask's tangent is none."""
     masks = of_masks(c)
     full = tuple(
@@ -65,7 +86,9 @@ def tangent_by_autograd(c: Generated, given: Tensors, d: Sequence[Tensor | None]
     return moved
 
 
-def adjoint_by_autograd(c: Generated, given: Tensors, u: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> Tensors:
+def adjoint_by_autograd(
+    c: Generated | Read, given: Tensors, u: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> Tensors:
     """J'u through the definition, in reverse mode."""
     full = tuple(torch.zeros_like(y) if v is None else v for y, v in zip(outputs, u, strict=True))
     pulled: Tensors = torch.func.vjp(lambda *x: c.plain(x), *given)[1](full)

@@ -9,7 +9,9 @@ import torch
 
 from hfopt.recurrences import backends, triton
 from hfopt.recurrences.backends import backend
-from hfopt.recurrences.registry import CELLS
+from hfopt.recurrences.cells import gru2014, lstm
+from hfopt.recurrences.generated import generated
+from hfopt.recurrences.readout import generated_readout
 
 
 class Somewhere:
@@ -48,12 +50,12 @@ def test_a_cuda_device_without_triton_is_told_once(
     monkeypatch.setattr(triton, "installed", lambda: False)
     like = Somewhere("cuda", torch.float32)
     with caplog.at_level(logging.WARNING, logger="hfopt"):
-        assert backend(CELLS["lstm"], like) is CELLS["lstm"]  # type: ignore[arg-type]
+        assert backend(generated(lstm), like) is generated(lstm)  # type: ignore[arg-type]
         backends.kernels_serve(like)  # type: ignore[arg-type]
     assert [r.message for r in caplog.records if "Triton is not installed" in r.message] == [caplog.records[0].message]
 
 
 def test_cells_without_kernels_and_other_devices_stay_with_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "installed", lambda: True)
-    for name, kind in (("lstm", "meta"), ("readout_tanh", "cuda")):
-        assert backend(CELLS[name], Somewhere(kind, torch.float32)) is CELLS[name]  # type: ignore[arg-type]
+    for cell, kind in ((generated(lstm), "meta"), (generated_readout(gru2014), "cuda")):
+        assert backend(cell, Somewhere(kind, torch.float32)) is cell  # type: ignore[arg-type]

@@ -12,16 +12,31 @@ from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
 
-from hfopt.recurrences.registry import CELLS
-from hfopt.recurrences.sequence import sequence_forward
-from tests.hfopt.recurrences.cells import NAMES, PLAIN, Sizes, arguments, cell
+from hfopt.recurrences.sequence import run, sequence_forward
+from tests.hfopt.recurrences import registry
 from tests.hfopt.recurrences.plain import Calls, like
+from tests.hfopt.recurrences.registry import whole
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
-SMALL, TINY = Sizes(3, 2, 2, 2, 2), Sizes(3, 1, 1, 2, 1)
-# One of each kind, and both ways of marking; the others differ in f alone.
-SOME = ("lstm", "gru", "mrnn_sigmoid", "mrnn_tanh+a")
+SMALL: dict[str, int] = {"steps": 3, "batch": 2, "inputs": 2, "units": 2, "factors": 2}
+TINY: dict[str, int] = {"steps": 3, "batch": 1, "inputs": 1, "units": 2, "factors": 1}
+# One of each kind, with and without marks, projected inputs and readouts.
+NAMES = ("tanh", "relu+a", "lstm", "gru.read", "gru2014", "mrnn+a", "rhn")
+SOME = ("lstm", "gru.read", "mrnn+a")
 Function = Callable[..., Any]
+
+
+def arguments(name: str, sizes: dict[str, int] | None = None, seed: int = 0) -> tuple[Tensor, ...]:
+    return registry.arguments(name, seed=seed, **(sizes or {}))
+
+
+def cell(name: str) -> Function:
+    """The registered cell as a function of its arguments, but a K_x without rows."""
+    return lambda *x: run(whole(name).name, *x)
+
+
+def plain(name: str) -> Function:
+    return lambda *x: whole(name).plain(x)
 
 
 def scalar(function: Function) -> Function:
@@ -53,7 +68,7 @@ def test_hessian_in_every_order_of_modes(name: str, modes: tuple[Function, Funct
     every = tuple(range(len(at)))
     outer, inner = modes
     mine = outer(inner(scalar(cell(name)), every), every)(*at)
-    assert_close(mine, hessian(scalar(PLAIN[name]), every)(*at), rtol=1e-10, atol=1e-11)
+    assert_close(mine, hessian(scalar(plain(name)), every)(*at), rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,7 +80,7 @@ def test_hessian_products_by_double_backward(name: str) -> None:
         g = torch.autograd.grad(scalar(function)(*at), at, create_graph=True)
         return torch.autograd.grad(g, at, v)
 
-    assert_close(product(cell(name)), product(PLAIN[name]), **EXACT)
+    assert_close(product(cell(name)), product(plain(name)), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -78,7 +93,7 @@ def test_third_derivatives_in_reverse_mode(name: str) -> None:
         Hv = torch.autograd.grad(g, at, v, create_graph=True)
         return torch.autograd.grad(Hv, at, w)
 
-    assert_close(third(cell(name)), third(PLAIN[name]), **EXACT)
+    assert_close(third(cell(name)), third(plain(name)), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -86,7 +101,7 @@ def test_derivatives_in_one_argument_alone(name: str) -> None:
     at = arguments(name, SMALL)
     for k in range(len(at)):
         mine = jacrev(jacfwd(scalar(cell(name)), k), k)(*at)
-        assert_close(mine, hessian(scalar(PLAIN[name]), k)(*at), **EXACT)
+        assert_close(mine, hessian(scalar(plain(name)), k)(*at), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -100,7 +115,7 @@ def test_a_product_by_cached_double_backward_is_one_tangent_and_one_adjoint(name
         R = torch.autograd.grad(g, u, v, retain_graph=True)
         product = torch.autograd.grad(outputs, at, R, retain_graph=True)
     assert calls.recurrent == {"hfopt::sequence_tangent": 1, "hfopt::sequence_adjoint": 1}
-    expected = vjp(PLAIN[name], *at)[1](jvp(PLAIN[name], at, v)[1])
+    expected = vjp(plain(name), *at)[1](jvp(plain(name), at, v)[1])
     assert_close(product, expected, **EXACT)
 
 
@@ -117,7 +132,7 @@ def test_many_products_by_cached_double_backward_are_one_pass(name: str) -> None
     assert calls.recurrent == {"hfopt::sequence_tangent": 1, "hfopt::sequence_adjoint": 1}
     for k in range(3):
         v = tuple(m[k] for m in many)
-        expected = vjp(PLAIN[name], *at)[1](jvp(PLAIN[name], at, v)[1])
+        expected = vjp(plain(name), *at)[1](jvp(plain(name), at, v)[1])
         assert_close(tuple(p[k] for p in products), expected, **EXACT)
 
 
@@ -132,7 +147,7 @@ def test_linearize_is_one_tangent(name: str) -> None:
     with Calls() as calls:
         moved = pushforward(*v)
     assert calls.recurrent == {"hfopt::sequence_tangent": 1}
-    assert_close((outputs, moved), jvp(PLAIN[name], at, v), **EXACT)
+    assert_close((outputs, moved), jvp(plain(name), at, v), **EXACT)
 
 
 def stacked(name: str, at: tuple[Tensor, ...], given: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -157,7 +172,7 @@ def test_many_tangents_in_some_arguments_are_one_pass(name: str) -> None:
         with Calls() as calls:
             mine = product(cell(name))(*many)
         assert calls.recurrent["hfopt::sequence_tangent"] == 1
-        assert_close(mine, product(PLAIN[name])(*many), **EXACT)
+        assert_close(mine, product(plain(name))(*many), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -171,7 +186,7 @@ def test_many_tangents_of_which_some_are_shared(name: str) -> None:
     with Calls() as calls:
         mine = product(cell(name))
     assert calls.recurrent["hfopt::sequence_tangent"] == 1
-    assert_close(mine, product(PLAIN[name]), **EXACT)
+    assert_close(mine, product(plain(name)), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -182,7 +197,7 @@ def test_many_cotangents_are_one_pass(name: str) -> None:
     with Calls() as calls:
         mine = vmap(pullback, in_dims=((1,) * len(outputs),))(us)
     assert calls.recurrent["hfopt::sequence_adjoint"] == 1
-    assert_close(mine, vmap(vjp(PLAIN[name], *at)[1], in_dims=((1,) * len(outputs),))(us), **EXACT)
+    assert_close(mine, vmap(vjp(plain(name), *at)[1], in_dims=((1,) * len(outputs),))(us), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -198,8 +213,8 @@ def test_many_sequences_and_many_networks(name: str) -> None:
         def values(function: Function, dims: tuple[int | None, ...] = dims) -> Function:
             return vmap(function, in_dims=dims)
 
-        assert_close(values(cell(name))(*batched), values(PLAIN[name])(*batched), **EXACT)
-        assert_close(gradient(cell(name))(*batched), gradient(PLAIN[name])(*batched), **EXACT)
+        assert_close(values(cell(name))(*batched), values(plain(name))(*batched), **EXACT)
+        assert_close(gradient(cell(name))(*batched), gradient(plain(name))(*batched), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -214,14 +229,14 @@ def test_nested_vmap(name: str) -> None:
 
         return vmap(vmap(of))(dX, dK)
 
-    assert_close(product(cell(name)), product(PLAIN[name]), **EXACT)
+    assert_close(product(cell(name)), product(plain(name)), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_bare_operator_can_be_differentiated_twice(name: str) -> None:
     at = tuple(x.requires_grad_() for x in arguments(name, TINY, seed=4))
-    outputs = CELLS[name].outputs
-    assert torch.autograd.gradgradcheck(lambda *x: tuple(sequence_forward(name, x)[:outputs]), at)
+    outputs = whole(name).outputs
+    assert torch.autograd.gradgradcheck(lambda *x: tuple(sequence_forward(whole(name).name, x)[:outputs]), at)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -237,7 +252,7 @@ def test_arguments_and_cotangents_of_any_layout(name: str) -> None:
         v = tuple(turned(x) for x in like(at, 2))
         return *outputs, *g, *torch.autograd.grad(g, u, v)
 
-    assert_close(results(cell(name)), results(PLAIN[name]), **EXACT)
+    assert_close(results(cell(name)), results(plain(name)), **EXACT)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -260,7 +275,7 @@ def test_transforms_inside_no_grad(name: str) -> None:
     """What torch.func differentiates is watched, whatever the grad mode around it."""
     at = arguments(name, SMALL)
     every = tuple(range(len(at)))
-    expected = hessian(scalar(PLAIN[name]), every)(*at)
+    expected = hessian(scalar(plain(name)), every)(*at)
     with torch.no_grad():
         for outer, inner in itertools.product((jacfwd, jacrev), repeat=2):
             mine = outer(inner(scalar(cell(name)), every), every)(*at)

@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.testing import assert_close
 
 from hfopt.recurrences import gru_layer, lstm_layer, mrnn_layer
-from tests.hfopt.recurrences.cells import Sizes, arguments, mrnn
 from tests.hfopt.recurrences.plain import FUNCTIONS, Calls, like
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
@@ -155,13 +154,6 @@ def test_multiplicative_layer(f: str, bias: bool, lengths: Tensor | None) -> Non
     u = like((expected, last), 5)
     ours = torch.autograd.grad((outputs, final), at, u)
     assert_close(ours, torch.autograd.grad((expected, last), at, u), **EXACT)
-
-
-def test_multiplicative_layer_is_the_cell() -> None:
-    X, Wxf, Whf, K, h0 = arguments("mrnn_tanh", Sizes())
-    F = Wxf.shape[1]
-    outputs, _ = mrnn_layer(X, Wxf, Whf, K[:F], K[F:], h0)
-    assert_close(outputs, mrnn(torch.tanh, False)(X, Wxf, Whf, K, h0)[0], **EXACT)
 
 
 def calls_of(layer: str, dtype: torch.dtype) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:

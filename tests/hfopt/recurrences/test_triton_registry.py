@@ -8,10 +8,12 @@ from torch import Tensor
 
 import hfopt.recurrences.triton as package
 from hfopt.recurrences.triton.pointwise import served
+from hfopt.recurrences.triton.sections import Sections
 from tests.hfopt.recurrences.registry import NAMES, arguments, cell, like
 from tests.hfopt.recurrences.test_triton import DEVICE, FORMS, TOLERANCE, take
 
-SERVED = [name for name in NAMES if served(cell(name).definition)]
+SERVED = [name for name in (*NAMES, "tanh+a", "lstm.projected") if served(cell(name).definition)]
+SECTIONS = ["mrnn", "mrnn+a", "mrnn.projected", "gru2014", "rhn", "rhn_uncoupled_dropout"]
 
 
 def close(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> None:
@@ -43,10 +45,16 @@ def compare(name: str, dtype: torch.dtype, vectors: tuple[int, ...], steps: int 
         close(passes.adjoint(some, given, results, [True] * len(given)), wanted, dtype)
 
 
-def test_cells_with_one_product_are_served() -> None:
+def test_every_traced_cell_is_served() -> None:
     one = {"tanh", "relu", "sigmoid", "identity", "modrelu", "lstm", "gru", "ugrnn", "intersection"}
-    assert set(SERVED) == one
-    assert package.cell(cell("rhn").name) is None
+    assert set(SERVED) == one | {"tanh+a", "lstm.projected"}
+    assert all(isinstance(package.cell(cell(name).name), Sections) for name in SECTIONS)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_several_products_in_a_step(name: str) -> None:
+    compare(name, torch.float64, ())
+    compare(name, torch.float64, (3,), steps=2)
 
 
 SOME = ("lstm", "gru", "modrelu", "intersection")
