@@ -41,7 +41,7 @@ python_maximum_signature_line_length = 100
 
 # Every name that a page or docstring refers to must exist: see `existing`.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"Tensor|Figure|nn\..*")]  # of modules that name them for the type checker alone
+nitpick_ignore_regex = [(r"py:.*", r"Tensor|Figure|nn\..*|Given|Against|Experiment")]  # of modules that name them for the type checker alone
 
 html_theme = "furo"
 html_title = f"hfopt {version}"
