@@ -18,7 +18,9 @@ Draw = Callable[[Experiment, torch.Generator], str]
 
 
 class Samples(Recorder):
-    """A text per frame, as the array `text` (bytes,) of UTF-8 that ends with zeros; see :func:`hfopt.experiment.recorders.text_of`.
+    """A text per frame, as the array `text` (bytes,) of UTF-8 that ends with zeros.
+
+    :func:`hfopt.experiment.recorders.text_of` reads it.
 
     Args:
         every: a frame is taken before every so many updates.
