@@ -41,7 +41,7 @@ python_maximum_signature_line_length = 100
 
 # Every name that a page or docstring refers to must exist: see `existing`.
 nitpicky = True
-# Of modules that name them for the type checker alone, and names of unions.
+# Modules name these for the type checker alone, or as short names of types.
 nitpick_ignore_regex = [(r"py:.*", r"Tensor|Figure|nn\..*|Given|Against|Experiment")]
 
 html_theme = "furo"

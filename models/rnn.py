@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfopt.recurrences import NONLINEARITIES, segments, simple_rnn_layer, simple_rnn_readout
+from models import fnn
 from models.recurrent import Recurrent, check_conversion, maker, weight_of
 
 
@@ -108,12 +109,11 @@ class RNN(Recurrent):
 
     def unrolled(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Outputs as of `forward`, one step after the other, and the hidden states (B, h) after each step."""
-        apply_ = NONLINEARITIES[self.nonlinearity].apply_
+        nonlinearity = fnn.NONLINEARITIES[self.nonlinearity]
         given = F.linear(self._checked(inputs), self.W_vh.t(), self.b_h)
         h, nodes = self.h_init.expand(given.shape[1], -1), []
         for a in given.unbind():  # torch's operators: for one step, those of whole sequences cost several times as much
-            h = torch.addmm(a, h, self.W_hh)
-            apply_(h)
+            h = nonlinearity(torch.addmm(a, h, self.W_hh))
             nodes.append(h)
         return self._readout(h if self.output == "last" else torch.stack(nodes)), nodes
 

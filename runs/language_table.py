@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hfopt.experiment.store.reader import Run, read_run
+from hfopt.experiment.store.reader import SavedRun, read_run
 from runs.cells import ROOT, Cell, environment
 from runs.tables import Row, Table
 
@@ -109,7 +109,7 @@ def curves(folder: Path, table: Table = TABLE) -> list[Curve]:
     return found
 
 
-def _curve(cell: Cell, title: str, run: Run, scores: Path) -> Curve:
+def _curve(cell: Cell, title: str, run: SavedRun, scores: Path) -> Curve:
     rows = run.steps
     tested = np.isfinite(rows[_METRIC])
     minutes = np.cumsum(rows["cpu_seconds"]) / 60

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfopt.experiment.store.reader import Run, read_run
+from hfopt.experiment.store.reader import SavedRun, read_run
 from runs.cells import ROOT, Cell, environment
 from runs.tables import Row, Table
 from runs.validated import BEST, read_report
@@ -92,7 +92,7 @@ class Found:
 
     row: Judged
     cell: Cell
-    run: Run
+    run: SavedRun
     report: dict[str, Any] | None
 
     def value(self, role: str, measure: str | None = None) -> float:

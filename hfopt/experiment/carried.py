@@ -20,6 +20,11 @@ class Carried(NamedTuple):
     states: Sequence[Tensor]
 
 
+def outputs_of(found: Tensor | Carried) -> Tensor:
+    """Return the outputs that a `forward` found."""
+    return found.outputs if isinstance(found, Carried) else found
+
+
 class Carrier:
     """What a data object needs to hand states on: those of this step's minibatches, and those for the next step's.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from hfopt.experiment.carried import Carried
+from hfopt.experiment.carried import Carried, outputs_of
 from hfopt.experiment.data import Batch, Minibatches, Problem
 from hfopt.experiment.generators import untouched_generators
 from hfopt.experiment.metrics import Metric, metrics_of
@@ -162,7 +162,7 @@ class Drawn:
         if i not in self._carried and isinstance(found, Carried):
             self._carried.add(i)
             hand_on(self._problem, i, found)
-        return found.outputs if isinstance(found, Carried) else found
+        return outputs_of(found)
 
     def weights(self, indices: Sequence[int]) -> list[float]:
         """`size(i) / sum of sizes`; a single batch is not drawn for that."""
@@ -266,7 +266,7 @@ def evaluate(
             outputs = forward(model, batch)
             if isinstance(outputs, Carried):
                 hand_on(problem, i, outputs)
-                outputs = outputs.outputs
+            outputs = outputs_of(outputs)
             losses.append(float(problem.loss(outputs, batch)))
             sizes.append(problem.size(batch))
             for k, metric in enumerate(metrics):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hfopt.experiment.carried import outputs_of
 from hfopt.experiment.hooks import Experiment
 from hfopt.experiment.recorders.base import Recorder
 from hfopt.experiment.recorders.sequences import as_array, batch_dim, first_sequences, predictions
@@ -18,7 +19,9 @@ Draw = Callable[[Experiment, torch.Generator], str]
 
 
 class Samples(Recorder):
-    """A text per frame, as the array `text` (bytes,) of UTF-8 that ends with zeros; see :func:`text_of`.
+    """A text per frame, as the array `text` (bytes,) of UTF-8 that ends with zeros.
+
+    :func:`hfopt.experiment.recorders.text_of` reads it.
 
     Args:
         every: a frame is taken before every so many updates.
@@ -77,7 +80,7 @@ def _answers(hf: Experiment, count: int) -> str:
     """A line per sequence: what it should be and what the model says, at the scored steps."""
     dim = batch_dim(hf.model)
     batch = first_sequences(hf.problem(hf.problem.test_batches[0]), count, dim)
-    outputs: Tensor = predictions(hf, hf.forward(hf.tested, batch))
+    outputs: Tensor = predictions(hf, outputs_of(hf.forward(hf.tested, batch)))
     said = as_array(outputs, dim if outputs.dim() > 2 else 0)
     targets, mask = as_array(batch.targets, dim), getattr(batch, "mask", None)
     scored = None if mask is None else as_array(mask, dim).astype(bool)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from hfopt.experiment.carried import outputs_of
 from hfopt.experiment.hooks import Experiment
 from hfopt.experiment.store.recorded import Array
 
@@ -69,7 +70,7 @@ def states_and_outputs(hf: Experiment, batch: Any, states: States | None) -> tup
         if states is None and not own and layer is not None:
             handle = layer.register_forward_hook(lambda _module, _given, found: caught.append(found[0]))
             try:
-                outputs = hf.forward(model, batch)
+                outputs = outputs_of(hf.forward(model, batch))
             finally:
                 handle.remove()
             if not caught:
@@ -78,7 +79,7 @@ def states_and_outputs(hf: Experiment, batch: Any, states: States | None) -> tup
             if isinstance(hidden, PackedSequence):
                 return pad_packed_sequence(hidden)[0], outputs
             return hidden.transpose(0, 1) if layer.batch_first else hidden, outputs
-        outputs = hf.forward(model, batch)
+        outputs = outputs_of(hf.forward(model, batch))
         if states is not None:
             return states(model, batch), outputs
         found: Tensor = model.hidden_states(batch.inputs)  # type: ignore[operator]
@@ -110,7 +111,7 @@ def unrolled(hf: Experiment, batch: Any) -> tuple[Tensor, list[Tensor]]:
     layer = recurrent_layer(hf.model)
     assert layer is not None
     with _stepwise(layer) as nodes, torch.backends.cudnn.flags(enabled=False):  # whose backward is for training alone
-        return hf.forward(hf.model, batch), nodes
+        return outputs_of(hf.forward(hf.model, batch)), nodes
 
 
 @contextmanager

@@ -302,7 +302,7 @@ class Recorded:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the arrays are: `title`, and under `arrays` each one's `label`, `unit` and `axes`."""
+        """What the arrays are, a `title` and, under `arrays`, the `label`, `unit` and `axes` of each."""
         return self._piece(self._pieces[-1])[3]
 
     def nearest(self, step: int) -> int:
