@@ -52,9 +52,7 @@ def _music(collection: str, published: dict[str, str], seeds: int = 1) -> tuple[
         "RNN-NADE, adam": (f"{collection}-nade", ("--optimizer", "adam")),
     }
     return tuple(
-        Judged(
-            f"{collection}: {kind}", (preset, *words), published[kind], module="music", seeds=seeds, group=collection
-        )
+        Judged(f"{collection}: {kind}", (preset, *words), published[kind], module="music", seeds=seeds, group=preset)
         for kind, (preset, words) in kinds.items()
         if kind in published
     )
@@ -244,7 +242,7 @@ def draw(found: Sequence[Found]) -> Figure:
     best, usual = (high, np.quantile(values, 0.1)) if higher else (low, np.quantile(values, 0.9))
     margin = 0.05 * abs(best - usual) + 1e-9
     axes.set_ylim(*((usual, best + margin) if higher else (best - margin, usual)))
-    axes.set(xlabel="processor minutes", ylabel=f"validation, {MEASURES[found[0].row.measure]}", xscale="log")
+    axes.set(xlabel="processor minutes", ylabel=f"validation, {MEASURES[found[0].row.measure]}")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     return figure
