@@ -6,6 +6,7 @@ from models.cells import GRU2014, RHN, UGRNN, IntersectionRNN
 from models.fnn import FNN
 from models.gru import GRU
 from models.language import LanguageModel
+from models.long_memory import constrain, long_memory, units_of_equal_size
 from models.lstm import LSTM
 from models.mrnn import MRNN
 from models.piano_roll import PianoRoll
@@ -30,6 +31,9 @@ __all__ = [
     "PianoRoll",
     "Stack",
     "Tagger",
+    "constrain",
+    "long_memory",
     "parameter_count",
     "units_for",
+    "units_of_equal_size",
 ]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hfopt.recurrences import segments
 from hfopt.recurrences.arguments import Ends, ends
@@ -122,14 +122,15 @@ class Recurrent(nn.Module, ABC):
     def _checkpointed(self, inputs: Tensor, starts: Sequence[Tensor | None]) -> Tensor:
         """The same in segments, each with its part of the readout: the hidden states are never there all at once."""
         own = self._starts()
-        names, weights = zip(*((n, p) for n, p in self.named_parameters() if all(p is not s for s in own)), strict=True)
+        # A weight with a parametrisation is formed once, for all segments.
+        formed = self._formed().items()
+        names, weights = zip(*((n, p) for n, p in formed if all(p is not s for s in own)), strict=True)
         given = [s if s is not None else first for s, first in zip((*starts, *own)[: len(own)], own, strict=True)]
         states = [s if s.dim() == 2 else s.expand(inputs.shape[1], -1) for s in given]
 
         def part(xs: segments.Given, states: segments.Given, weights: segments.Given) -> segments.Found:
             # A derivative in the weights needs them as arguments: the same network around these tensors.
-            network = copy.copy(self)
-            network._parameters = {**self._parameters, **dict(zip(names, weights, strict=True))}
+            network = self._around(dict(zip(names, weights, strict=True)))
             hidden, after = network._layer(xs[0], states, None)
             return [network._read_out(hidden)] if self.output == "all" else [], after
 
@@ -137,6 +138,21 @@ class Recurrent(nn.Module, ABC):
         if self.output == "last":
             return self._read_out(after[0])
         return outputs[0].transpose(0, 1) if self.batch_first else outputs[0]
+
+    def _formed(self) -> dict[str, Tensor]:
+        """All parameters by name, and the weights that parametrisations form in place of theirs."""
+        found: dict[str, Tensor] = {name: p for name, p in self._parameters.items() if p is not None}
+        if parametrize.is_parametrized(self):
+            found |= {name: getattr(self, name) for name in cast(nn.ModuleDict, self.parametrizations)}
+        return found
+
+    def _around(self: Network, tensors: Mapping[str, Tensor]) -> Network:
+        """This network with other tensors in place of parameters and of weights with a parametrisation."""
+        kind = parametrize.type_before_parametrizations(self)
+        network = cast(Network, kind.__new__(kind))
+        network.__dict__.update(self.__dict__)
+        network._parameters = {**self._parameters, **tensors}  # type: ignore[dict-item]
+        return network
 
     @torch.no_grad()
     def hidden_states(self, inputs: Tensor, h0: Tensor | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -246,7 +245,7 @@ class Stack(Recurrent):
         """This network with the masks of this call: those set in `masks`, drawn ones in training, none otherwise."""
         if not self.cell.masks:
             return self
-        bound = copy.copy(self)
+        bound = self._around(self._formed())
         batch = inputs.shape[0 if self.batch_first else 1]
         if self.masks is None:
             drawn = self.draw_masks(batch)
