@@ -135,7 +135,7 @@ def constrain(
     elif net != "LSTM":
         weight_of(network, "W_hh").copy_(_recurrent(h, rinit, generator))
     if net in ("expRNN", "nnRNN", "EURNN"):
-        network.b_h = None
+        network.register_parameter("b_h", None)
     if network.W_ho is not None:
         shape = network.W_ho.shape
         deviation = math.sqrt(2 / sum(shape))

@@ -149,7 +149,7 @@ class Recurrent(nn.Module, ABC):
     def _around(self: Network, tensors: Mapping[str, Tensor]) -> Network:
         """This network with other tensors in place of parameters and of weights with a parametrisation."""
         kind = parametrize.type_before_parametrizations(self)
-        network = cast(Network, kind.__new__(kind))
+        network = cast(Network, object.__new__(kind))
         network.__dict__.update(self.__dict__)
         network._parameters = {**self._parameters, **tensors}  # type: ignore[dict-item]
         return network

@@ -11,6 +11,8 @@ from pathological.adding import Addition as addition
 from pathological.adding import ExclusiveOr as xor
 from pathological.adding import Multiplication as multiplication
 from pathological.batch import Batch
+from pathological.copying import AddingProblem as adding_problem
+from pathological.copying import Copying as copying
 from pathological.memorizing import Memorization5Bit as memorization_5bit
 from pathological.memorizing import Memorization20Bit as memorization_20bit
 from pathological.ordering import TemporalOrder as temporal_order
@@ -37,7 +39,9 @@ __all__ = [
     "PROBLEMS",
     "Batch",
     "Problem",
+    "adding_problem",
     "addition",
+    "copying",
     "memorization_5bit",
     "memorization_20bit",
     "multiplication",

@@ -38,7 +38,8 @@ def skew_start(n: int, init: str, generator: torch.Generator | None = None) -> T
     even = torch.arange(0, n - 1, 2)
     A[even, even + 1] = s
     rows, columns = torch.triu_indices(n, n, 1)
-    return A[rows, columns]
+    upper: Tensor = A[rows, columns]
+    return upper
 
 
 def random_rotation(n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -46,8 +47,8 @@ def random_rotation(n: int, generator: torch.Generator | None = None) -> Tensor:
 
     Source: Mezzadri, "How to generate random matrices from the classical compact groups", Notices of the AMS 2007.
     """
-    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    Q = Q * R.diagonal().sign()
+    drawn, R = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    Q: Tensor = drawn * R.diagonal().sign()
     if torch.linalg.det(Q) < 0:
         Q[:, 0] = -Q[:, 0]
     return Q
@@ -71,7 +72,7 @@ def skew_logarithm(Q: Tensor) -> Tensor:
     S, C = (Q - Q.t()) / 2, (Q + Q.t()) / 2
     _, V = torch.linalg.eigh(torch.complex(0.7390851 * C, -S))
     values = torch.einsum("ji,jk,ki->i", V.conj(), Q.to(V.dtype), V)
-    A = ((V * (1j * torch.angle(values))) @ V.conj().t()).real
+    A: Tensor = ((V * (1j * torch.angle(values))) @ V.conj().t()).real
     A = (A - A.t()) / 2
     if not torch.allclose(torch.matrix_exp(A), Q, atol=1e-3):
         raise ValueError("the rotation has no logarithm to rounding: it turns a plane by half a circle")

@@ -9,18 +9,19 @@ from torch import Tensor
 
 _DEGREE = 12
 _COEFFICIENTS = [1 / math.factorial(k) for k in range(_DEGREE + 1)]
-_SQUARINGS = {torch.float32: 4, torch.float64: 6}
+_SQUARINGS = {torch.float32: 3, torch.float64: 6}
 
 
 def exponential_of_skew(values: Tensor, n: int, places: Tensor) -> Tensor:
     """Compute Q = exp(A), A = U - U', U strictly upper triangular; Q is orthogonal with determinant 1.
 
-    ``exp(A) = p(A / 2^s)^(2^s)`` with the Taylor polynomial p of degree 12: five products of matrices and s more, s = 4
-    in float32 and 6 in float64. The truncation error stays below rounding as long as no angle of A exceeds 20. Torch's
-    derivative of `torch.matrix_exp` is an exponential of twice the size, several times as expensive as these products'.
+    ``exp(A) = p(A / 2^s)^(2^s)`` with the Taylor polynomial p of degree 12: five products of matrices and s more. The
+    truncation error is below rounding as long as no angle of A exceeds 10 in float32 (s = 3), 20 in float64 (s = 6).
+    Torch's derivative of `torch.matrix_exp` is an exponential of twice the size, several times as expensive.
 
-    Each squaring doubles the rounding error, which would leave Q'Q - I at some 1e-5 in float32: one Newton step Q (3 I -
-    Q'Q) / 2 towards the nearest orthogonal matrix follows there. It has the same derivative along orthogonal matrices.
+    Each squaring doubles the rounding error, and in float32 Q'Q - I would be some 1e-5: there, one Newton step
+    Q (3 I - Q'Q) / 2 towards the nearest orthogonal matrix follows. It corrects a truncation error likewise, and has
+    the same derivative along orthogonal matrices.
 
     Args:
         values: (n (n-1) / 2,), the entries of U.

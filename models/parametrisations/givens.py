@@ -45,7 +45,7 @@ class Givens(Structure):
         (angles,) = free
         W = torch.eye(self.n, dtype=torch.float64, device=angles.device)
         zeros = torch.zeros(self.n, dtype=torch.float64, device=angles.device)
-        for l, t in enumerate(angles.double().split(self._counts)):
+        for l, t in enumerate(torch.split(angles.double(), self._counts)):
             places, partner = self.get_buffer(f"places{l}"), self.get_buffer(f"partner{l}")
             c = zeros.scatter(0, places, torch.cat((t.cos(), t.cos()))) + self.get_buffer(f"alone{l}").double()
             s = zeros.scatter(0, places, torch.cat((t.sin(), -t.sin())))
