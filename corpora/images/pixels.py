@@ -49,6 +49,7 @@ class Pixels(Shuffled[Pair]):
         batch_size: images in a minibatch at most; None: all training images in one.
         evaluate_on: what the test minibatches are, "valid", "test" or "train".
         test_size: images in a test minibatch at most.
+        shuffled: whether the training images come in a new order in each pass.
         device, dtype: of the minibatches.
         options: the others of :class:`hfopt.experiment.data.Shuffled`: seed, shuffle_every, memory.
 
@@ -68,6 +69,7 @@ class Pixels(Shuffled[Pair]):
         batch_size: int | None = None,
         evaluate_on: str = "valid",
         test_size: int = 2000,
+        shuffled: bool = True,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         **options: Any,
@@ -86,7 +88,7 @@ class Pixels(Shuffled[Pair]):
         self.name, self.shape, self.order, self.evaluate_on = name, shape, order, evaluate_on
         self.permutation = permutation if order == "permuted" else 0
         self.device, self.dtype = torch.device(device), dtype
-        self._white, self._test_size = white, test_size
+        self._white, self._test_size, self._shuffled = white, test_size, shuffled
         self._steps, self.V = (rows, columns) if order == "rows" else (rows * columns, 1)
         self.O = int(max(classes.max() for _, classes in parts.values())) + 1
         self.places: npt.NDArray[np.int64] = np.arange(rows * columns)
@@ -127,6 +129,9 @@ class Pixels(Shuffled[Pair]):
         inputs = chosen.view(len(chosen), self._steps, self.V).transpose(0, 1).contiguous()
         return Pair(inputs, classes[cases].to(self.device))
 
+    def _present_order(self, epoch: int) -> Tensor:
+        return super()._present_order(epoch) if self._shuffled else torch.arange(self._count)
+
     def size(self, batch: Pair) -> int:
         """The number of images."""
         return len(batch.targets)
@@ -148,6 +153,7 @@ class Pixels(Shuffled[Pair]):
             "permutation": self.permutation,
             "evaluate_on": self.evaluate_on,
             **super().identity(),
+            **({} if self._shuffled else {"shuffled": 0}),
         }
 
     def __repr__(self) -> str:
