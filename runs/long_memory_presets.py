@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -195,7 +196,7 @@ def _row(base: P, net: str, nhid: int, alpha: float, lr: float, init: str, **mor
 
 _COPY, _ADDING = CopyTask(), CopyTask(task="adding", c_length=100, batch=1, updates=20_000, rinit="cayley")
 _SMNIST, _PTB = SMNIST(permute=True), PTBCharacters()
-_ADAM = {"optimizer": "Adam", "betas": (0.0, 0.9)}
+_ADAM: Mapping[str, object] = {"optimizer": "Adam", "betas": (0.0, 0.9)}
 
 # Kerg, Goyette et al. (NeurIPS 2019): the tables in the README of the released program, and as "-paper" those of the
 # supplement where they differ. EURNN's capacities are not published.
@@ -232,8 +233,8 @@ PSMNIST: dict[str, SMNIST] = {
 PTB: dict[str, PTBCharacters] = {}
 for _bptt in (150, 300):
     _base = replace(_PTB, bptt=_bptt)
-    _README: dict[str, object] = {150: {"Tdecay": 1e-5, "clip": 10.0}, 300: {"Tdecay": 1e-6, "clip": 5.0}}[_bptt]
-    _PAPER: dict[str, object] = {150: {"lr_orth": 8e-5, "alam": 1.0}, 300: {"lr_orth": 6e-5, "alam": 1e-4}}[_bptt]
+    _README: Mapping[str, object] = {150: {"Tdecay": 1e-5, "clip": 10.0}, 300: {"Tdecay": 1e-6, "clip": 5.0}}[_bptt]
+    _PAPER: Mapping[str, object] = {150: {"lr_orth": 8e-5, "alam": 1.0}, 300: {"lr_orth": 6e-5, "alam": 1e-4}}[_bptt]
     PTB |= {
         f"rnn-ptb-{_bptt}": _row(_base, "RNN", 1024, 0.9, 1e-5, "G"),
         f"rnn-orth-ptb-{_bptt}": _row(_base, "RNN-orth", 1024, 0.9, 1e-4, "C"),

@@ -63,13 +63,13 @@ with sentences("runs.ptb_characters", settings):
     check(settings)
     # 1. Text. It brings its loss and its metric.
     options: dict[str, Any] = {"regime": "columns", "window": settings.bptt, "warm_up": min(50, settings.bptt - 1)}
+    options |= batches(settings)
     problem = characters(
         settings.text,
         data=settings.data,
         seed=settings.seed,
         device=settings.device,
         **options,
-        **batches(settings),
     )
 
     # 2. Model and its initialisation.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 import tyro
@@ -93,6 +93,24 @@ def described(settings: object, module: str) -> dict[str, Any]:
     return {RUN_FILE: module, **describe(settings)}
 
 
+class Placed(Protocol):
+    """Settings that say where to compute."""
+
+    @property
+    def device(self) -> str: ...
+
+
+class Identified(Protocol):
+    """Settings, a dataclass, whose run is named by optimizer and seed."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
 # What a run may be continued with or without, and what its name has by itself.
 _NOT_IN_NAMES = (
     "name",
@@ -109,7 +127,7 @@ _NOT_IN_NAMES = (
 _LONGEST_NAME = 100
 
 
-def run_name(stem: str, settings: Training, preset: object, *, known: Sequence[str] = ()) -> str:
+def run_name(stem: str, settings: Identified, preset: object, *, known: Sequence[str] = ()) -> str:
     """The default name of a run: `<stem>-<optimizer>-seed<seed>`, and every setting that is not as in its preset.
 
     So that a run with other settings is another run. `known` are settings that the stem tells.
@@ -128,7 +146,7 @@ def run_name(stem: str, settings: Training, preset: object, *, known: Sequence[s
 
 
 @contextmanager
-def sentences(module: str, settings: Training) -> Iterator[None]:
+def sentences(module: str, settings: Placed) -> Iterator[None]:
     """End the program with a sentence where settings do not fit each other or the machine, not with a traceback."""
     try:
         device = torch.device(settings.device)
