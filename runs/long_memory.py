@@ -32,7 +32,7 @@ _NOT_IN_NAMES = ("preset", "net_type", "nhid", "random_seed", "cuda", "save", "s
 def parsed(default: P, presets: Mapping[str, P], typed: Sequence[str], module: str) -> P:
     """The settings that were typed on top of those of a preset; a wrong preset ends the program with a sentence."""
     name = None
-    for word, following in zip(typed, [*typed[1:], ""], strict=True):
+    for word, following in zip(typed, [*typed, ""][1:], strict=True):
         if word == "--preset" or word.startswith("--preset="):
             name = word.partition("=")[2] or following
     if name is not None and name not in presets:

@@ -57,9 +57,8 @@ def _exponential(U: Tensor, squarings: int) -> Tensor:
     Q = Q @ X4 + blocks[0]
     for _ in range(squarings):
         Q = Q @ Q
-    if Q.dtype == torch.float32:
-        Q = Q @ (1.5 * eye - 0.5 * (Q.t() @ Q))
-    return Q
+    found: Tensor = Q if Q.dtype == torch.float64 else Q @ (1.5 * eye - 0.5 * (Q.t() @ Q))
+    return found
 
 
 def scattered(values: Tensor, n: int, places: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ def test_hessian_free_trains_it(net: str) -> None:
         assert_close(W @ W.t(), torch.eye(4, dtype=W.dtype), rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of a batch of products through Householder vectors
 @pytest.mark.parametrize("kind", ["cayley", "householder"])
 def test_torchs_own_orthogonal_weights_serve_as_well(kind: str) -> None:
     network = build("RNN-orth", nonlinearity="tanh")
