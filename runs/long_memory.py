@@ -200,12 +200,12 @@ def spectrum(model: Any) -> Figure:
             form = parametrised.W_hh[0].form(*free).cpu()
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     circle = torch.linspace(0, 2 * torch.pi, 200)
-    axes[0].plot(circle.cos(), circle.sin(), color="0.8", linewidth=0.8)
-    axes[0].plot(values.real, values.imag, ".", markersize=4)
+    axes[0].plot(circle.cos().numpy(), circle.sin().numpy(), color="0.8", linewidth=0.8)
+    axes[0].plot(values.real.numpy(), values.imag.numpy(), ".", markersize=4)
     axes[0].set(title="eigenvalues", aspect="equal")
     shown = W if form is None else form
     limit = float(shown.abs().max()) or 1.0
-    image = axes[1].imshow(shown, cmap="RdBu", vmin=-limit, vmax=limit)
+    image = axes[1].imshow(shown.numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
     axes[1].set_title("recurrent matrix" if form is None else "Schur form T + Gamma D")
     figure.colorbar(image, ax=axes[1])
     return figure

@@ -7,6 +7,7 @@
     python -m runs.reproduce --write                      the document alone, from what is there
     python -m runs.reproduce --write --document docs/reproduction.md
     python -m runs.reproduce music --budget-minutes 10    music, slots and sequential images, and their page
+    python -m runs.reproduce long-memory --only "copy, T = 20:*"   networks of long memory, and their page
     python -m runs.reproduce language --budget-minutes 10 language models, and their page; then with --best for longer
 
 A cell is one run: a problem, its length, its settings, a seed. Cells that are finished are read from their run.h5;
@@ -30,7 +31,7 @@ from typing import Annotated, Any
 import tyro
 
 from hfopt.experiment.report import duration
-from runs import language_table, music_table
+from runs import language_table, long_memory_table, music_table
 from runs.cells import ROOT, Cell, Result, environment, result
 from runs.reproduction import write_document
 from runs.tables import TABLES, Table
@@ -45,7 +46,7 @@ class CommandLine:
 
     table: Annotated[str, tyro.conf.Positional] = "all"
     """Name of the table: pathological, pathological-long, memorization-damping, time-to-solution, or all of these;
-    or language, or music."""
+    or language, music or long-memory."""
     only: tuple[str, ...] = ()
     """Rows to run, by their titles; * stands for anything."""
     seeds: int | None = None
@@ -61,8 +62,8 @@ class CommandLine:
     folder: Path = ROOT / "runs" / "logs" / "reproduce"
     """Where the runs lie."""
     document: Path | None = None
-    """The document, by default reproduction.md (or language.md, music.md) in that folder; figures go to images beside
-    it. Of these two, what stands outside two marks is left alone."""
+    """The document, by default reproduction.md (or language.md, music.md, long-memory.md) in that folder; figures go to
+    images beside it. Of these, what stands outside two marks is left alone."""
     best: bool = False
     """Of language: only the best setting so far of each method."""
     write: bool = False
@@ -160,7 +161,7 @@ def line(cell: Cell, found: Result | None) -> str:
     """One line on a cell that has ended."""
     if found is None:
         return f"{cell.name}: no step finished"
-    if cell.module in ("characters", "words", "music"):
+    if cell.module in ("characters", "words", "music", "ptb_characters"):
         error = f"{found.error:.3f}"
     else:
         error = f"F1 {100 * found.error:.2f}%" if cell.module == "slots" else f"{100 * found.error:.2f}% wrong"
@@ -177,7 +178,7 @@ def chosen(table: Table, settings: CommandLine) -> list[Cell]:
 
 def main(settings: CommandLine) -> int:
     """The exit status: 0, 1 if a cell broke down, 130 after Ctrl-C."""
-    pages = {"language": language_table, "music": music_table}
+    pages = {"language": language_table, "music": music_table, "long-memory": long_memory_table}
     known = {**TABLES, **{name: page.TABLE for name, page in pages.items()}}
     if settings.table != "all" and settings.table not in known:
         sys.exit(f"runs.reproduce: there is no table {settings.table!r}; choose from all, {', '.join(known)}")
@@ -200,8 +201,8 @@ def main(settings: CommandLine) -> int:
             signal.signal(number, signal.default_int_handler)
         try:
             options: dict[str, Any] = {"jobs": settings.jobs, "budget": budget, "device": settings.device}
-            if page is music_table:
-                options["ended"] = music_table.ended
+            if page in (music_table, long_memory_table):
+                options["ended"] = page.ended
             status = int(bool(run_cells(cells, settings.folder, **options)))
         except KeyboardInterrupt:
             status = 130

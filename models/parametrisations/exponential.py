@@ -64,10 +64,12 @@ def _exponential(U: Tensor, squarings: int) -> Tensor:
 def scattered(values: Tensor, n: int, places: Tensor) -> Tensor:
     """The matrix (n, n) with `values` at `places` of its flat form and zeros elsewhere."""
     # Its derivative is a gather, where that of an index would be a slow sum over equal indices.
-    return torch.zeros(n * n, dtype=values.dtype, device=values.device).scatter(0, places, values).view(n, n)
+    matrix: Tensor = torch.zeros(n * n, dtype=values.dtype, device=values.device).scatter(0, places, values).view(n, n)
+    return matrix
 
 
 def upper_places(n: int) -> Tensor:
     """Positions in the flat matrix (n, n) of what is strictly above the diagonal, row by row."""
     rows, columns = torch.triu_indices(n, n, 1)
-    return rows * n + columns
+    places: Tensor = rows * n + columns
+    return places

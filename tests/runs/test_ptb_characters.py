@@ -38,7 +38,7 @@ def small(tmp_path: Path) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("words", [("--optimizer", "Adam", "--betas", "0", "0.9"), ("--optimizer", "hf"), ()])
 def test_a_run(tmp_path: Path, typed: Any, small: tuple[str, ...], words: tuple[str, ...]) -> None:
-    name = ("--name", str(tmp_path / "run"), "--updates", "6", "--log-interval", "3", "--lr", "0.01")
+    name = ("--name", str(tmp_path / "run"), "--updates", "12", "--log-interval", "6", "--lr", "0.002")
     assert typed(*small, *words, *name) == 0
     run = read_run(tmp_path / "run")
     assert run.steps["bits per character"][-1] < run.steps["bits per character"][0]
