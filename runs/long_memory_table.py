@@ -182,7 +182,7 @@ def table(found: Sequence[Found]) -> list[str]:
     """The runs of one group."""
     measure = found[0].row.measure
     lines = [
-        f"| row | seed | published | updates | best {MEASURES[measure]} | test of the best parameters | minutes | ended |",
+        f"| row | seed | published | updates | best {MEASURES[measure]} | test, best parameters | minutes | ended |",
         "|---|--:|---|--:|--:|---|--:|---|",
     ]
     for one in found:
