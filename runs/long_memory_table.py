@@ -30,7 +30,19 @@ class Judged(Row):
 
 
 _HF = ("--optimizer", "hf", "--hf-batch", "100", "--gradient-batches", "8", "--cg-iterations", "100")
-_TANH = ("--net-type", "RNN", "--nonlin", "tanh", "--rinit", "random", "--structural", "0.3", "--damping", "0.1")
+_TANH = (
+    "--onehot",
+    "--net-type",
+    "RNN",
+    "--nonlin",
+    "tanh",
+    "--rinit",
+    "random",
+    "--structural",
+    "0.3",
+    "--damping",
+    "0.1",
+)
 
 
 def _copy(T: int, *kinds: str) -> tuple[Judged, ...]:
