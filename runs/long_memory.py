@@ -18,7 +18,7 @@ from hfopt.experiment.hooks import Callback, ClipGradient, KeepBest
 from hfopt.experiment.roles import Forward, on_inputs
 from models.parametrisations import parts_of
 from runs.long_memory_presets import Published
-from runs.settings import hints, main, parse, run_name, status
+from runs.settings import described, hints, main, parse, run_name, status
 from runs.validated import BEST, report
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def parsed(default: P, presets: Mapping[str, P], typed: Sequence[str], module: s
     if name is not None and name not in presets:
         sys.exit(f"{module}: there is no preset {name!r}; choose from {', '.join(presets)}")
     settings = parse(default if name is None else replace(presets[name], preset=name), typed, module)
-    return replace(settings, device="cuda") if settings.cuda and settings.device == "cpu" else settings
+    return replace(settings, device="cuda", cuda=False) if settings.cuda and settings.device == "cpu" else settings
 
 
 def check(settings: Published) -> None:
@@ -156,7 +156,7 @@ def experiment(
         save_freq=settings.save_freq * (1 if pass_length is None or hf else pass_length),
         keep_checkpoints=1,
         seed=settings.seed,
-        settings=settings,
+        settings=described(settings, f"runs.{module}"),
         overwrite=settings.overwrite,
         hints=hints(f"runs.{module}", typed, "spectrum"),
         **roles,

@@ -123,10 +123,15 @@ def sync_folder(folder: Path, budget: SyncBudget) -> None:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a sealed file from its first bytes alone, unchecked; RunError if it does not begin as one."""
+    """The facts of a sealed file from its first bytes alone, unchecked; RunError if it does not begin as one.
+
+    A file that is not there is no damage: FileNotFoundError.
+    """
     try:
         with path.open("rb") as file:
             return _facts(file.read(BLOCK))[0]
+    except FileNotFoundError:
+        raise
     except UNREADABLE as error:
         raise RunError(f"{path} is truncated or damaged ({error}); {way_out(path)}") from error
 

@@ -101,6 +101,21 @@ def test_a_truncated_file_is_told(good: Path, tmp_path: Path, which: str) -> Non
             read_run(folder).parameters(key if which != "run.h5" else "last")
 
 
+def test_a_checkpoint_that_goes_while_it_is_looked_for(good: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A run that goes on removes old checkpoints: between the listing of a folder and the look into a file, too."""
+    shutil.copytree(good, tmp_path / "run")
+    own, gone = sealed.read_facts, tmp_path / "run" / "checkpoints" / "00000004.h5"
+
+    def late(path: Path) -> Any:
+        if path == gone:
+            path.unlink()
+        return own(path)
+
+    monkeypatch.setattr(sealed, "read_facts", late)
+    assert [c.key for c in read_run(tmp_path / "run").checkpoints if c.key == "00000004"] == []
+    assert not gone.exists()
+
+
 def test_the_newest_checkpoint_is_missed(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "run")
     hf = experiment(tmp_path / "run", optimizer="adam", save_freq=2)
