@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hfopt.experiment.store.reader import Run, read_run
+from hfopt.experiment.store.reader import SavedRun, read_run
 from runs.cells import Cell
 from runs.tables import Row, Table
 from runs.validated import read_report
@@ -120,7 +120,7 @@ class Found:
 
     row: Judged
     cell: Cell
-    run: Run
+    run: SavedRun
     reported: dict[str, float]
 
     @property

@@ -126,7 +126,7 @@ def test_the_penalty_leaves_the_logged_loss_alone(tmp_path: Path) -> None:
         moved = float(parts_of(model)["gamma"][0].detach().mean())
         assert moved < 0.5 or alam == 0
     assert losses[0] == losses[1]
-    assert losses[0] < 10
+    assert losses[0] < 100  # the penalty is 1000
 
 
 @pytest.mark.parametrize("clip", [None, 1e-6])
