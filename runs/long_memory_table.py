@@ -180,7 +180,7 @@ def write(folder: Path, document: Path) -> None:
     lines: list[str] = [] if found else ["No cell has run yet."]
     for group in dict.fromkeys(one.row.group for one in found):
         some = [one for one in found if one.row.group == group]
-        lines += [*table(some), "", f"![Tests of {group} over updates](images/long-memory-{group}.png)", ""]
+        lines += [*table(some), "", f"![Tests of {group} over processor seconds](images/long-memory-{group}.png)", ""]
         draw(some).savefig(images / f"long-memory-{group}.png", dpi=110)
     missing = [row.title for row in ROWS if row not in {one.row for one in found}]
     if missing:

@@ -186,7 +186,9 @@ def test_float32_stays_orthogonal_over_many_updates(kind: str) -> None:
     assert (W.t() @ W - torch.eye(16)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("linearisation", ["double-backward", "linearize", "recompute"])
+@pytest.mark.parametrize(
+    "linearisation", ["double-backward", "recompute", pytest.param("linearize", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gauss_newton_products_of_torchs_rnn(kind: str, linearisation: str) -> None:
     """The Jacobian by torch.func.jacrev, through the parametrisation and a loop over time."""
