@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import tarfile
@@ -19,7 +20,7 @@ PUBLISHED_SHA256 = "f2e86251474c"
 """How the checksum of rnn_hp_dataset.tar.gz begins."""
 LARGEST_MEMBER = 8 << 30
 MOST_MEMBERS = 200
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, OSError, TypeError)  # the last: tarfile on a cut header
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, OSError)
 
 
 def checksum(path: Path) -> str:
@@ -63,7 +64,7 @@ def read(path: Path, *, largest: int = LARGEST_MEMBER) -> Table:
 def _members(path: Path, largest: int) -> Iterator[tuple[str, BinaryIO]]:
     """The pickles in an archive, one after the other, in memory."""
     try:
-        with tarfile.open(path, "r|gz") as archive:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for number, info in enumerate(archive):
                 if number >= MOST_MEMBERS:
                     raise ValueError(f"{path} has more than {MOST_MEMBERS} files")
@@ -78,6 +79,11 @@ def _members(path: Path, largest: int) -> Iterator[tuple[str, BinaryIO]]:
                 if len(content) != info.size:
                     raise ValueError(f"{path} is damaged: {info.name[:100]} ends too early")
                 yield info.name[:100], io.BytesIO(content)
+            behind = 0  # to the end, where the checksum is
+            while piece := stream.read(1 << 20):
+                behind += len(piece)
+                if behind > largest:
+                    raise ValueError(f"{path} goes on for more than {largest:,} bytes behind its last file")
     except _DAMAGE as error:
         raise ValueError(f"{path} is damaged or no .tar.gz archive ({error})") from error
 
