@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -83,9 +84,10 @@ def _rectified(name: str) -> Definition:
         c = f * c + i * relu(x.g + m.g)
         return o * tanh(c), c
 
-    step, states, gates = {
+    made: dict[str, tuple[Callable[..., Any], str, str]] = {
         "ugrnn": (ugrnn, "h", "g c"),
         "gru": (gru, "h", "r u c"),
         "lstm": (lstm, "h c", "i f g o"),
-    }[name]
+    }
+    step, states, gates = made[name]
     return Definition(step, states=states, gates=gates, name=f"{name}_rectified", made_by=(_rectified, (name,)))

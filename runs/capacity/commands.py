@@ -102,13 +102,14 @@ Command = (
 def main(typed: list[str]) -> int:
     """Do what was typed; returns the exit status. What is refused is a sentence."""
     command: Any = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         args=typed,
         prog="python -m runs.capacity",
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        {Tune: tune, Export: export, Best: best, Pictures: pictures}[type(command)](command)  # type: ignore[operator]
+        actions: dict[type, Any] = {Tune: tune, Export: export, Best: best, Pictures: pictures}
+        actions[type(command)](command)
     except REFUSALS as error:
         print(sentence("runs.capacity", error), file=sys.stderr)
         return 1

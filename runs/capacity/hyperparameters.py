@@ -63,8 +63,9 @@ def space(name: str, optimizers: Choice, train_steps: int) -> dict[str, Range | 
     found |= {f"forget_gate_bias_hack{end}": Range(0, 6) for end in arch.forget.values()}
     if len(arch.nonlinearities) > 1:
         found["nonlinearity"] = arch.nonlinearities
-    found["optimizer"] = tuple(optimizer_name(o) for o in optimizers)
-    if HF in found["optimizer"]:
+    names = tuple(optimizer_name(o) for o in optimizers)
+    found["optimizer"] = names
+    if HF in names:
         if len(optimizers) > 1:
             raise ValueError("HF has hyperparameters of its own: tune it by itself, in a study of its own")
         found |= {

@@ -115,4 +115,5 @@ def initialise(model: Stack, name: str, hparams: Mapping[str, Any], seed: int) -
 def _orthogonal(gaussian: Tensor) -> Tensor:
     """An orthogonal matrix, uniform with respect to the Haar measure (Mezzadri, 2007)."""
     q, r = torch.linalg.qr(gaussian)
-    return q * r.diagonal().sign()
+    made: Tensor = q * r.diagonal().sign()
+    return made

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from models.sizes import parameter_count, units_for
+from runs.capacity.cells import cell_of
 from runs.capacity.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Part = tuple[str, Callable[..., None]]
 Floats = npt.NDArray[np.float64]
 _LABELS = {"text8": "bits per character", "mem_thru": "squared error per entry", "rcf": "squared error"}
 
@@ -33,37 +37,32 @@ def draw(rows: Table, folder: Path) -> list[Path]:
         raise ValueError("no trial of the table has a finite loss: there is nothing to draw")
     folder.mkdir(parents=True, exist_ok=True)
     tasks = list(dict.fromkeys(rows["task_type"].tolist()))
-    others = [task for task in tasks if task not in ("per_cap", "mem_thru")]
+    own = {task: rows[rows["task_type"] == task] for task in tasks}
     made = []
-    if "per_cap" in tasks:
-        bits = rows[rows["task_type"] == "per_cap"]
-        parts = [
-            ("bits", lambda ax: _lines(ax, bits, lambda best: -best["eval_loss"])),
-            ("bits per parameter", lambda ax: _lines(ax, bits, lambda best: -best["eval_loss"] / best["num_params"])),
-        ]
-        made.append(_page(folder / "capacity.png", parts, "parameters"))
-    if "mem_thru" in tasks:
-        memory = rows[rows["task_type"] == "mem_thru"]
-        parts = [(_LABELS["mem_thru"], lambda ax: _lines(ax, memory, lambda best: best["eval_loss"], units_of))]
-        made.append(_page(folder / "memory.png", parts, "units in a layer"))
-    if others:
-        parts = [
+    if "per_cap" in own:
+        bits: list[Part] = [
+            ("bits", partial(_lines, rows=own["per_cap"], value=lambda best: -best["eval_loss"])),
             (
-                f"{task}: {_LABELS.get(task, 'loss')}",
-                lambda ax, task=task: _lines(ax, rows[rows["task_type"] == task], lambda best: best["eval_loss"]),
-            )
-            for task in others
+                "bits per parameter",
+                partial(_lines, rows=own["per_cap"], value=lambda best: -best["eval_loss"] / best["num_params"]),
+            ),
         ]
-        made.append(_page(folder / "losses.png", parts, "parameters"))
-    made.append(
-        _page(
-            folder / "trials.png",
-            [(f"{task}: loss", lambda ax, task=task: _trials(ax, rows[rows["task_type"] == task])) for task in tasks],
-            "share of trials",
-        )
-    )
-    matter = [(task, importance(rows[rows["task_type"] == task])) for task in tasks]
-    bars = [(task, lambda ax, found=found: _bars(ax, found)) for task, found in matter if found]
+        made.append(_page(folder / "capacity.png", bits, "parameters"))
+    if "mem_thru" in own:
+        place, below = (_units, "units in a layer") if all(map(_units, own["mem_thru"])) else (_size, "parameters")
+        memory = partial(_lines, rows=own["mem_thru"], value=_loss, place=place)
+        made.append(_page(folder / "memory.png", [(_LABELS["mem_thru"], memory)], below))
+    losses: list[Part] = [
+        (f"{task}: {_LABELS.get(task, 'loss')}", partial(_lines, rows=own[task], value=_loss))
+        for task in tasks
+        if task not in ("per_cap", "mem_thru")
+    ]
+    if losses:
+        made.append(_page(folder / "losses.png", losses, "parameters"))
+    trials: list[Part] = [(f"{task}: loss", partial(_trials, rows=own[task])) for task in tasks]
+    made.append(_page(folder / "trials.png", trials, "share of trials"))
+    matter = {task: importance(own[task]) for task in tasks}
+    bars: list[Part] = [(task, partial(_bars, found=found)) for task, found in matter.items() if found]
     if bars:
         made.append(_page(folder / "importance.png", bars, "rank correlation with the loss"))
     return made
@@ -81,7 +80,7 @@ def importance(rows: Table, least: int = 10) -> dict[str, float]:
     """How strongly the loss goes with each numerical hyperparameter: the largest absolute rank correlation.
 
     Spearman's, of the trials of one architecture, depth and budget; of several such groups, the largest counts.
-    Hyperparameters that do not vary are left out, and groups of fewer than `least` trials.
+    Hyperparameters that do not vary are left out, and groups of fewer than `least` trials or of one loss.
 
     Returns:
         By name, the strongest first; empty if there are too few trials.
@@ -89,7 +88,7 @@ def importance(rows: Table, least: int = 10) -> dict[str, float]:
     found: dict[str, float] = {}
     for group in np.unique(rows[["architecture", "n_layers", "max_params"]]):
         own = rows[(rows[["architecture", "n_layers", "max_params"]] == group)]
-        if len(own) < least:
+        if len(own) < least or len(np.unique(own["eval_loss"])) < 2:
             continue
         loss = _ranks(own["eval_loss"])
         for key in {key for hparams in own["hparams"] for key in hparams}:
@@ -101,16 +100,19 @@ def importance(rows: Table, least: int = 10) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
-def units_of(row: Any) -> float:
-    """Units of a layer of a network for mem_thru with 64 inputs and outputs, from its number of parameters."""
-    from models.sizes import parameter_count
-    from runs.capacity.cells import cell_of
+def _units(row: Any) -> float:
+    """Units of a layer of a network for mem_thru, from its parameters; 0 if it has not the published 64 inputs."""
+    cell, depth = cell_of(row["architecture"]), int(row["n_layers"])
+    units = units_for(max(int(row["num_params"]), parameter_count(cell, depth, 64, 1, 64)), cell, depth, 64, 64)
+    return float(units) if parameter_count(cell, depth, 64, units, 64) == row["num_params"] else 0.0
 
-    cell, units = cell_of(row["architecture"]), 1
-    width = int(row["hparams"].get("inputs", 64))
-    while parameter_count(cell, int(row["n_layers"]), width, units, width) < row["num_params"]:
-        units += 1
-    return float(units)
+
+def _size(row: Any) -> float:
+    return float(row["num_params"])
+
+
+def _loss(rows: Table) -> Any:
+    return rows["eval_loss"]
 
 
 def _ranks(values: Floats) -> Floats:
@@ -120,9 +122,7 @@ def _ranks(values: Floats) -> Floats:
     return np.asarray((ends - (counts - 1) / 2)[inverse], float)
 
 
-def _lines(
-    ax: Axes, rows: Table, value: Callable[[Any], Any], place: Callable[[Any], float] = lambda row: row["num_params"]
-) -> None:
+def _lines(ax: Axes, rows: Table, value: Callable[[Table], Any], place: Callable[[Any], float] = _size) -> None:
     for (cell, depth), best in best_of_each(rows):
         ax.plot([place(row) for row in best], value(best), marker=".", label=f"{cell}, {depth}")
     ax.set_xscale("log")
@@ -144,7 +144,7 @@ def _bars(ax: Axes, found: dict[str, float]) -> None:
     ax.tick_params(axis="y", labelsize="x-small")
 
 
-def _page(path: Path, parts: list[tuple[str, Callable[..., None]]], below: str) -> Path:
+def _page(path: Path, parts: list[Part], below: str) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(parts), 4), layout="constrained")

@@ -65,18 +65,19 @@ def export(rows: Table, path: Path) -> Path:
     if path.suffix == ".h5":
         with h5py.File(part, "w") as file:
             for column in COLUMNS.names or ():
-                values = rows[column]
+                values: Any = rows[column]
                 if column == "hparams":
-                    values = [json.dumps(h, sort_keys=True) for h in values]
-                text = values if column == "hparams" or values.dtype.kind == "U" else None
-                kind = None if text is None else h5py.string_dtype()
-                file.create_dataset(column, data=values if text is None else np.array(list(text), object), dtype=kind)
+                    values = np.array([json.dumps(h, sort_keys=True) for h in values], object)
+                text = values.dtype.kind in "UO"
+                file.create_dataset(
+                    column, data=values.astype(object) if text else values, dtype=h5py.string_dtype() if text else None
+                )
     else:
-        with part.open("wb") as file:
+        with part.open("wb") as handle:
             if path.suffix == ".p":
-                pickle.dump(rows, file, protocol=4)
+                pickle.dump(rows, handle, protocol=4)
             else:
-                np.save(file, rows)
+                np.save(handle, rows)
     part.replace(path)
     return path
 

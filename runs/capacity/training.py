@@ -120,14 +120,14 @@ def train(
         quiet=quiet,
     )
     ended = run.optimize()
-    losses = [math.inf] * 3
+    losses = (math.inf, math.inf, math.inf)
     if ended in ("max_steps", "stopped"):
         held_out = task.evaluated_on("test")
-        losses = [
+        losses = (
             score(model, task, task.train_batches),
             score(model, task, task.test_batches),
             score(model, held_out, held_out.test_batches),
-        ]
+        )
     count = sum(p.numel() for p in model.parameters())
     return Outcome(ended, count, model.hidden, *losses, steps=run.step, seconds=run.totals["seconds"])
 

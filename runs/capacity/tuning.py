@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
 import socket
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,8 @@ from runs.capacity.training import Outcome
 
 _WAIT = 0.5
 """Seconds between two looks at what other workers do."""
+_BEAT = 30
+"""Seconds between two signs of life in a database; after four times that, a worker counts as dead."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,11 @@ def storage_of(folder: Path, url: str | None) -> BaseStorage:
         folder.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(str(folder / "journal.log")))
     try:
-        return RDBStorage(url, heartbeat_interval=30, grace_period=120)
+        with _quiet():
+            return RDBStorage(url, heartbeat_interval=_BEAT, grace_period=4 * _BEAT)
     except Exception as error:  # of SQLAlchemy, of its drivers, or their absence
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"the storage {url} cannot be opened ({reason}); give a URL such as sqlite:///study.db"
-        ) from error
+        raise ValueError(f"the storage {url} cannot be opened ({reason}); give one as in sqlite:///study.db") from error
 
 
 def tune(
@@ -118,17 +121,17 @@ def tune(
 
     Source of the method: Collins, Sohl-Dickstein & Sussillo, ICLR 2017, section 1.3; Snoek, Larochelle & Adams, 2012.
     """
-    searched = {
-        key: _distribution(r) for key, r in space(study.architecture, study.optimizers, study.train_steps).items()
-    }
+    ranges = space(study.architecture, study.optimizers, study.train_steps)
+    searched = {key: _distribution(what) for key, what in ranges.items()}
     worker = _Worker(study.folder)
     try:
         shared = _open(study, worker)
-        while (number := _ask(study, shared, searched, trials, worker)) is not None:
-            trial, hparams = number
+        while (trial := _ask(shared, searched, trials, worker)) is not None:
             say(f"trial {trial.number} begins")
+            hparams: Hyperparameters = dict(trial.params)
             try:
-                outcome = objective(trial.number, hparams)
+                with _signs_of_life(shared, trial):
+                    outcome = objective(trial.number, hparams)
             except BaseException:
                 shared.tell(trial, state=TrialState.FAIL)
                 raise
@@ -169,8 +172,7 @@ def _record(
 def _open(study: Study, worker: _Worker) -> optuna.study.Study:
     """The study in its storage, made by whoever comes first."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with _quiet():
         # Workers with the same seed would propose the same at the beginning.
         seed = int.from_bytes(hashlib.blake2b(f"{study.seed} {worker.name}".encode(), digest_size=4).digest(), "little")
         sampler = optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
@@ -193,9 +195,7 @@ def _open(study: Study, worker: _Worker) -> optuna.study.Study:
     return shared
 
 
-def _ask(
-    study: Study, shared: optuna.study.Study, searched: dict[str, Any], trials: int, worker: _Worker
-) -> tuple[optuna.Trial, Hyperparameters] | None:
+def _ask(shared: optuna.study.Study, searched: dict[str, Any], trials: int, worker: _Worker) -> optuna.Trial | None:
     """The next trial, once one is missing; None when there are enough finished ones."""
     while True:
         with worker.turn():  # between counting and asking, nobody else asks
@@ -205,17 +205,40 @@ def _ask(
             if finished >= trials:
                 return None
             if finished + running < trials:
-                trial = shared.ask()
+                with _quiet():
+                    trial = shared.ask(searched)
                 trial.set_user_attr("worker", worker.name)
-                break
+                return trial
         time.sleep(_WAIT)
-    with _quiet():
-        hparams: Hyperparameters = {key: trial._suggest(key, what) for key, what in searched.items()}
-    return trial, hparams
+
+
+@contextmanager
+def _signs_of_life(shared: optuna.study.Study, trial: optuna.Trial) -> Iterator[None]:
+    """In a database, note now and then that the trial's worker is alive: others may not see its lock."""
+    storage: Any = shared._storage
+    if not _is_database(shared):
+        yield
+        return
+    over = threading.Event()
+
+    def beat() -> None:
+        while True:
+            storage.record_heartbeat(trial._trial_id)
+            if over.wait(_BEAT):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """Leave out what Optuna says of features that may change, and of databases."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -225,15 +248,26 @@ def _finished(shared: optuna.study.Study) -> list[FrozenTrial]:
     return shared.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
+def _is_database(shared: optuna.study.Study) -> bool:
+    return hasattr(shared._storage, "record_heartbeat")
+
+
 def _bury(shared: optuna.study.Study, worker: _Worker) -> None:
     """Mark the trials of dead workers as failed."""
+    database = _is_database(shared)
     for trial in shared.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         name = trial.user_attrs.get("worker")
-        # A worker that died between asking and leaving its name held the turn, which is ours now.
-        if name is None or worker.is_dead(name):
-            with suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
+        if name is None:
+            # Its worker died between asking and leaving its name: it had the turn, which is ours now. In a database it
+            # may have the turn in a folder of its own.
+            started = trial.datetime_start
+            dead = not database or started is None or (datetime.datetime.now() - started).total_seconds() > 600
+        else:
+            dead = worker.is_dead(name)
+        if dead:
+            with suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another one was quicker
                 shared.tell(trial.number, state=TrialState.FAIL)
-    if isinstance(shared._storage, RDBStorage):
+    if database:
         with _quiet():
             optuna.storages.fail_stale_trials(shared)
 
@@ -256,8 +290,8 @@ class _Worker:
 
     def is_dead(self, name: str) -> bool:
         """Whether another worker's lock is free."""
-        if name == self.name or sys.platform == "win32":
-            return False
+        if name == self.name or sys.platform == "win32" or not (self._folder / name).is_dir():
+            return False  # one without a lock here is on another machine, with a folder of its own
         try:
             Lock(self._folder / name).release()
         except RunError:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 _KIND = re.compile(r"[|<>=]?[biufcSUVO]\d{0,7}")
 _DEEPEST = 50
+_NOTHING: Any = object()
 _CONTAINERS = {"dict": dict, "list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -29,7 +30,7 @@ class _Dtype:
     """What a pickle says of a type: its name, and what it adds to that."""
 
     def __init__(self, kind: Any, *_: Any) -> None:
-        self.kind, self.state = _text(kind), None
+        self.kind, self.state = _text(kind), _NOTHING
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -37,21 +38,23 @@ class _Dtype:
     def real(self, depth: int = 0) -> np.dtype[Any]:
         if depth > _DEEPEST or not _KIND.fullmatch(self.kind):
             raise PickleError(f"it has a type {self.kind[:50]!r}, which is no number, text or object")
-        if self.state is None:
+        if self.state is _NOTHING:
             return np.dtype(self.kind)
         if not isinstance(self.state, tuple) or len(self.state) < 7:
             raise PickleError("it describes a type in a way that numpy does not")
         order, sub, names, fields, size = self.state[1:6]
         if sub is not None:
             base, shape = sub
-            return np.dtype((_Dtype.of(base).real(depth + 1), _shape(shape)))
+            pair: Any = (_Dtype.of(base).real(depth + 1), _shape(shape))
+            return np.dtype(pair)
         if names:
             columns = [(_text(name), *fields[name]) for name in names]
             formats = [_Dtype.of(kind).real(depth + 1) for _, kind, *_ in columns]
-            layout = {"names": [c[0] for c in columns], "formats": formats, "offsets": [c[2] for c in columns]}
-            return np.dtype(layout if size in (None, -1) else {**layout, "itemsize": int(size)})  # type: ignore[call-overload,no-any-return]
-        made = np.dtype(self.kind if self.kind[0] not in "SUV" or size in (None, -1) else _sized(self.kind, size))
-        return made if order in ("|", "=") else made.newbyteorder(_text(order))  # type: ignore[arg-type]
+            layout: Any = {"names": [c[0] for c in columns], "formats": formats, "offsets": [c[2] for c in columns]}
+            return np.dtype(layout if size in (None, -1) else {**layout, "itemsize": int(size)})
+        made: Any = np.dtype(self.kind if self.kind[0] not in "SUV" or size in (None, -1) else _sized(self.kind, size))
+        found: np.dtype[Any] = made if order in ("|", "=") else made.newbyteorder(_text(order))
+        return found
 
     @staticmethod
     def of(given: Any) -> _Dtype:

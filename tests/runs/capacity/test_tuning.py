@@ -21,7 +21,7 @@ from runs.capacity.archive import read
 from runs.capacity.commands import main
 from runs.capacity.hyperparameters import FIRST_ORDER, HF, Range, space
 from runs.capacity.training import Outcome
-from runs.capacity.tuning import Study, _bury, _open, _Worker, load, rows, tune
+from runs.capacity.tuning import Study, _ask, _bury, _open, _signs_of_life, _Worker, load, rows, tune
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = (
@@ -115,7 +115,6 @@ def test_a_database_by_url(tmp_path: Path) -> None:
     tune(study_in(tmp_path / "a", storage=url), 2, bowl)
     shared = tune(study_in(tmp_path / "b", storage=url), 3, bowl)
     assert len(rows([shared])) == len(rows(load(tmp_path, url))) == 3
-    shared._storage.engine.dispose()  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="cannot be opened"):
         tune(study_in(tmp_path, storage="nodatabase://x"), 2, bowl)
     with pytest.raises(FileNotFoundError, match="there is no study"):
@@ -134,12 +133,29 @@ def test_a_live_worker_of_another_folder_is_not_buried(tmp_path: Path) -> None:
             _bury(shared, second)
             assert shared.get_trials()[0].state == TrialState.RUNNING
             second.close()
-            shared._storage.engine.dispose()  # type: ignore[attr-defined]
         return bowl(number, hparams)
 
     shared = tune(study_in(tmp_path / "a", storage=url), 1, while_it_runs)
     assert [t.state for t in shared.get_trials()] == [TrialState.COMPLETE]
-    shared._storage.engine.dispose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_in_a_database_a_worker_without_signs_of_life_is_buried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runs.capacity.tuning._BEAT", 1)
+    study = study_in(tmp_path / "a", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    worker = _Worker(tmp_path / "elsewhere")
+    shared = _open(study, worker)
+    trial = _ask(shared, {}, 2, worker)
+    assert trial is not None
+    with _signs_of_life(shared, trial):
+        time.sleep(5)
+        _bury(shared, _Worker(tmp_path / "a"))
+        assert shared.get_trials()[0].state == TrialState.RUNNING
+    time.sleep(5)
+    done = tune(study, 2, bowl)
+    assert [t.state for t in done.get_trials()] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
 
 
 @pytest.mark.slow
