@@ -216,4 +216,4 @@ def _need_optuna() -> None:
     try:
         import optuna  # noqa: F401
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("the tuner needs optuna: pip install optuna") from None
+        raise ModuleNotFoundError("the tuner needs optuna: pip install 'hfopt[tune]', or pip install optuna") from None

@@ -46,12 +46,16 @@ class _Dtype:
         if sub is not None:
             base, shape = sub
             pair: Any = (_Dtype.of(base).real(depth + 1), _shape(shape))
-            return np.dtype(pair)
+            array: np.dtype[Any] = np.dtype(pair)
+            return array
         if names:
             columns = [(_text(name), *fields[name]) for name in names]
             formats = [_Dtype.of(kind).real(depth + 1) for _, kind, *_ in columns]
             layout: Any = {"names": [c[0] for c in columns], "formats": formats, "offsets": [c[2] for c in columns]}
-            return np.dtype(layout if size in (None, -1) else {**layout, "itemsize": int(size)})
+            if size not in (None, -1):
+                layout["itemsize"] = int(size)
+            structured: np.dtype[Any] = np.dtype(layout)
+            return structured
         made: Any = np.dtype(self.kind if self.kind[0] not in "SUV" or size in (None, -1) else _sized(self.kind, size))
         found: np.dtype[Any] = made if order in ("|", "=") else made.newbyteorder(_text(order))
         return found

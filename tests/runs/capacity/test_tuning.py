@@ -151,8 +151,11 @@ def test_in_a_database_a_worker_without_signs_of_life_is_buried(
     assert trial is not None
     with _signs_of_life(shared, trial):
         time.sleep(5)
-        _bury(shared, _Worker(tmp_path / "a"))
+        other = _Worker(tmp_path / "a")
+        _bury(shared, other)
+        other.close()
         assert shared.get_trials()[0].state == TrialState.RUNNING
+    worker.close()
     time.sleep(5)
     done = tune(study, 2, bowl)
     assert [t.state for t in done.get_trials()] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
