@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,8 +146,7 @@ def tune(command: Tune) -> None:
         command.storage,
         command.seed,
     )
-    folder = command.study or LOGS / study.name
-    study = tuning.Study(**{**vars(study), "folder": folder})
+    study = replace(study, folder=command.study or LOGS / study.name)
     where = {} if command.data is None or command.task != "text8" else {"data": command.data}
     task = make_task(command.task, **options, **where)
     state = task.state_dict()
@@ -157,7 +156,7 @@ def tune(command: Tune) -> None:
         size = (command.architecture, command.layers, command.max_params)
         return train(study.run(number), task, *size, hparams, seed=number, seconds=command.seconds)
 
-    print(f"study {study.name} in {folder}", flush=True)
+    print(f"study {study.name} in {study.folder}", flush=True)
     shared = tuning.tune(study, command.trials, objective, say=lambda line: print(line, flush=True))
     print(sentences(best_of(tuning.rows([shared]), task_type=command.task, architecture=command.architecture)))
 
