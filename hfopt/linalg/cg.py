@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -90,7 +90,7 @@ class CG(StoppingRules):
         directions: int = 0,
         augment: Tensor | None = None,
         second: Quadratic | None = None,
-        exact: bool = False,
+        damping: float | None = None,
     ) -> Solution:
         """Minimise ``phi`` from ``x0``, or along ``augment`` and directions conjugate to it.
 
@@ -110,9 +110,10 @@ class CG(StoppingRules):
                 :mod:`hfopt.linalg.cg_debiased`). Iterates have its phi and its residual, and its progress ends the
                 solve, as does a value above those at zero and at the start. The host follows every iteration, also on
                 a CUDA device.
-            exact: the solution is the quadratic's own minimum, not that of a damped one, so precision pays: without a
-                ``tolerance``, the progress rule waits as long as the residual halves within its k iterations, and is
-                off in at most ``5 overhead`` dimensions.
+            damping: the lambda in A, if it is known. With a positive one, A is not singular, and no direction is
+                refused for its little curvature, rounding aside. With 0 the solution is the quadratic's own minimum, so
+                precision pays: without a ``tolerance``, the progress rule waits as long as the residual halves within
+                its k iterations, and is off in at most ``5 overhead`` dimensions.
 
         Raises:
             ValueError: vectors of different shapes, both ``x0`` and ``augment``, a right-hand side that is not finite,
@@ -120,8 +121,8 @@ class CG(StoppingRules):
                 recorded.
             RuntimeError: graphs are required, but the system cannot be recorded.
         """
-        given = {"b": b, "x0": x0, "augment": augment, "the second b": None if second is None else second.b}
-        shapes = {name: list(v.shape) for name, v in given.items() if v is not None}
+        vectors = {"b": b, "x0": x0, "augment": augment, "the second b": None if second is None else second.b}
+        shapes = {name: list(v.shape) for name, v in vectors.items() if v is not None}
         if b.dim() != 1 or any(shape != shapes["b"] for shape in shapes.values()):
             found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise ValueError(f"all vectors of a solve must be flat and of one shape, but their shapes are {found}")
@@ -136,27 +137,27 @@ class CG(StoppingRules):
                 second = replace(second, op=InUnit(second.op, unit), b=second.b * by)
             ending = None if stop is None else lambda i, x, phi: stop(i, x, phi * unit)
             m = preconditioner_in_unit(preconditioner, unit)
-            solution = self.solve(InUnit(op, unit), b * by, x0, m, ending, directions, augment, second, exact)
+            damping = None if damping is None else damping * by
+            solution = self.solve(InUnit(op, unit), b * by, x0, m, ending, directions, augment, second, damping)
             return from_unit(solution, unit)
+        exact, regular = damping == 0 and self.tolerance is None, damping is not None and damping > 0
         if second is not None:
             if directions or augment is not None:
                 raise ValueError("a solve with a second quadratic keeps no directions and starts at x0 or at zero")
             if self.cuda_graphs is True:
                 raise ValueError("cuda_graphs is True, but a solve with two batches cannot be recorded; use 'auto'")
-            return DebiasedCG(self, op, b, second, x0, preconditioner).iterate(size_b, stop)
-        exact = exact and self.tolerance is None
+            return DebiasedCG(self, op, b, second, x0, preconditioner, regular).iterate(size_b, stop)
         options: StoppingRules = self
         if exact and len(b) <= _FEW * self.overhead:
             # In so few dimensions the solution is found in the time of a few steps.
             options = replace(self, tolerance=0.0)
+        given: dict[str, Any] = {"directions": directions, "augment": augment, "exact": exact, "regular": regular}
         if b.device.type != "cuda":
             if self.cuda_graphs is True:
                 raise ValueError(f"cuda_graphs is True, but the right-hand side b is on {b.device}; leave it at 'auto'")
-            run = HostCG(options, op, b, x0, preconditioner, directions=directions, augment=augment, exact=exact)
-            return run.iterate(size_b, stop)
+            return HostCG(options, op, b, x0, preconditioner, **given).iterate(size_b, stop)
         with recording(op, b, self.cuda_graphs, self._attempts) as recorder:
-            run = DeviceCG(options, op, b, x0, preconditioner, recorder, directions, augment, exact)
-            return run.iterate(size_b, stop)
+            return DeviceCG(options, op, b, x0, preconditioner, recorder, **given).iterate(size_b, stop)
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,9 @@ class DebiasedCG(HostCG):
         second: Quadratic,
         x0: Tensor | None,
         preconditioner: Callable[[Tensor], Tensor] | None,
+        regular: bool = False,
     ) -> None:
-        super().__init__(options, op, b, x0, preconditioner)
+        super().__init__(options, op, b, x0, preconditioner, regular=regular)
         self.second, self.moved, self.turned = second, False, False
         self.product = torch.empty_like(b)
         self.first_x = self.x.clone()

@@ -76,8 +76,9 @@ class DeviceCG(HostCG):
         directions: int = 0,
         augment: Tensor | None = None,
         exact: bool = False,
+        regular: bool = False,
     ) -> None:
-        super().__init__(options, op, b, x0, preconditioner, directions, augment, exact)
+        super().__init__(options, op, b, x0, preconditioner, directions, augment, exact, regular)
         self.recorder = recorder
         self.repeat: Callable[[], None] | None = None
         self.bound = 0.0  # of |r|
@@ -200,16 +201,19 @@ class DeviceCG(HostCG):
             self.kept_ad.index_copy_(0, self.row, self.scratch.unsqueeze(0))
         self.dot_into(self.d, self.scratch, self.curvature)
         # Which curvature is too little to divide by: see rules.after_product.
-        self.dot_into(self.scratch, self.scratch, self.pushed)
-        self.pushed.sqrt_().mul_(self.rz).div_(self.residual).div_(GROWTH)
+        if not self.regular:
+            self.dot_into(self.scratch, self.scratch, self.pushed)
+            self.pushed.sqrt_().mul_(self.rz).div_(self.residual).div_(GROWTH)
         torch.reciprocal(self.rz, out=self.dmd)
         self.inverses.add_(self.dmd)
         torch.mul(self.rz, self.rz, out=self.dmd)
         self.dmd.mul_(self.inverses)
         torch.mul(self.flat, self.dmd, out=self.least_curved)
-        torch.minimum(self.least_curved, self.pushed, out=self.pushed)
+        if not self.regular:
+            torch.minimum(self.least_curved, self.pushed, out=self.pushed)
         self.least_curved.mul_(lost(self.b.dtype))
-        torch.maximum(self.least_curved, self.pushed, out=self.least_curved)
+        if not self.regular:
+            torch.maximum(self.least_curved, self.pushed, out=self.least_curved)
 
     def judge(self) -> None:
         """Decide whether to continue; if not, set ``d`` and ``A d`` to zero, so that nothing moves."""

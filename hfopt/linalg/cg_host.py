@@ -26,9 +26,11 @@ class HostCG:
         directions: int = 0,
         augment: Tensor | None = None,
         exact: bool = False,
+        regular: bool = False,
     ) -> None:
         self.o, self.op, self.b, self.precondition = options, op, b, preconditioner
         self.residuals: list[float] | None = [] if exact else None  # one per iteration, if the progress rule waits
+        self.regular = regular  # A is known to be positive definite: little curvature is no sign of a null space
         self.stored = options.stored_iterations()
         self.products = 0
         self.scratch = torch.empty_like(b)
@@ -116,7 +118,8 @@ class HostCG:
         dmd = rz * rz * self.inverse_rz
         least = self.floor * dmd
         if 0 < curvature <= least:
-            least = max(min(least, rz * norm(ad) / (GROWTH * residual)), least * lost(self.b.dtype))
+            grows = 0.0 if self.regular else min(least, rz * norm(ad) / (GROWTH * residual))
+            least = max(grows, least * lost(self.b.dtype))
         reason = after_product(curvature, least)
         if reason is None:
             self.floor = max(self.floor, shallow(self.b.dtype) * curvature / dmd)

@@ -59,12 +59,13 @@ class DampedSystems:
         seen = system if chosen is None else chosen.watch(system)
         if preconditioner is not None and at.op.projection is not None:
             preconditioner = at.op.projection.after(preconditioner)
+        # lambda bounds the eigenvalues from below if the matrix is semi-definite, which a Hessian is not.
+        known = damping if damping == 0 or isinstance(at.op, GaussNewton) else None
         if at.model.op is at.op:
-            exact = damping == 0
-            solution = cg.solve(seen, -at.g, x0, preconditioner, directions=directions, augment=augment, exact=exact)
+            solution = cg.solve(seen, -at.g, x0, preconditioner, directions=directions, augment=augment, damping=known)
         else:
             second = Quadratic(at.model.op.damped(damping, mu, decay), -at.model.g, self.settings.debias_slopes)
-            solution = cg.solve(seen, -at.g, x0, preconditioner, second=second)
+            solution = cg.solve(seen, -at.g, x0, preconditioner, second=second, damping=known)
         at.products += solution.products
         return solution
 

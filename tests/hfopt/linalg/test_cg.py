@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hfopt.linalg.cg import CG
+from hfopt.linalg.cg_host import HostCG
 from hfopt.linalg.solution import Solution
 from hfopt.linalg.vector import norm
 from tests.hfopt.tools import randn, rounding, spd
@@ -222,25 +223,36 @@ def test_an_exact_system_is_solved_on_while_its_residual_halves(decades: float) 
     first = CG().solve(Matrix(a), b).iterations  # where the decrease per product has begun to fall, once and for all
     slow = (i for i in range(first, len(residuals)) if residuals[i - 1] > 0.5 * residuals[i - 1 - max(5, -(-i // 10))])
     small = next((i for i, r in enumerate(residuals) if r <= 1e-10 * residuals[0]), len(residuals))
-    exactly = CG().solve(Matrix(a), b, exact=True)
+    exactly = CG().solve(Matrix(a), b, damping=0)
     assert exactly.iterations == min(next(slow, small), small)
     assert (exactly.iterations > first) is (decades <= 2)
 
 
 def test_a_residual_that_falls_slowly_is_no_reason_to_go_on() -> None:
     a, b = spd(torch.logspace(0, -6, 200, dtype=torch.float64), seed=16), randn(200, seed=17)
-    damped, exactly = (CG().solve(Matrix(a), b, exact=exact) for exact in (False, True))
+    damped, exactly = (CG().solve(Matrix(a), b, damping=damping) for damping in (None, 0.0))
     assert exactly.iterations == damped.iterations
-    ruled, alone = (CG(tolerance=5e-4).solve(Matrix(a[:50, :50]), b[:50], exact=exact) for exact in (False, True))
+    ruled, alone = (CG(tolerance=5e-4).solve(Matrix(a[:50, :50]), b[:50], damping=damping) for damping in (None, 0.0))
     assert ruled.iterations == alone.iterations  # Martens' rule, whatever the system
 
 
 def test_an_exact_system_of_few_dimensions_is_solved() -> None:
     a, b = spd(torch.logspace(0, -3, 50, dtype=torch.float64), seed=16), randn(50, seed=17)
     assert CG().solve(Matrix(a), b).reason == "progress"
-    solution = CG().solve(Matrix(a), b, exact=True)
+    solution = CG().solve(Matrix(a), b, damping=0)
     assert solution.reason == "residual"
     assert norm(b - a @ solution.x) <= 1e-9 * norm(b)
+
+
+@pytest.mark.parametrize("regular", [False, True])
+def test_little_curvature_ends_a_solve_only_if_the_matrix_may_be_singular(regular: bool) -> None:
+    """A second direction with 1e-6 of the first one's curvature, along which a step multiplies the residual."""
+    b = randn(4, seed=1).float()
+    run = HostCG(CG(), Matrix(torch.eye(4)), b, None, None, regular=regular)
+    ad = b / norm(b)
+    assert run.curved(1.0, 1.0, 1.0, ad) is None
+    assert run.curved(1e-5, 1.0, 1.0, ad) == (None if regular else "singular")
+    assert run.curved(1e-7, 1.0, 1.0, ad) == "singular"  # the rounding error of a product in float32
 
 
 def test_the_more_a_step_costs_the_longer_its_solve() -> None:

@@ -360,3 +360,29 @@ def test_precision_of_the_products(dtype: torch.dtype) -> None:
     twin = mlp(3, 4, 2, seed=23, dtype=dtype)
     got = matrix(hfopt.GaussNewton(mse(twin, x, y), twin.parameters())).double()
     assert float((got - reference).abs().max() / reference.abs().max()) < limit
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({"damping": 0.5}, 0.5),
+        ({"damping": 0.0}, 0.0),
+        ({"damping": 0.5, "curvature": "fisher"}, 0.5),
+        ({"damping": 0.5, "curvature": "hessian"}, None),
+        ({"damping": 0.0, "curvature": "hessian"}, 0.0),
+    ],
+)
+def test_a_solve_is_told_of_lambda_where_that_bounds_the_eigenvalues(
+    options: dict[str, Any], known: float | None
+) -> None:
+    seen: list[float | None] = []
+
+    class Watched(hfopt.CG):
+        def solve(self, *args: Any, damping: float | None = None, **given: Any) -> Any:
+            seen.append(damping)
+            return super().solve(*args, damping=damping, **given)
+
+    model = mlp(3, 4, 2, seed=1)
+    optimizer = hfopt.HessianFree(model.parameters(), cg=Watched(), **options)
+    optimizer.step(lambda: F.mse_loss(model(randn(8, 3, seed=2)), randn(8, 2, seed=3)))
+    assert seen == [known]
