@@ -50,7 +50,6 @@ def test_nonlinearities_are_exact_to_rounding(f: str, dtype: torch.dtype) -> Non
     assert float((np.abs(found.numpy()[at].astype(np.longdouble) - wanted[at]) / unit).max()) < 4
 
 
-@pytest.mark.quick(where=lambda name, dtype, vectors, ranges: (dtype == torch.float64) == (ranges == 3))
 @needs_compiler
 def test_threads_of_openmp_and_of_python_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     given, c = arguments("lstm", 4, 9, units=6), cell("lstm")
