@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
 
-from hfopt.recurrences.sequence import run, sequence_forward
+from hfopt.recurrences.operators import sequence_forward
+from hfopt.recurrences.sequence import run
 from tests.hfopt.recurrences import registry
 from tests.hfopt.recurrences.plain import Calls, like
 from tests.hfopt.recurrences.registry import whole
