@@ -1,6 +1,6 @@
 """Any registered cell over a whole sequence as one node of the autograd graph.
 
-The passes are operators on plain tensors. With f the cell's function at its arguments x, U one cotangent per output, and
+The passes are operators on plain tensors. With f the cell's function at its arguments x, U one cotangent per output and
 H_U the Hessian of <U, f(x)>:
 
     forward   x -> f(x)          reverse: the adjoint            forward mode: the tangent
