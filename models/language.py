@@ -82,8 +82,7 @@ class LanguageModel(Stack):
 
     def _input(self, inputs: Tensor) -> Tensor:
         if self.embedding is None:
-            # Rows of the identity matrix: the one-hot vectors without integers in between.
-            return F.embedding(inputs, torch.eye(self.inputs, dtype=self.h_init.dtype, device=inputs.device))
+            return inputs  # the layer takes rows of its weights
         return F.dropout(super()._input(inputs), self.dropout, self.training)
 
     def _read_out(self, hidden: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ class Graph:
             return self.constant(a.number + b.number)
         if a.number == 0:
             return b
+        if a is b:
+            return self.multiply(self.constant(2), a)
         if a.negated is not None:
             return self.subtract(b, a.negated)
         if b.negated is not None:
@@ -74,6 +76,8 @@ class Graph:
         """``a - b``."""
         if a.number is not None and b.number is not None:
             return self.constant(a.number - b.number)
+        if a.number == 0 and b.op == "*" and (factor := b.args[0].number) is not None:
+            return self.multiply(self.constant(-factor), b.args[1])
         return a if b.number == 0 else self.node("-", a, b)
 
     def multiply(self, a: Expression, b: Expression) -> Expression:

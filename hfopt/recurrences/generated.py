@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfopt.recurrences import linearised
+from hfopt.recurrences import linearised, second
 from hfopt.recurrences.definition import Definition
 from hfopt.recurrences.expression import FUNCTIONS, OPERATIONS, Expression
 from hfopt.recurrences.products import blocks
-from hfopt.recurrences.registry import CELLS, Cell, Maybe, Maybes, Tensors, register
+from hfopt.recurrences.registry import CELLS, Bent, Cell, Maybe, Maybes, Tensors, register
 from hfopt.recurrences.roles import Roles, cut
 
 
@@ -25,7 +25,7 @@ class Generated(Roles, Cell):
 
     def __init__(self, definition: Definition, name: str | None = None) -> None:
         super().__init__(definition)
-        self.name = name or f"cell.{definition.name}"
+        self.name, self.columns = name or f"cell.{definition.name}", definition.raw is None
 
     # -- reference -------------------------------------------------------------------------------------------------
 
@@ -108,6 +108,18 @@ class Generated(Roles, Cell):
     def adjoint(self, cotangents: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]) -> list[Tensor]:
         """As in `Passes`."""
         return linearised.adjoint(self, cotangents, arguments, results, needed)
+
+    @property
+    def bends(self) -> bool:
+        """As in `Cell`: where a step has one product."""
+        return second.program_of(self.definition) is not None
+
+    def bent(
+        self, arguments: Tensors, outputs: Tensors, p: Maybes, R: Maybes, U: Maybes, alpha: Maybe,
+        needed: Sequence[bool],
+    ) -> Bent:  # fmt: skip
+        """As in `Cell`."""
+        return second.bent(self, arguments, outputs, p, R, U, alpha, needed)
 
     @property
     def weights(self) -> int:

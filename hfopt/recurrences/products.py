@@ -6,6 +6,8 @@ the cache, since one product over a long sequence would go through memory again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -74,3 +76,14 @@ def correlate_(total: Tensor, rows: Tensor, values: Tensor) -> None:
         return
     for one, value in zip(total.unbind(), values.unbind(1), strict=True):
         one.addmm_(left, value.reshape(-1, value.shape[-1]))
+
+
+def projected(arguments: Sequence[Tensor]) -> list[Tensor]:
+    """The same arguments with the projections of the inputs in their place."""
+    X, Kx, *others = arguments
+    return [X @ Kx if Kx.shape[0] else X, Kx[:0], *others]
+
+
+def correlate(X: Tensor, Y: Tensor) -> Tensor:
+    """The sum over t of X_t' Y_t: (m, n) from X (T, B, m), Y (T, B, n)."""
+    return X.flatten(0, 1).t() @ Y.flatten(0, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -35,6 +35,13 @@ class Passes(Protocol):
         """
 
 
+class Bent(NamedTuple):
+    """H_U p in parts: gradients in the arguments, and cotangents of the outputs whose J' times is the rest."""
+
+    outputs: Sequence[Maybe]
+    arguments: Sequence[Maybe]
+
+
 class Cell(ABC):
     """A recurrent cell: its passes in torch's operations, and the same function as autograd can differentiate it.
 
@@ -43,12 +50,14 @@ class Cell(ABC):
         arguments: how many tensors it takes.
         outputs: how many it gives.
         results: how many its forward pass gives, outputs included.
+        columns: whether it also takes X @ K_x and a K_x without rows instead of X and K_x, its first two arguments.
     """
 
     name: str
     arguments: int
     outputs: int
     results: int
+    columns: bool = False
 
     @abstractmethod
     def shapes(self, arguments: Tensors) -> list[tuple[int, ...]]:
@@ -57,6 +66,25 @@ class Cell(ABC):
     @abstractmethod
     def plain(self, arguments: Tensors) -> tuple[Tensor, ...]:
         """The outputs, as a composition of torch's own operations."""
+
+    @property
+    def bends(self) -> bool:
+        """Whether `bent` knows second derivatives."""
+        return False
+
+    def bent(
+        self, arguments: Tensors, outputs: Tensors, p: Maybes, R: Maybes, U: Maybes, alpha: Maybe,
+        needed: Sequence[bool],
+    ) -> Bent:  # fmt: skip
+        """H_U p in closed form, H_U the Hessian of <U, f>, but for one adjoint pass.
+
+        Args:
+            p, R: tangents of arguments and outputs, R = J p; a None is zero.
+            U: cotangents of the outputs; a None is zero.
+            alpha: cotangents of X @ K_x in J'U, if the cell takes these `columns`, else None.
+            needed: of every argument.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def forward(self, arguments: Tensors) -> list[Tensor]:

@@ -1,20 +1,21 @@
-"""Any registered cell over a whole sequence as one node of the autograd graph, and its passes as torch operators.
+"""Any registered cell over a whole sequence as one node of the autograd graph.
 
-`hfopt::sequence_forward`, `hfopt::sequence_tangent` and `hfopt::sequence_adjoint` work on plain tensors and know no
-derivative. With f the cell's function at its arguments x, U one cotangent per output, and H_U the Hessian of <U, f(x)>:
+The passes are operators on plain tensors. With f the cell's function at its arguments x, U one cotangent per output and
+H_U the Hessian of <U, f(x)>:
 
     forward   x -> f(x)          reverse: the adjoint            forward mode: the tangent
     tangent   d -> J d           in d: the adjoint               in x: H_U d
     adjoint   U -> J'U           in U: the tangent, alone        in x: H_U p for the cotangents p of J'U
 
-Whatever holds H_U goes through the cell's `plain` form. A node of its own (`_Point`) keeps the dependence on x, visited
-only when the path to x is asked for, so a Gauss-Newton product by cached double backward is one tangent and one adjoint
-call and nothing else. Many vectors (vmap over tangents or cotangents) are carried together in one pass.
+H_U is in closed form where the cell knows it (`Cell.bent`), and otherwise goes through the cell's `plain` form. A node
+of its own (`_Point`) keeps the dependence on x, visited only when the path to x is asked for, so a Gauss-Newton product
+by cached double backward is one tangent and one adjoint call and nothing else; a Hessian product in closed form is no
+more passes than that, since what the loss gives for the outputs and what H_U gives for them are pulled back together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,154 +23,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vjp
 
-from hfopt.recurrences.backends import backend
-from hfopt.recurrences.products import plus
+from hfopt.recurrences.operators import sequence_adjoint, sequence_forward, sequence_tangent
+from hfopt.recurrences.products import correlate, plus, projected
 from hfopt.recurrences.recorded import record
-from hfopt.recurrences.registry import CELLS, Cell, Maybe, Maybes, Tensors, batch_of_vectors, with_vectors
+from hfopt.recurrences.registry import CELLS, Bent, Cell, Maybe, Maybes, Tensors
 from hfopt.recurrences.segments import apply
-
-
-def _own(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, none of them a view: torch's forward mode cannot give a tangent to a view of what nobody sees."""
-    return [x.clone() if x._is_view() else x for x in tensors]
-
-
-@torch.library.custom_op("hfopt::sequence_forward", mutates_args=())
-def sequence_forward(cell: str, arguments: Sequence[Tensor]) -> list[Tensor]:
-    """The results of the cell: its outputs, then what the other passes want stored."""
-    return backend(CELLS[cell], arguments[0]).forward(arguments)
-
-
-@torch.library.custom_op("hfopt::sequence_tangent", mutates_args=())
-def sequence_tangent(
-    cell: str, tangents: Sequence[Tensor | None], arguments: Sequence[Tensor], results: Sequence[Tensor]
-) -> list[Tensor]:
-    """J d, one tensor per output, of one tangent per argument (None: zero)."""
-    return _own(backend(CELLS[cell], arguments[0]).tangent(tangents, arguments, results))
-
-
-@torch.library.custom_op("hfopt::sequence_adjoint", mutates_args=())
-def sequence_adjoint(
-    cell: str,
-    cotangents: Sequence[Tensor | None],
-    arguments: Sequence[Tensor],
-    results: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    """J' U, one tensor per argument (empty where not needed), of one cotangent per output (None: zero)."""
-    return _own(backend(CELLS[cell], arguments[0]).adjoint(cotangents, arguments, results, needed))
-
-
-@sequence_forward.register_fake
-def _(cell: str, arguments: Sequence[Tensor]) -> list[Tensor]:
-    return [arguments[0].new_empty(shape) for shape in CELLS[cell].shapes(arguments)]
-
-
-@sequence_tangent.register_fake
-def _(
-    cell: str, tangents: Sequence[Tensor | None], arguments: Sequence[Tensor], results: Sequence[Tensor]
-) -> list[Tensor]:
-    vectors = batch_of_vectors(tangents, arguments)
-    return [y.new_empty(with_vectors(y.shape, vectors)) for y in results[: CELLS[cell].outputs]]
-
-
-@sequence_adjoint.register_fake
-def _(
-    cell: str,
-    cotangents: Sequence[Tensor | None],
-    arguments: Sequence[Tensor],
-    results: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    vectors = batch_of_vectors(cotangents, results[: CELLS[cell].outputs])
-    return [
-        x.new_empty(with_vectors(x.shape, vectors)) if wanted else x.new_empty(0)
-        for x, wanted in zip(arguments, needed, strict=True)
-    ]
-
-
-Dims = Sequence[int | None]
-
-
-def _one_by_one(operator: Callable[..., Any], size: int, lists: Sequence[tuple[Maybes, Dims]]) -> tuple[Any, Any]:
-    """Call `operator` with the k-th elements of the batched tensors in `lists`, for each k, and stack the results."""
-    rows = []
-    for k in range(size):
-        row = [
-            [x if x is None or d is None else x.select(d, k) for x, d in zip(xs, dims, strict=True)]
-            for xs, dims in lists
-        ]
-        rows.append(operator(*row))
-    stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
-    return stacked, [0] * len(stacked)
-
-
-def _together(vectors: Maybes, dims: Dims, size: int) -> list[Maybe]:
-    """The vectors that are there with their batch dimension before the last two, added where there is none."""
-    moved: list[Maybe] = []
-    for x, dim in zip(vectors, dims, strict=True):
-        if x is None:
-            moved.append(None)
-        elif dim is None:
-            at = 1 if x.dim() == 3 else 0
-            moved.append(x.unsqueeze(at).expand(*x.shape[:at], size, *x.shape[at:]))
-        else:
-            moved.append(x.movedim(dim, 1 if x.dim() == 4 else 0))
-    return moved
-
-
-def _batched_point(dims: Dims) -> bool:
-    return any(d is not None for d in dims)
-
-
-def _carrying(vectors: Maybes, dims: Dims, points: Tensors) -> bool:
-    """Whether the vectors are many already, besides the dimension mapped over."""
-    return any(
-        x is not None and x.dim() - (d is not None) != y.dim() for x, d, y in zip(vectors, dims, points, strict=True)
-    )
-
-
-def _dims(dims: Any, count: int) -> Dims:
-    """The batch dimensions of a list's tensors; a list without any may come as None."""
-    return (None,) * count if dims is None else dims
-
-
-@sequence_forward.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], cell: str, arguments: Tensors) -> Any:
-    dims = _dims(in_dims[1], len(arguments))
-    return _one_by_one(lambda x: sequence_forward(cell, x), info.batch_size, [(arguments, dims)])
-
-
-@sequence_tangent.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], cell: str, tangents: Maybes, arguments: Tensors, results: Tensors) -> Any:
-    lists = (tangents, arguments, results)
-    on, *at = (_dims(d, len(xs)) for d, xs in zip(in_dims[1:], lists, strict=True))
-    if any(map(_batched_point, at)) or _carrying(tangents, on, arguments):
-        each = list(zip(lists, (on, *at), strict=True))
-        return _one_by_one(lambda *x: sequence_tangent(cell, *x), info.batch_size, each)
-    moved = sequence_tangent(cell, _together(tangents, on, info.batch_size), arguments, results)
-    # A traced graph has `view` where the outputs had been contiguous, and so they have to be for each vector.
-    return [y.movedim(1, 0).contiguous() if y.dim() == 4 else y for y in moved], [0] * len(moved)
-
-
-@sequence_adjoint.register_vmap
-def _(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    cell: str,
-    cotangents: Maybes,
-    arguments: Tensors,
-    results: Tensors,
-    needed: Sequence[bool],
-) -> Any:
-    lists = (cotangents, arguments, results)
-    on, *at = (_dims(d, len(xs)) for d, xs in zip(in_dims[1:4], lists, strict=True))
-    if any(map(_batched_point, at)) or _carrying(cotangents, on, results[: len(cotangents)]):
-        each = list(zip(lists, (on, *at), strict=True))
-        return _one_by_one(lambda *x: sequence_adjoint(cell, *x, needed), info.batch_size, each)
-    pulled = sequence_adjoint(cell, _together(cotangents, on, info.batch_size), arguments, results, needed)
-    pulled = [g if wanted else g.new_empty(info.batch_size, 0) for g, wanted in zip(pulled, needed, strict=True)]
-    return pulled, [1 if g.dim() == 4 else 0 for g in pulled]
 
 
 class _Forward(torch.autograd.Function):
@@ -257,8 +115,13 @@ def _carriers(cell: Cell, vectors: Maybes, arguments: Tensors, results: Tensors)
     # Mapped over by vmap as soon as one tensor is: cotangents of tensors that are not would be summed.
     given = [x.new_empty(()) for x in (*vectors, *arguments, *results) if x is not None]
     mark = torch.stack(given).sum() if len(given) > 1 else given[0]
-    carriers: tuple[Tensor, ...] = apply(_Point, cell.name, mark, *results[: cell.outputs], *arguments)
+    carriers: tuple[Tensor, ...] = apply(_Point, cell.name, mark, *results, *arguments)
     return carriers
+
+
+def _count(cell: Cell) -> int:
+    """How many carriers there are: of arguments, of outputs twice, and of the columns' cotangents."""
+    return cell.arguments + 2 * cell.outputs + 1
 
 
 def tangent(cell: Cell, d: Maybes, arguments: Tensors, results: Tensors) -> tuple[Maybe, ...]:
@@ -268,7 +131,6 @@ def tangent(cell: Cell, d: Maybes, arguments: Tensors, results: Tensors) -> tupl
         return (None,) * cell.outputs
     if not _watched():
         return tuple(sequence_tangent(cell.name, d, arguments, results))
-    results = [r.detach() for r in results]
     carriers = _carriers(cell, d, arguments, results)
     moved: tuple[Tensor, ...] = apply(_Tangent, cell.name, *d, *carriers, *arguments, *results)
     return moved
@@ -276,23 +138,32 @@ def tangent(cell: Cell, d: Maybes, arguments: Tensors, results: Tensors) -> tupl
 
 def adjoint(cell: Cell, U: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]) -> tuple[Maybe, ...]:
     """J' U, one tensor per argument, None where not needed. Can be differentiated in U and the arguments."""
+    return _adjoint(cell, U, arguments, results, needed)[0]
+
+
+def _adjoint(
+    cell: Cell, U: Maybes, arguments: Tensors, results: Tensors, needed: Sequence[bool]
+) -> tuple[tuple[Maybe, ...], Maybe]:
+    """J' U, and the cotangents of the inputs' columns (T, B, .), which have no derivative, where they are at hand."""
     _refuse_batched_grads(U)
     if _all_none(U):
-        return (None,) * cell.arguments
+        return (None,) * cell.arguments, None
+    alpha: Maybe = None
     if _watched():
-        results = [r.detach() for r in results]
         carriers = _carriers(cell, U, arguments, results)
-        pulled = apply(_Adjoint, cell.name, *needed, *U, *carriers, *arguments, *results)
+        *pulled, alpha = apply(_Adjoint, cell.name, *needed, *U, *carriers, *arguments, *results)
+        if not _apart(cell, arguments):
+            alpha = pulled[0] if _has_columns(cell, needed, arguments) else None
     else:
         pulled = sequence_adjoint(cell.name, U, arguments, results, needed)
-    return tuple(g if wanted else None for g, wanted in zip(pulled, needed, strict=True))
+    return tuple(g if wanted else None for g, wanted in zip(pulled, needed, strict=True)), alpha
 
 
 class _Tangent(torch.autograd.Function):
     """(cell, tangents, carriers, arguments, results) -> J d; arguments and results get no gradient here.
 
-    The carriers' values are not read: one for each argument and one for each output. Their tangents are the
-    arguments', and their cotangents what `_Point` needs to work out the arguments'.
+    The carriers' values are not read. Their tangents are the arguments', and their cotangents what `_Point` needs to
+    work out the arguments'.
     """
 
     generate_vmap_rule = True
@@ -308,39 +179,55 @@ class _Tangent(torch.autograd.Function):
         ctx.cell = CELLS[name]
         d, _, arguments, results = _parts(ctx.cell, tensors, ctx.cell.arguments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*d, *arguments, *results)
-        ctx.save_for_forward(*d, *arguments, *results)
+        # Under vmap, torch wants the same tensors saved for both modes.
+        ctx.save_for_backward(*d, *arguments, *results, *output)
+        ctx.save_for_forward(*d, *arguments, *results, *output)
 
     @staticmethod
     def backward(ctx: Any, *U: Maybe) -> tuple[Maybe, ...]:
         cell, count = ctx.cell, ctx.cell.arguments
         d, rest = _split(ctx.saved_tensors, count)
-        pulled = adjoint(cell, U, *_split(rest, count), ctx.needs_input_grad[1 : 1 + count])
-        return None, *pulled, *d, *U, *(None,) * (count + cell.results)
+        arguments, rest = _split(rest, count)
+        results, R = _split(rest, cell.results)
+        pulled, alpha = _adjoint(cell, U, arguments, results, ctx.needs_input_grad[1 : 1 + count])
+        return None, *pulled, *d, *U, *R, alpha, *(None,) * (count + cell.results)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *changes: Maybe) -> tuple[Maybe, ...]:
         cell, count = ctx.cell, ctx.cell.arguments
         d, rest = _split(ctx.saved_tensors, count)
-        arguments, results = _split(rest, count)
+        arguments, rest = _split(rest, count)
+        results = rest[: cell.results]
         p = changes[count : 2 * count]
         moved = tangent(cell, changes[:count], arguments, results)
         if _all_none(p):
             return moved
-        bent = _second_tangent(cell, arguments, results, d, p)
+        bent = _second_tangent(cell, arguments, results[: cell.outputs], d, p)
         return tuple(plus(a, b) for a, b in zip(moved, bent, strict=True))
 
 
 class _Adjoint(torch.autograd.Function):
-    """(cell, *needed, cotangents, carriers, arguments, results) -> J' U; the carriers are as in `_Tangent`."""
+    """(cell, *needed, cotangents, carriers, arguments, results) -> J' U, and the cotangents of the inputs' columns.
+
+    The carriers are as in `_Tangent`. The columns' cotangents are empty if the inputs are the columns themselves or the
+    cell does not take columns. They get no derivative here: `_bent` works them out again where that is wanted.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(name: str, *given: Any) -> tuple[Tensor, ...]:
-        needed, tensors = _split(given, CELLS[name].arguments)
-        U, _, arguments, results = _parts(CELLS[name], tensors, CELLS[name].outputs)
-        return tuple(sequence_adjoint(name, U, arguments, results, needed))
+        cell = CELLS[name]
+        needed, tensors = _split(given, cell.arguments)
+        U, _, arguments, results = _parts(cell, tensors, cell.outputs)
+        if not _apart(cell, arguments):
+            return *sequence_adjoint(name, U, arguments, results, needed), arguments[0].new_empty(0)
+        X, Kx, *others = arguments
+        columns = [X.new_empty(*X.shape[:2], Kx.shape[1]), Kx[:0], *others]
+        alpha, _, *pulled = sequence_adjoint(name, U, columns, results, [True, False, *needed[2:]])
+        dX = alpha @ Kx.t() if needed[0] else X.new_empty(0)
+        dKx = correlate(X, alpha) if needed[1] else X.new_empty(0)
+        return dX, dKx, *pulled, alpha
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -349,23 +236,27 @@ class _Adjoint(torch.autograd.Function):
         ctx.needed, tensors = _split(given, ctx.cell.arguments)
         U, _, arguments, results = _parts(ctx.cell, tensors, ctx.cell.outputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*U, *arguments, *results)
-        ctx.save_for_forward(*U, *arguments, *results)
+        alpha = output[-1] if _apart(ctx.cell, arguments) else output[0]
+        # The same for both modes, as in `_Tangent`: backward uses the first, forward mode the last.
+        ctx.save_for_backward(*U, *arguments, *results, alpha, output[-1])
+        ctx.save_for_forward(*U, *arguments, *results, alpha, output[-1])
 
     @staticmethod
     def backward(ctx: Any, *p: Maybe) -> tuple[Maybe, ...]:
-        cell = ctx.cell
+        cell, p = ctx.cell, p[:-1]
         U, rest = _split(ctx.saved_tensors, cell.outputs)
-        moved = tangent(cell, p, *_split(rest, cell.arguments))
+        arguments, (*results, alpha, _) = _split(rest, cell.arguments)
+        moved = tangent(cell, p, arguments, results)
         on = (None if u is None else m for u, m in zip(U, moved, strict=True))
-        return *(None,) * (1 + cell.arguments), *on, *p, *U, *(None,) * (cell.arguments + cell.results)
+        carried = *p, *U, *moved, alpha if _has_columns(cell, ctx.needed, arguments) else None
+        return *(None,) * (1 + cell.arguments), *on, *carried, *(None,) * (cell.arguments + cell.results)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *changes: Maybe) -> tuple[Maybe, ...]:
         cell = ctx.cell
         changes = changes[cell.arguments :]
         U, rest = _split(ctx.saved_tensors, cell.outputs)
-        arguments, results = _split(rest, cell.arguments)
+        arguments, (*results, _, alpha) = _split(rest, cell.arguments)
         pulled = adjoint(cell, changes[: cell.outputs], arguments, results, ctx.needed)
         p = changes[cell.outputs : cell.outputs + cell.arguments]
         bent: Maybes = (None,) * cell.arguments
@@ -374,30 +265,51 @@ class _Adjoint(torch.autograd.Function):
         both = (plus(a, b) for a, b in zip(pulled, bent, strict=True))
         # An empty output has an empty tangent: under vmap, torch takes none for an integer.
         empty = arguments[0].new_empty(0)
-        return tuple(g if wanted else empty for g, wanted in zip(both, ctx.needed, strict=True))
+        moved = (g if wanted else empty for g, wanted in zip(both, ctx.needed, strict=True))
+        return *moved, torch.zeros_like(alpha)
+
+
+def _apart(cell: Cell, arguments: Tensors) -> bool:
+    """Whether inputs and weights are to be made columns, so that the adjoint pass gives the cotangents of these."""
+    return cell.bends and cell.columns and arguments[1].shape[0] > 0
+
+
+def _has_columns(cell: Cell, needed: Sequence[bool], arguments: Tensors) -> bool:
+    """Whether the adjoint gives the cotangents of columns: apart, or because the inputs are columns."""
+    return _apart(cell, arguments) or (cell.bends and cell.columns and needed[0])
 
 
 def _parts(cell: Cell, tensors: Sequence[Any], vectors: int) -> tuple[Sequence[Any], ...]:
     """Vectors, carriers, arguments and results."""
     given, rest = _split(tensors, vectors)
-    carriers, rest = _split(rest, cell.arguments + cell.outputs)
+    carriers, rest = _split(rest, _count(cell))
     return given, carriers, *_split(rest, cell.arguments)
 
 
+def _shapes(cell: Cell, arguments: Tensors, outputs: Tensors) -> list[Sequence[int]]:
+    """Those of the carriers."""
+    width = arguments[1].shape[-1] if cell.bends and cell.columns else 0
+    return [*(x.shape for x in (*arguments, *outputs, *outputs)), (*arguments[0].shape[:2], width)]
+
+
 class _Point(torch.autograd.Function):
-    """Carriers of what tangent and adjoint are as functions of the arguments.
+    """Carriers of what tangent and adjoint are as functions of the arguments and the outputs.
 
     There is no edge from here to the vectors, so a derivative in those alone never comes by. What they contribute
-    arrives as the carriers' cotangents: p for the arguments, U for the outputs; <U, J p> is the function whose gradient
-    is wanted. `mark` and `outputs` have a dtype, a device and shapes, and no values.
+    arrives as the carriers' cotangents: p for the arguments, U for the outputs, then R = J p and the cotangents of the
+    inputs' columns, where they are at hand; <U, J p> is the function whose gradient is wanted. Where the cell knows it
+    in closed form, a part of it is a cotangent of the outputs, which goes the way of those that the outputs have
+    besides. `mark` has a dtype and a device, and no value.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(name: str, mark: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs, arguments = _split(tensors, CELLS[name].outputs)
-        return tuple(mark.new_empty(x.shape) for x in (*arguments, *outputs))
+        cell = CELLS[name]
+        results, arguments = _split(tensors, cell.results)
+        outputs = results[: cell.outputs]
+        return tuple(mark.new_empty(shape) for shape in _shapes(cell, arguments, outputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -409,27 +321,55 @@ class _Point(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *carried: Maybe) -> tuple[Maybe, ...]:
-        cell = ctx.cell
-        p, U = _split(carried, cell.arguments)
-        outputs, arguments = _split(ctx.saved_tensors, cell.outputs)
-        by_arguments: Maybes = (None,) * cell.arguments
-        if not _all_none(p) and not _all_none(U):
-            by_arguments = _second(cell, arguments, p, U, outputs)
-        return None, None, *(None,) * cell.outputs, *by_arguments
+        cell, nothing = ctx.cell, (None, None)
+        p, rest = _split(carried, cell.arguments)
+        U, (*R, alpha) = _split(rest, cell.outputs)
+        results, arguments = _split(ctx.saved_tensors, cell.results)
+        if _all_none(p) or _all_none(U):
+            return *nothing, *(None,) * (cell.results + cell.arguments)
+        if not cell.bends:
+            return *nothing, *(None,) * cell.results, *_second(cell, arguments, p, U, results)
+        needed = ctx.needs_input_grad[2 + cell.results :]
+        found = _bent(cell, arguments, p, U, results, needed, R, alpha)
+        return *nothing, *found.outputs, *(None,) * (cell.results - cell.outputs), *found.arguments
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: Maybe, *changes: Maybe) -> tuple[Tensor, ...]:
-        outputs, arguments = _split(ctx.saved_tensors, ctx.cell.outputs)
-        moved = zip((*changes[ctx.cell.outputs :], *(None,) * ctx.cell.outputs), (*arguments, *outputs), strict=True)
-        return tuple(torch.zeros_like(x) if d is None else d for d, x in moved)
+        cell = ctx.cell
+        results, arguments = _split(ctx.saved_tensors, cell.results)
+        shapes = _shapes(cell, arguments, results[: cell.outputs])
+        moved = (*changes[cell.results :], *(None,) * (_count(cell) - cell.arguments))
+        return tuple(arguments[0].new_zeros(n) if d is None else d for d, n in zip(moved, shapes, strict=True))
 
 
 def _full(vectors: Maybes, like: Tensors) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(y) if x is None else x for x, y in zip(vectors, like, strict=False))
 
 
-def _second(cell: Cell, arguments: Tensors, p: Maybes, U: Maybes, outputs: Tensors) -> tuple[Tensor, ...]:
-    """H_U p, the gradient in the arguments of <U, J p>, by two reverse passes: forward modes must not be nested."""
+def _bent(
+    cell: Cell, arguments: Tensors, p: Maybes, U: Maybes, results: Tensors, needed: Sequence[bool],
+    R: Maybes, alpha: Maybe,
+) -> Bent:  # fmt: skip
+    """H_U p in the parts that the cell knows; R and the columns' cotangents as functions if that is differentiated."""
+    if _watched() or _all_none(R):
+        R = tangent(cell, p, arguments, results)
+    if cell.columns and (_watched() or alpha is None):
+        alpha = adjoint(cell, U, projected(arguments), results, (True, *(False,) * (cell.arguments - 1)))[0]
+    return cell.bent(arguments, results[: cell.outputs], p, R, U, alpha, needed)
+
+
+def _second(cell: Cell, arguments: Tensors, p: Maybes, U: Maybes, results: Tensors) -> tuple[Maybe, ...]:
+    """H_U p, the gradient in the arguments of <U, J p>."""
+    if not cell.bends:
+        return _second_of_plain(cell, arguments, p, U, results[: cell.outputs])
+    needed = (True,) * cell.arguments
+    found = _bent(cell, arguments, p, U, results, needed, (None,) * cell.outputs, None)
+    rest = adjoint(cell, found.outputs, arguments, results, needed)
+    return tuple(plus(a, b) for a, b in zip(rest, found.arguments, strict=True))
+
+
+def _second_of_plain(cell: Cell, arguments: Tensors, p: Maybes, U: Maybes, outputs: Tensors) -> tuple[Tensor, ...]:
+    """The same by two reverse passes: forward modes must not be nested."""
 
     def gradient(*x: Tensor) -> tuple[Tensor, ...]:
         pulled: tuple[Tensor, ...] = vjp(lambda *y: cell.plain(y), *x)[1](_full(U, outputs))
@@ -443,7 +383,7 @@ def _second_tangent(cell: Cell, arguments: Tensors, outputs: Tensors, d: Maybes,
     """The change of J d along p: d'H_U p is linear in U, and its gradient in U is this."""
 
     def bent(*U: Tensor) -> tuple[Tensor, ...]:
-        return _second(cell, arguments, p, U, outputs)
+        return _second_of_plain(cell, arguments, p, U, outputs)
 
     start = _full((None,) * cell.outputs, outputs)
     moved: tuple[Tensor, ...] = vjp(bent, *start)[1](_full(d, arguments))

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.testing import assert_close
 
-from hfopt.recurrences.sequence import run, sequence_forward
+from hfopt.recurrences.operators import sequence_forward
+from hfopt.recurrences.sequence import run
 from tests.hfopt.recurrences import registry
 from tests.hfopt.recurrences.plain import Calls, like
 from tests.hfopt.recurrences.registry import whole
@@ -52,7 +53,7 @@ def scalar(function: Function) -> Function:
     return of
 
 
-@pytest.mark.quick(where=lambda name: name in ("lstm", "mrnn_tanh+a"))
+@pytest.mark.quick(where=lambda name: name in ("lstm", "mrnn+a"))
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck_of_first_and_second_order(name: str) -> None:
     at = tuple(x.requires_grad_() for x in arguments(name, TINY, seed=4))
@@ -60,7 +61,7 @@ def test_gradcheck_of_first_and_second_order(name: str) -> None:
     assert torch.autograd.gradgradcheck(scalar(cell(name)), at, check_fwd_over_rev=True)
 
 
-@pytest.mark.quick(where=lambda name, modes: name in ("lstm", "gru", "mrnn_tanh+a"))
+@pytest.mark.quick(where=lambda name, modes: name in ("lstm", "gru.read", "mrnn+a"))
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("modes", [*itertools.product((jacfwd, jacrev), repeat=2)])
 def test_hessian_in_every_order_of_modes(name: str, modes: tuple[Function, Function]) -> None:
