@@ -34,8 +34,8 @@ class Compiled:
 
     def _numbers(self, arguments: Tensors, vectors: int) -> tuple[tuple[int, ...], int, float]:
         """Sizes as the passes take them, the columns of the widest product, and operations of a pass."""
-        c, (steps, batch, inputs), p = self.base, arguments[0].shape, self.base.parts(self._without(arguments))
-        sizes = c.sizes(self._without(arguments))
+        (steps, batch, inputs), own = arguments[0].shape, self._without(arguments)
+        p, sizes = self.base.parts(own), self.base.sizes(own)
         widest = max([0, *(K.shape[1] for K in p.K)]) or p.Kx.shape[1]
         flops = 4.0 * steps * batch * vectors * (sum(K.numel() for K in p.K) + p.Kx.numel())
         outputs = arguments[-1].shape[1] if self.read else 0
@@ -101,7 +101,13 @@ class Compiled:
         sizes = self.base.sizes(self._without(arguments))
         rows, ld = tile(widest * X.itemsize, ranges), padded(sum(sizes[k.size] for k in self.layout.row))
         summed = [p.Kx, *p.K, *p.parameters, *([arguments[-1]] if self.read else [])]
-        sums = [X.new_zeros(len(ranges), many.count, *w.shape) for w in summed]
+        totals = [X.new_zeros(many.matrix(*w.shape)) for w in summed]
+        # A single range of sequences adds to the totals themselves.
+        alone = len(ranges) == 1
+        sums = [
+            t.view(1, many.count, *w.shape) if alone else X.new_zeros(len(ranges), many.count, *w.shape)
+            for t, w in zip(totals, summed, strict=True)
+        ]
         given = [*self._own(cotangents)[: self.base.outputs], cotangents[0] if self.read else None]
         call(
             "adjoint",
@@ -113,7 +119,9 @@ class Compiled:
             [(*own, *([] if self.read else [None])) for own in zip(*sums, strict=True)],
             compiled=compiled,
         )
-        totals = [s.sum(0).reshape(many.matrix(*w.shape)) for s, w in zip(sums, summed, strict=True)]
+        for t, each in zip(totals, sums, strict=True):
+            if not alone:
+                torch.sum(each, 0, out=t.view(each.shape[1:]))
         masks = [X.new_zeros(many.matrix(*m.shape)) for m in p.masks]
         read = [totals.pop()] if self.read else []
         found: list[Maybe] = [dX, *totals, *masks, *states, *read]
