@@ -166,7 +166,7 @@ class Ritz(Preconditioner):
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of the optimizer, made anew for every run; ``before`` is called before every step."""
+    """Settings of the optimizer, made again for every run; ``before`` is called before every step."""
 
     name: str
     group: str

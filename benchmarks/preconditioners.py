@@ -95,7 +95,7 @@ PROBLEMS: tuple[Callable[[int], Problem], ...] = (autoencoder, addition, convolu
 
 
 def methods(problem: Problem) -> dict[str, Callable[[], Preconditioner | None]]:
-    """What is compared, made anew for every solve."""
+    """What is compared, made again for every solve."""
     found: dict[str, Callable[[], Preconditioner | None]] = {
         NONE: lambda: None,
         "empirical-fisher": EmpiricalFisherDiagonal,

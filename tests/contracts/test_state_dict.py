@@ -20,7 +20,7 @@ from tests.hfopt.tools import mlp, randn, theta
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
 @pytest.mark.parametrize(("before", "dtype"), [(3, torch.float32), (0, torch.float64)])
 def test_twenty_further_steps_are_the_same_bits(options: dict[str, Any], before: int, dtype: torch.dtype) -> None:
-    """Through torch.save and the safe loader, into objects made anew and used for something else before."""
+    """Through torch.save and the safe loader, into new objects and used for something else before."""
     model = model_of(3, dtype)
     optimizer = hfopt.HessianFree(model.parameters(), **copy.deepcopy(options))
     train(model, optimizer, before) if before else None

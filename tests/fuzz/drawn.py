@@ -27,7 +27,7 @@ SEARCH = "HFOPT_FUZZ"
 
 
 def examples(number: int) -> settings:
-    """So many examples, the same ones in each run; or as many as ``HFOPT_FUZZ`` says, drawn anew."""
+    """So many examples, the same ones in each run; or as many as ``HFOPT_FUZZ`` says, drawn again."""
     asked = int(os.environ.get(SEARCH, "0"))
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     return settings(

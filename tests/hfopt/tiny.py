@@ -22,7 +22,7 @@ class Batch:
 
 
 class Sums:
-    """The sum of one sequence's numbers is above its mean or not; scored at the last step, training drawn anew."""
+    """The sum of one sequence's numbers is above its mean or not; scored at the last step, training drawn again."""
 
     def __init__(self, *, T: int = 3, batch_size: int = 8, seed: int = 0) -> None:
         self.name, self.T, self.batch_size, self.seed = "sums", T, batch_size, seed

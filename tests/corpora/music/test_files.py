@@ -1,4 +1,4 @@
-"""Piano rolls from files: as published, written anew, damaged in every way, and never by executing anything."""
+"""Piano rolls from files: as published, written again, damaged in every way, and never by executing anything."""
 
 from __future__ import annotations
 

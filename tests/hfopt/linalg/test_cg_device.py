@@ -259,7 +259,7 @@ def test_a_read_between_checks_would_be_noticed() -> None:
 
 
 def problems() -> dict[str, Callable[[], Any]]:
-    """Curvature operators, each built anew."""
+    """Curvature operators, each built again."""
     x, y = randn(12, 5, seed=4), randn(12, 3, seed=5)
     labels = torch.arange(12) % 3
 

@@ -127,7 +127,7 @@ def test_kfac_is_the_kronecker_product_of_factors_by_loops() -> None:
 
 
 def test_averaged_factors_are_the_running_average_of_the_single_ones() -> None:
-    """Refresh k has e old + (1 - e) new with e = min(1 - 1/k, 0.6): 0, 1/2, 0.6, ...; another network begins anew."""
+    """Refresh k has e old + (1 - e) new with e = min(1 - 1/k, 0.6): 0, 1/2, 0.6, ...; another network begins again."""
     averaged, single = KFAC(average=0.6), KFAC()
     expected: list[Tensor] = []
     for k, share in enumerate((0.0, 0.5, 0.6, 0.6)):
