@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hfopt import CG, HessianFree, KrylovDamping, LevenbergMarquardt
+from hfopt.linalg.cg_debiased import Quadratic
 from hfopt.linalg.cg_host import HostCG
 from hfopt.linalg.krylov import DampingPath
 from hfopt.linalg.operators import Operator
@@ -47,9 +48,13 @@ class ScaledStart(CG):
         stop: Callable[[int, Tensor, float], bool] | None = None,
         directions: int = 0,
         augment: Tensor | None = None,
+        second: Quadratic | None = None,
+        damping: float | None = None,
     ) -> Solution:
         """See :meth:`hfopt.CG.solve`."""
-        return _FromScaledStart(self, op, b, x0, preconditioner, directions).iterate(norm(b), stop)
+        regular = damping is not None and damping > 0
+        run = _FromScaledStart(self, op, b, x0, preconditioner, directions, regular=regular)
+        return run.iterate(norm(b), stop)
 
 
 class Window(CG):
@@ -82,9 +87,11 @@ class Thin(CG):
         stop: Callable[[int, Tensor, float], bool] | None = None,
         directions: int = 0,
         augment: Tensor | None = None,
+        second: Quadratic | None = None,
+        damping: float | None = None,
     ) -> Solution:
         """See :meth:`hfopt.CG.solve`, from zero."""
-        solution = super().solve(op, b, None, preconditioner, stop, directions)
+        solution = super().solve(op, b, None, preconditioner, stop, directions, damping=damping)
         if solution.pairs is None or not len(solution.pairs[0]):
             return solution
         s, a = solution.pairs

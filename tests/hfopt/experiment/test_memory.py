@@ -19,7 +19,7 @@ def faults(rounds):
 
 plain = faults(4)
 assert keep_freed_memory()
-faults(2)
+faults(30)  # until a block of the heap is found that nothing small has been put into meanwhile
 print(plain, faults(4))
 """
 
