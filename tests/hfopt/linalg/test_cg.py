@@ -229,7 +229,7 @@ def test_an_exact_system_is_solved_on_while_its_residual_halves(decades: float) 
 
 
 def test_a_residual_that_falls_slowly_is_no_reason_to_go_on() -> None:
-    a, b = spd(torch.logspace(0, -6, 200, dtype=torch.float64), seed=16), randn(200, seed=17)
+    a, b = spd(torch.logspace(0, -4, 200, dtype=torch.float64), seed=16), randn(200, seed=17)
     damped, exactly = (CG().solve(Matrix(a), b, damping=damping) for damping in (None, 0.0))
     assert exactly.iterations == damped.iterations
     ruled, alone = (CG(tolerance=5e-4).solve(Matrix(a[:50, :50]), b[:50], damping=damping) for damping in (None, 0.0))
