@@ -42,7 +42,7 @@ python_maximum_signature_line_length = 100
 # Every name that a page or docstring refers to must exist: see `existing`.
 nitpicky = True
 # Modules name these for the type checker alone, or as short names of types.
-nitpick_ignore_regex = [(r"py:.*", r"Tensor|Figure|nn\..*|Given|Against|Experiment|Layers")]
+nitpick_ignore_regex = [(r"py:.*", r"Tensor|Figure|nn\..*|Given|Against|Experiment|Layers|V")]
 
 html_theme = "furo"
 html_title = f"hfopt {version}"
