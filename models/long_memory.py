@@ -89,10 +89,10 @@ def constrain(
     is a product of layers of rotations. The last three have no b_h: modReLU has a bias of its own. "LSTM": an LSTM.
 
     Starts: U Glorot normal or uniform by He et al., of EURNN uniform within 0.01; b_h uniform within 1/sqrt(V); the
-    bias of modReLU uniform within 0.01, of EURNN 0.01, which is added to the absolute value in its definition; every
-    gate of an LSTM Glorot normal over inputs and hidden units together, its biases uniform within 1/sqrt(V + h). The
-    readout is Glorot normal, its bias uniform within 1/sqrt(h). The embedding, if there is one: uniform within 0.1, and so
-    is the readout then, its bias 0. States start at 0 unless the network learns them.
+    bias of modReLU uniform within 0.01, of EURNN 0.01, which is added to the absolute value in its definition;
+    every gate of an LSTM Glorot normal over inputs and hidden units together, its biases uniform within 1/sqrt(V +
+    h). The readout is Glorot normal, its bias uniform within 1/sqrt(h). The embedding, if there is one: uniform
+    within 0.1, and so is the readout then, its bias 0. States start at 0 unless the network learns them.
 
     Args:
         network: of one layer, with the cell that `cell_of` gives.
